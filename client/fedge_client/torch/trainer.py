@@ -1,0 +1,245 @@
+"""Local training, gradients and evaluation of a task with one resident module.
+
+Every result is a function of the arguments: the module, its buffers, its gradients and the global
+generators are set from them at the start of each call, so neither the calls before nor an exception
+in the middle leaves a trace. One trainer serves one thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedge.errors import TaskError
+from fedge.optimizer import Optimizer
+from fedge.run import Work
+from fedge.seeds import derive_seed
+from fedge.task import Task
+from fedge.vector import Array, Layout
+from fedge_client.torch.batches import Batches, Order, describe
+from fedge_client.torch.flat import FlatModule
+from fedge_client.torch.framework import build_module
+from fedge_client.torch.optim import InPlaceOptimizer
+from fedge_client.torch.seeded import GlobalRandomness
+
+Progress = Callable[[int, int], None]
+"""Called with (done, total) after every step or evaluation batch; it may raise to cancel."""
+
+EVALUATION_ROWS = 1024
+EVALUATION_BYTES = 1 << 17
+"""What goes into one evaluation batch: activations are often a hundred times the input."""
+
+_EVALUATION_SEED = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a piece of local work gives beside its vector: the examples it used, and its metrics."""
+
+    num_examples: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+def no_progress(done: int, total: int) -> None:
+    """The progress that nobody watches."""
+
+
+class Trainer:
+    """Trains and judges the task's model, as a flat vector of `layout`, on datasets of this site.
+
+    Raises:
+        TaskError: the task's `model` fails or has a metric named "loss".
+        LayoutError: its module holds what a flat vector cannot.
+    """
+
+    def __init__(self, task: Task, *, seed: int) -> None:
+        if "loss" in task.metrics:
+            raise TaskError("expected metrics named other than 'loss', which is the task's loss; rename it")
+        self._task = task
+        self._flat = FlatModule(build_module(task, seed=seed))
+        self._optimizer = InPlaceOptimizer(self._flat.layout.trainable_size)
+        self._order = Order()
+        self._randomness = GlobalRandomness()
+        self.layout: Layout = self._flat.layout
+
+    def train(
+        self, model: Array, train: Any, work: Work, *, seed: int, out: Array, progress: Progress = no_progress
+    ) -> Outcome:
+        """Train from `model` and write `theta_local - theta` to `out` (both float32[layout.size]).
+
+        The metric "train_loss" is the mean over the examples of the last epoch, or with `work.steps`
+        over those of all steps.
+
+        Raises:
+            TaskError: the data, or the task's model or loss, fails.
+            LayoutError: a vector does not fit the layout.
+        """
+        self.layout.check(out)
+        flat, optimizer = self._flat, self._optimizer
+        batches = Batches(train, work.batch_size, order=self._order)
+        total = work.steps or (work.epochs or 1) * batches.per_epoch
+        counted_from = 0 if work.steps else total - batches.per_epoch
+        loss_sum, seen, done, epoch = torch.zeros((), dtype=torch.float64), 0, 0, 0
+        with self._randomness.seeded(seed), torch.enable_grad():
+            self._begin(model, training=True)
+            optimizer.begin(_optimizer_of(work))
+            while done < total:
+                for positions in batches.epoch(epoch, seed=seed)[: total - done]:
+                    loss = self._differentiate(batches, positions, work)
+                    optimizer.step(flat.head, flat.gradient)
+                    flat.publish()
+                    if done >= counted_from:
+                        loss_sum.add_(loss, alpha=len(positions))
+                        seen += len(positions)
+                    done += 1
+                    progress(done, total)
+                epoch += 1
+            flat.settle()
+        np.subtract(flat.vector, model, out=out)
+        return Outcome(batches.size, {"train_loss": loss_sum.item() / seen})
+
+    def gradient(
+        self,
+        model: Array,
+        train: Any,
+        work: Work,
+        *,
+        seed: int,
+        step: int,
+        out: Array,
+        progress: Progress = no_progress,
+    ) -> Outcome:
+        """Write the mean gradient at `model` over the batch of step `step` to `out` (float32[layout.size]).
+
+        `out` holds the gradient, l1 and l2 terms included, in its trainable head, zeros for frozen
+        parameters, and the change of each floating-point buffer. The batch follows from `(seed, step)`
+        alone: any process can compute any step. `num_examples` is the size of the batch.
+
+        Raises:
+            TaskError: the data, or the task's model or loss, fails.
+            LayoutError: a vector does not fit the layout.
+        """
+        self.layout.check(out)
+        flat = self._flat
+        batches = Batches(train, work.batch_size, order=self._order)
+        positions = batches.step(step, seed=seed)
+        with self._randomness.seeded(derive_seed(seed, "step", step)), torch.enable_grad():
+            self._begin(model, training=True)
+            loss = self._differentiate(batches, positions, work)
+            flat.settle()
+        progress(1, 1)
+        np.subtract(flat.vector, model, out=out)
+        out[: flat.layout.trainable_size] = flat.gradient.numpy()
+        for tensor, where in zip(self.layout.tensors, self.layout.slices, strict=True):
+            if tensor.role == "frozen":
+                out[where] = 0
+        return Outcome(len(positions), {"train_loss": loss.item()})
+
+    def evaluate(self, model: Array, test: Any, *, progress: Progress = no_progress) -> Outcome:
+        """Judge `model` on the whole of `test`: "loss" (the mean over examples) and the task's metrics.
+
+        Values that are not finite are reported as they are.
+
+        Raises:
+            TaskError: the data, or the task's model, loss or a metric, fails.
+            LayoutError: the vector does not fit the layout.
+        """
+        batches = Batches(test, EVALUATION_ROWS, order=self._order)
+        outputs, targets = [], []
+        loss_sum = torch.zeros((), dtype=torch.float64)
+        # Not inference_mode: a tensor that the module keeps (a rotary table) must still serve training.
+        with self._randomness.seeded(_EVALUATION_SEED), torch.no_grad():
+            self._begin(model, training=False)
+            parts = batches.in_order(max_bytes=EVALUATION_BYTES)
+            for done, positions in enumerate(parts, start=1):
+                inputs, target = batches.gather(positions)
+                output = self._forward(inputs)
+                loss_sum.add_(self._loss(output, target), alpha=len(positions))
+                outputs.append(output)
+                targets.append(target)
+                progress(done, len(parts))
+            metrics = {"loss": loss_sum.item() / batches.size}
+            if self._task.metrics:
+                output, target = _joined(outputs), _joined(targets)
+                metrics |= {name: self._metric(name, output, target) for name in self._task.metrics}
+        return Outcome(batches.size, metrics)
+
+    def _begin(self, model: Array, *, training: bool) -> None:
+        self._flat.load(model)
+        try:
+            self._flat.module.train(training)
+        except Exception as error:  # a user's override may raise anything
+            raise _failed("the model's train()", error) from error
+
+    def _differentiate(self, batches: Batches, positions: torch.Tensor, work: Work) -> torch.Tensor:
+        """The loss on one batch; its gradient, regularised, is in `flat.gradient`."""
+        flat = self._flat
+        inputs, target = batches.gather(positions)
+        flat.zero_gradient()
+        loss = self._loss(self._forward(inputs), target)
+        if not loss.requires_grad:
+            raise TaskError(
+                "expected a loss that depends on the model's parameters, found one without a gradient; "
+                "compute it from the output with torch, without detach(), item() or no_grad()"
+            )
+        try:
+            loss.backward()  # type: ignore[no-untyped-call]  # torch ships no annotation for it
+        except Exception as error:
+            raise _failed("the backward pass", error) from error
+        flat.collect()
+        if work.l1 or work.l2:
+            self._optimizer.regularise(flat.gradient, flat.head, l1=work.l1, l2=work.l2)
+        return loss.detach()
+
+    def _forward(self, inputs: Any) -> Any:
+        module = self._flat.module
+        try:
+            if isinstance(inputs, tuple | list):
+                return module(*inputs)
+            return module(**inputs) if isinstance(inputs, dict) else module(inputs)
+        except Exception as error:  # user code may raise anything
+            raise _failed("the model's forward", error) from error
+
+    def _loss(self, output: Any, target: Any) -> torch.Tensor:
+        try:
+            loss = self._task.loss(output, target)
+        except Exception as error:  # user code may raise anything
+            raise _failed("the task's loss", error) from error
+        if not isinstance(loss, torch.Tensor) or loss.ndim:
+            raise TaskError(
+                "expected the task's loss to be a scalar tensor, the mean over the batch; "
+                f"found {describe(loss)}"
+            )
+        return loss
+
+    def _metric(self, name: str, output: Any, target: Any) -> float:
+        try:
+            return float(self._task.metrics[name](output, target))
+        except Exception as error:  # user code may raise anything
+            raise _failed(f"the task's metric {name!r}", error) from error
+
+
+def _optimizer_of(work: Work) -> Optimizer:
+    return Optimizer(work.optimizer, work.learning_rate, work.momentum, work.beta1, work.beta2, work.epsilon)
+
+
+def _failed(where: str, error: Exception) -> TaskError:
+    return TaskError(f"{where} failed: {type(error).__name__}: {error}")
+
+
+def _joined(parts: list[Any]) -> Any:
+    """Batches as one: tensors are concatenated, tuples, lists and dicts of them element by element."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    if isinstance(first, torch.Tensor) and first.ndim:
+        return torch.cat(parts)
+    if isinstance(first, dict):
+        return {key: _joined([part[key] for part in parts]) for key in first}
+    if isinstance(first, tuple | list):
+        return [_joined(list(column)) for column in zip(*parts, strict=True)]
+    raise TaskError(f"expected outputs and targets with a batch dimension, found {describe(first)}")

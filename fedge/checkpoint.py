@@ -1,0 +1,118 @@
+"""safetensors bytes from a model and back, in the model's own names, shapes and dtypes.
+
+Bytes only: files are the shells' business. Tied tensors are written under each of their names, so
+that `load_state_dict` takes the result as it is. float64 parameters travel and are averaged as
+float32; they are widened again here.
+
+Writing is done here and not by the safetensors package, whose serialiser takes raw pointers and puts
+the metadata in random order: the same model is the same bytes. Reading is the package's.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, deserialize
+
+from fedge.errors import LayoutError
+from fedge.vector import MAX_RANK, Array, Layout, Model, Tensor
+
+_FORMAT_NAMES = {
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float64": "F64",
+    "int8": "I8",
+    "uint8": "U8",
+    "int16": "I16",
+    "int32": "I32",
+    "int64": "I64",
+    "bool": "BOOL",
+}
+_ITEM_BYTES = {dtype: 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize for dtype in _FORMAT_NAMES}
+
+
+def to_safetensors(model: Model, *, metadata: Mapping[str, str] | None = None) -> bytes:
+    """A safetensors file with every name of the model's state dict. Floats are rounded to nearest even.
+
+    **Guarantees.** The bytes are a function of the model and the metadata.
+    """
+    tensors: list[tuple[str, str, tuple[int, ...], bytes]] = []
+    for tensor, where in zip(model.layout.tensors, model.layout.slices, strict=True):
+        data = _encode(model.vector[where], tensor.dtype)
+        tensors += [(name, tensor.dtype, tensor.shape, data) for name in (tensor.name, *tensor.tied)]
+    tensors += [(each.name, each.dtype, each.shape, each.data) for each in model.layout.carried]
+    # The format's own order: wide elements first, so that each tensor is aligned; then by name.
+    tensors.sort(key=lambda each: (-_ITEM_BYTES[each[1]], each[0]))
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    offset = 0
+    for name, dtype, shape, data in tensors:
+        span = [offset, offset + len(data)]
+        header[name] = {"dtype": _FORMAT_NAMES[dtype], "shape": list(shape), "data_offsets": span}
+        offset += len(data)
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([struct.pack("<Q", len(text)), text, *(data for _, _, _, data in tensors)])
+
+
+def from_safetensors(data: bytes, layout: Layout) -> Model:
+    """The model in a safetensors file, if it has exactly the layout's names, shapes and dtypes.
+
+    The caller caps `len(data)` before it reads the file.
+
+    Raises:
+        LayoutError: the bytes are not safetensors, or a tensor is missing, unexpected or different.
+    """
+    try:
+        found = dict(deserialize(data))
+    except SafetensorError as error:
+        why = str(error)[:200]
+        raise LayoutError(f"expected a safetensors file, found bytes that are not one: {why}") from None
+    unexpected = sorted(set(found) - set(layout.names))
+    if unexpected:
+        raise LayoutError(f"expected the tensors of the run's model, found {unexpected[0][:80]!r} besides")
+    vector: Array = np.empty(layout.size, np.float32)
+    for tensor, where in zip(layout.tensors, layout.slices, strict=True):
+        entry = _entry(found, tensor.name, tensor.shape, tensor.dtype)
+        for name in tensor.tied:
+            if _entry(found, name, tensor.shape, tensor.dtype) != entry:
+                raise LayoutError(f"{name!r}: expected the values of {tensor.name!r}, with which it is tied")
+        vector[where] = _decode(entry, tensor)
+    for carried in layout.carried:
+        _entry(found, carried.name, carried.shape, carried.dtype)
+    return Model(vector, layout)
+
+
+def _entry(found: Mapping[str, dict[str, object]], name: str, shape: tuple[int, ...], dtype: str) -> bytes:
+    if name not in found:
+        raise LayoutError(f"expected a tensor named {name!r} in the checkpoint, found none")
+    entry = found[name]
+    actual = (tuple(entry["shape"]), entry["dtype"])  # type: ignore[arg-type]  # safetensors ships no types
+    if actual != (shape, _FORMAT_NAMES[dtype]):
+        wanted = f"{_FORMAT_NAMES[dtype]}{list(shape)}"
+        raise LayoutError(f"{name!r}: expected {wanted}, found {actual[1]}{list(actual[0][: MAX_RANK + 1])}")
+    return bytes(entry["data"])  # type: ignore[call-overload,no-any-return]  # see above
+
+
+def _encode(values: Array, dtype: str) -> bytes:
+    if dtype == "bfloat16":
+        return _to_bfloat16(values).tobytes()
+    return np.ascontiguousarray(values.astype(dtype)).tobytes()
+
+
+def _decode(data: bytes, tensor: Tensor) -> npt.NDArray[np.float32 | np.float16 | np.float64]:
+    if tensor.dtype == "bfloat16":
+        wide = np.frombuffer(data, np.uint16).astype(np.uint32) << np.uint32(16)
+        return wide.view(np.float32)
+    return np.frombuffer(data, tensor.dtype)
+
+
+def _to_bfloat16(values: Array) -> npt.NDArray[np.uint16]:
+    """The upper half of each float32, rounded to nearest even; NaN stays NaN."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16)

@@ -1,0 +1,121 @@
+"""The `fedge` command: finds each role's commands by entry point and loads only the one that is asked for.
+
+A role whose extras are not installed still shows up in `--help`, and says what to install.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+import click
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from fedge import __version__
+from fedge.errors import FedgeError
+
+INTERRUPTED = 130
+_GROUP = "fedge.commands"
+
+
+class _Roles(TyperGroup):
+    """Commands by entry point, loaded when they are used or listed."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(_commands())
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        entry = _commands().get(cmd_name)
+        if entry is None:
+            return None
+        try:
+            loaded = entry.load()
+        except ModuleNotFoundError as error:
+            return _missing(cmd_name, error.name or "a package")
+        command = typer.main.get_command(_as_app(loaded))
+        command.name = cmd_name
+        return command
+
+
+app = typer.Typer(
+    name="fedge",
+    cls=_Roles,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Federated learning for edge fleets. Try `fedge demo`, or `fedge new my-project`.",
+)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True),
+) -> None:
+    if version:
+        typer.echo(f"fedge {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; exit code 0 only on success, and an error is one clear message, no traceback."""
+    try:
+        code = app(standalone_mode=False)
+    except click.exceptions.Abort:
+        code = INTERRUPTED
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted")
+        code = INTERRUPTED
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except FedgeError as error:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False)
+        code = error.exit_code
+    except BrokenPipeError:
+        code = 1
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def configure_logging(*, verbose: bool = False) -> None:
+    """Log lines `time LEVEL event key=value ...` to standard error; for commands that stay running."""
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO,
+        format="%(asctime)s %(levelname)s %(message)s",
+        stream=sys.stderr,
+    )
+    logging.getLogger("grpc").setLevel(logging.ERROR)
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def _commands() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group=_GROUP)}
+
+
+def _as_app(loaded: Any) -> typer.Typer:
+    """A role offers a Typer app (a group of commands) or one function (a command)."""
+    if isinstance(loaded, typer.Typer):
+        return loaded
+    single = typer.Typer(add_completion=False)
+    single.command()(loaded)
+    return single
+
+
+def _missing(name: str, module: str) -> click.Command:
+    extra = {"torch": "torch", "sklearn": "demo", "flwr": "flower"}.get(module, "server")
+
+    def explain() -> None:
+        raise click.ClickException(f"`fedge {name}` needs {module}: pip install 'fedge[{extra}]'")
+
+    return click.Command(
+        name,
+        callback=explain,
+        help=f"(not installed: pip install 'fedge[{extra}]')",
+        context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    )

@@ -1,0 +1,94 @@
+"""Strict TOML: frozen pydantic models, and errors that name the file, the key and the nearest valid key."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from fedge.errors import ConfigError
+from fedge.files import read_capped
+
+MAX_CONFIG_BYTES = 1 << 20
+
+
+class Config(BaseModel):
+    """The base of every configuration value: frozen, strict about types, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+C = TypeVar("C", bound=Config)
+
+
+def read_toml(path: Path) -> str:
+    """The text of a TOML file of at most 1 MiB.
+
+    Raises:
+        ConfigError: it is missing, unreadable, too large or not UTF-8.
+    """
+    try:
+        return read_capped(path, max_bytes=MAX_CONFIG_BYTES).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: expected UTF-8 text: {error}") from None
+
+
+def parse_toml(text: str, kind: type[C], *, source: str) -> C:
+    """A configuration from TOML text. `source` (a file's path) begins every error message.
+
+    Raises:
+        ConfigError: the text is not TOML, or a key is unknown, missing or ill-typed.
+    """
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{source}: not valid TOML: {error}") from None
+    return build(kind, table, source=source)
+
+
+def build(kind: type[C], table: dict[str, Any], *, source: str) -> C:
+    """A configuration from a parsed table; every problem found is one line of the ConfigError."""
+    try:
+        # Lax in exactly one way: TOML has no tuple, so lists are taken for them (JSON mode does that).
+        return kind.model_validate(table, strict=None)
+    except ValidationError as error:
+        lines = [_explain(kind, dict(problem)) for problem in error.errors(include_url=False)]
+        raise ConfigError("\n".join(f"{source}: {line}" for line in lines)) from None
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """A clause that points at the valid key nearest to `name`, or lists them all."""
+    names = sorted(valid)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"valid keys: {', '.join(names)}" if names else "no keys are valid here"
+
+
+def _explain(kind: type[BaseModel], problem: dict[str, Any]) -> str:
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {key!r}; {nearest(location[-1], _keys(kind, location[:-1]))}"
+    if problem["type"] == "missing":
+        return f"expected a key {key!r}, found none"
+    if problem["type"] == "value_error":
+        message = str(problem["ctx"]["error"])
+        return f"{key}: {message}" if key else message
+    found = repr(problem["input"])
+    return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, found {found[:80]}"
+
+
+def _keys(kind: type[BaseModel], location: list[str]) -> list[str]:
+    """The valid keys of the (possibly nested) table at `location`."""
+    for part in location:
+        field = kind.model_fields.get(part)
+        inner = field.annotation if field else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return []
+        kind = inner
+    return list(kind.model_fields)

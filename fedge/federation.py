@@ -1,0 +1,340 @@
+"""The life of a run, sans-IO: rounds in order, attempts at each, evaluations between them.
+
+`step(run, event) -> (run, effects)`, with the events and effects of `fedge.round` and three more. The
+driver executes effects strictly in order: after a training `Close` the new model exists, so a `Send`
+behind it carries that model. A strategy with bounded staleness has no rounds to wait for: each update
+is accepted, closed and stepped on arrival.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from fedge import round as rounds
+from fedge.refusal import Refusal, RefusalCode
+from fedge.round import (
+    Accept,
+    Arrived,
+    Cancel,
+    Close,
+    DeadlinePassed,
+    Event,
+    Failed,
+    GiveUp,
+    Joined,
+    Left,
+    OrderId,
+    Reject,
+    Round,
+    Send,
+    StartTimer,
+    Terms,
+)
+from fedge.run import RunConfig
+from fedge.strategy import WorkKind
+
+Status = Literal["running", "done", "failed", "stopped"]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A run in numbers. `max_staleness` None: rounds; a number: each update is a step on arrival."""
+
+    rounds: int
+    kind: WorkKind
+    terms: Terms
+    seed: int = 0
+    attempts: int = 3
+    evaluate_every: int = 0
+    evaluation_clients: int = 1
+    max_staleness: int | None = None
+
+    @classmethod
+    def of(cls, run: RunConfig, *, kind: WorkKind, max_staleness: int | None) -> Plan:
+        cohort = run.cohort
+        terms = Terms(cohort.size, cohort.needed, cohort.over_select, cohort.deadline_s, cohort.wait_s)
+        return cls(
+            rounds=run.rounds,
+            kind=kind,
+            terms=terms,
+            seed=run.seed,
+            attempts=cohort.attempts,
+            evaluate_every=run.evaluation.every,
+            evaluation_clients=run.evaluation.clients or cohort.size,
+            max_staleness=max_staleness,
+        )
+
+    def evaluates(self, round: int) -> bool:
+        """Whether the model that `round` made is evaluated: every so often, and the last one."""
+        if not self.evaluate_every:
+            return False
+        return round == self.rounds or round % self.evaluate_every == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Event: the run's owner wants it to end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """Effect: the run is over; `reason` is empty if every round is done."""
+
+    status: Status
+    reason: str = ""
+
+
+RunEvent = Event | Stop
+RunEffect = rounds.Effect | Finish
+
+
+@dataclass(frozen=True, slots=True)
+class Federation:
+    """A run's state. `committed` rounds are done; `training` and `evaluation` are the open ones.
+
+    `at_work` is used by runs without rounds: who is computing on the model of which round; `resting`
+    are those that failed and are asked again after the next step.
+    `owed` is a round whose model is to be evaluated as soon as the evaluation before it is over.
+    """
+
+    plan: Plan
+    status: Status = "running"
+    committed: int = 0
+    clients: frozenset[str] = frozenset()
+    training: Round | None = None
+    evaluation: Round | None = None
+    previous: Round | None = None
+    at_work: frozenset[tuple[str, int]] = frozenset()
+    resting: frozenset[str] = frozenset()
+    owed: int = 0
+    reason: str = ""
+
+    @property
+    def waiting_for(self) -> str:
+        """Why nothing moves, in words; empty while something does."""
+        if self.status != "running":
+            return self.reason
+        if self.training is not None and self.training.phase == "waiting":
+            return f"waiting for clients: {self.training.present} of {self.training.terms.quorum} are ready"
+        if self.plan.max_staleness is not None and not self.at_work and not self.evaluation:
+            return "waiting for clients: none is at work"
+        return ""
+
+
+RunStep = tuple[Federation, tuple[RunEffect, ...]]
+
+
+def begin(plan: Plan, clients: frozenset[str] = frozenset()) -> RunStep:
+    """A run's first step: open (or wait for) its first round."""
+    return _next_round(Federation(plan, clients=clients))
+
+
+def step(run: Federation, event: RunEvent) -> RunStep:
+    """One transition. After the end, only a late update still gets an answer."""
+    if run.status != "running":
+        if isinstance(event, Arrived):
+            refusal = Refusal(RefusalCode.RUN_ENDED, "the run is over")
+            return run, (Reject(event.client, event.order, refusal),)
+        return run, ()
+    match event:
+        case Stop():
+            return _end(run, "stopped", "stopped by its owner")
+        case Joined(client):
+            run = replace(run, clients=run.clients | {client})
+            return _everywhere(run, event)
+        case Left(client):
+            run = replace(run, clients=run.clients - {client})
+            return _everywhere(run, event)
+        case Arrived(_, order) | Failed(_, order, _) | DeadlinePassed(order, _):
+            if run.evaluation is not None and order == run.evaluation.order:
+                return _in_evaluation(run, event)
+            if run.plan.max_staleness is not None and order.kind != "evaluate":
+                return _on_arrival(run, event)
+            if run.training is not None and order == run.training.order:
+                return _in_training(run, event)
+            return run, _answer_old(run, event)
+
+
+def fail(run: Federation, reason: str) -> RunStep:
+    """End the run because its driver cannot go on."""
+    return _end(run, "failed", reason)
+
+
+def _everywhere(run: Federation, event: Joined | Left) -> RunStep:
+    """A client came or went: both open rounds, or the stream of arrivals, hear of it."""
+    effects: tuple[RunEffect, ...] = ()
+    if run.evaluation is not None:
+        run, effects = _in_evaluation(run, event)
+    if run.status != "running":
+        return run, effects
+    if run.plan.max_staleness is not None:
+        run, more = _on_arrival(run, event)
+    elif run.training is not None:
+        run, more = _in_training(run, event)
+    else:
+        return run, effects
+    return run, (*effects, *more)
+
+
+def _in_training(run: Federation, event: Event) -> RunStep:
+    assert run.training is not None  # the callers have looked
+    round, effects = rounds.step(run.training, event)
+    run = replace(run, training=round)
+    if round.phase == "closed":
+        run = replace(run, committed=round.order.round, training=None, previous=round)
+        run, more = _after_commit(run)
+        return run, (*effects, *more)
+    if round.phase == "abandoned":
+        give_up = effects[-1]
+        assert isinstance(give_up, GiveUp)  # the only way to abandon a round
+        waited = run.training is not None and event == DeadlinePassed(round.order, "waiting")
+        if waited or round.order.attempt >= run.plan.attempts:
+            run, more = _end(run, "failed", f"round {round.order.round}: {give_up.reason}")
+        else:
+            run, more = _next_round(replace(run, previous=round), attempt=round.order.attempt + 1)
+        return run, (*effects, *more)
+    return run, effects
+
+
+def _in_evaluation(run: Federation, event: Event) -> RunStep:
+    assert run.evaluation is not None  # the callers have looked
+    round, effects = rounds.step(run.evaluation, event)
+    if round.phase in ("waiting", "open"):
+        return replace(run, evaluation=round), effects
+    # Nobody to evaluate, or not in time: the run goes on without these numbers.
+    run = replace(run, evaluation=None, previous=round)
+    run, more = _after_evaluation(run)
+    return run, (*effects, *more)
+
+
+def _after_commit(run: Federation) -> RunStep:
+    if run.plan.evaluates(run.committed):
+        if run.evaluation is not None:
+            run = replace(run, owed=run.committed)
+        elif run.clients:
+            return _evaluate(run)
+    return _after_evaluation(run) if run.evaluation is None else (run, ())
+
+
+def _evaluate(run: Federation) -> RunStep:
+    terms = Terms(
+        size=run.plan.evaluation_clients,
+        quorum=1,
+        deadline_s=run.plan.terms.deadline_s,
+        wait_s=run.plan.terms.deadline_s,
+    )
+    order = OrderId("evaluate", run.committed)
+    round, effects = rounds.open_round(order, terms, run.clients, seed=run.plan.seed)
+    return replace(run, evaluation=round, owed=0), effects
+
+
+def _after_evaluation(run: Federation) -> RunStep:
+    if run.owed and run.clients:
+        return _evaluate(run)
+    if run.committed >= run.plan.rounds:
+        return _end(run, "done", "")
+    if run.plan.max_staleness is None and run.training is None:
+        return _next_round(run)
+    return run, ()
+
+
+def _next_round(run: Federation, *, attempt: int = 1) -> RunStep:
+    order = OrderId(run.plan.kind, run.committed + 1, attempt)
+    if run.plan.max_staleness is not None:
+        return _put_to_work(run, run.clients)
+    round, effects = rounds.open_round(order, run.plan.terms, run.clients, seed=run.plan.seed)
+    return replace(run, training=round), effects
+
+
+def _end(run: Federation, status: Status, reason: str) -> RunStep:
+    cancels: list[RunEffect] = []
+    for round in (run.training, run.evaluation):
+        if round is not None:
+            cancels += [Cancel(client, round.order) for client in sorted(round.pending)]
+    cancels += [Cancel(client, OrderId(run.plan.kind, at)) for client, at in sorted(run.at_work)]
+    ended = replace(
+        run, status=status, reason=reason, training=None, evaluation=None, at_work=frozenset(), owed=0
+    )
+    return ended, (*cancels, Finish(status, reason))
+
+
+def _answer_old(run: Federation, event: Event) -> tuple[RunEffect, ...]:
+    """An event for a round that is not open: only an update wants an answer."""
+    if not isinstance(event, Arrived):
+        return ()
+    if run.previous is not None and event.order == run.previous.order:
+        return rounds.step(run.previous, event)[1]
+    if event.order.round > run.committed:
+        refusal = Refusal(RefusalCode.NOT_ASKED, f"no {event.order} was given")
+    else:
+        refusal = Refusal(RefusalCode.LATE, f"the {event.order} is over; round {run.committed + 1} is open")
+    return (Reject(event.client, event.order, refusal),)
+
+
+# Runs without rounds: every update is a step.
+
+
+def _put_to_work(run: Federation, clients: frozenset[str]) -> RunStep:
+    """Send the current model's order to each of `clients`, and start the clock of its progress."""
+    order = OrderId(run.plan.kind, run.committed + 1)
+    run = replace(run, at_work=run.at_work | {(client, order.round) for client in clients})
+    sends: tuple[RunEffect, ...] = tuple(Send(client, order) for client in sorted(clients))
+    seconds = run.plan.terms.deadline_s if run.at_work else run.plan.terms.wait_s
+    return run, (*sends, StartTimer(order, "open", seconds))
+
+
+def _on_arrival(run: Federation, event: Event) -> RunStep:
+    match event:
+        case Joined(client):
+            busy = any(worker == client for worker, _ in run.at_work)
+            if busy or run.committed >= run.plan.rounds:
+                return run, ()
+            return _put_to_work(run, frozenset({client}))
+        case Left(client):
+            return replace(run, at_work=_without(run, client), resting=run.resting - {client}), ()
+        case Failed(client, order, refusal):
+            if (client, order.round) not in run.at_work:
+                return run, ()
+            run = replace(run, at_work=_without(run, client), resting=run.resting | {client})
+            if run.at_work:
+                return run, ()
+            return _end(run, "failed", f"every client failed; the last one said: {refusal}")
+        case DeadlinePassed(order, _):
+            if order.round != run.committed + 1 or run.committed >= run.plan.rounds:
+                return run, ()  # there was progress since that timer was started
+            return _end(run, "failed", f"no update in time for round {order.round}")
+        case Arrived(client, order):
+            return _apply(run, client, order)
+
+
+def _apply(run: Federation, client: str, order: OrderId) -> RunStep:
+    if (client, order.round) not in run.at_work:
+        code = RefusalCode.LATE if run.committed >= run.plan.rounds else RefusalCode.NOT_ASKED
+        refusal = Refusal(code, f"this client is not at work on the {order}")
+        return run, (Reject(client, order, refusal),)
+    assert run.plan.max_staleness is not None  # only such runs come here
+    run = replace(run, at_work=_without(run, client))
+    staleness = run.committed + 1 - order.round
+    if staleness > run.plan.max_staleness:
+        refusal = Refusal(
+            RefusalCode.STALE,
+            f"the model moved {staleness} steps since this gradient's; at most {run.plan.max_staleness} count",
+        )
+        run, more = _put_to_work(run, frozenset({client}))
+        return run, (Reject(client, order, refusal), *more)
+    done = OrderId(run.plan.kind, run.committed + 1)
+    run = replace(run, committed=run.committed + 1)
+    effects: tuple[RunEffect, ...] = (Accept(client, order, staleness), Close(done, (client,)))
+    if run.committed < run.plan.rounds:
+        free = (frozenset({client}) | run.resting) & run.clients
+        run, more = _put_to_work(replace(run, resting=frozenset()), free)
+    else:
+        more = tuple(Cancel(other, OrderId(run.plan.kind, at)) for other, at in sorted(run.at_work))
+        run = replace(run, at_work=frozenset())
+    run, rest = _after_commit(run)
+    return run, (*effects, *more, *rest)
+
+
+def _without(run: Federation, client: str) -> frozenset[tuple[str, int]]:
+    return frozenset(pair for pair in run.at_work if pair[0] != client)

@@ -1,0 +1,76 @@
+"""Small, careful file work that every shell needs: capped reads, private and atomic writes."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from fedge.errors import ConfigError
+
+
+def read_capped(path: Path, *, max_bytes: int) -> bytes:
+    """The bytes of a regular file, refused by size before they are read.
+
+    Raises:
+        ConfigError: it is missing, not a file, unreadable or larger than `max_bytes`.
+    """
+    try:
+        size = path.stat().st_size
+        if not path.is_file():
+            raise ConfigError(f"{path}: expected a file, found something else")
+        if size > max_bytes:
+            raise ConfigError(f"{path}: expected at most {max_bytes} bytes, found {size}")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: expected a file, found none") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def write_private(path: Path, data: bytes | str) -> None:
+    """Write a file that only its owner can read (0600), all or nothing, durable when it returns.
+
+    Raises:
+        ConfigError: the folder is missing, read-only or full.
+    """
+    _write(path, data.encode() if isinstance(data, str) else data, mode=0o600)
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """As `write_private`, with the permissions that the user's umask gives."""
+    umask = os.umask(0)
+    os.umask(umask)
+    _write(path, data.encode() if isinstance(data, str) else data, mode=0o666 & ~umask)
+
+
+def private_folder(path: Path) -> Path:
+    """Make `path` (and its parents) a folder that only its owner can enter (0700), and return it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path.chmod(0o700)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot make a private folder there: {error.strerror}") from None
+    return path
+
+
+def _write(path: Path, data: bytes, *, mode: int) -> None:
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fchmod(file.fileno(), mode)
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None

@@ -1,0 +1,374 @@
+"""The life of one round, sans-IO: `step(round, event) -> (round, effects)`.
+
+No clock, no socket, no randomness: time arrives as `DeadlinePassed`, and who is asked follows from a
+keyed hash of the seed. The coordinator and the simulator drive this same machine.
+
+    waiting   too few clients are here yet          (owner of the wait: a timer of `wait_s`)
+    open      a cohort has its orders               (a timer of `deadline_s`)
+    closed    enough updates were accepted          (final)
+    abandoned it could not be completed             (final)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from fedge.refusal import Refusal, RefusalCode
+from fedge.strategy import WorkKind
+
+Phase = Literal["waiting", "open", "closed", "abandoned"]
+
+
+@dataclass(frozen=True, slots=True)
+class OrderId:
+    """Which order: of what kind, of which round (from 1), and which attempt at it (from 1)."""
+
+    kind: WorkKind
+    round: int
+    attempt: int = 1
+
+    def __str__(self) -> str:
+        again = f" (attempt {self.attempt})" if self.attempt > 1 else ""
+        return f"{self.kind} order of round {self.round}{again}"
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """How many are asked, how many are enough, how long they have.
+
+    `ceil(size * over_select)` clients are asked. The round closes when `size` updates are in, or when
+    nobody is left to wait for or the deadline passes with at least `quorum`.
+    """
+
+    size: int
+    quorum: int
+    over_select: float = 1.0
+    deadline_s: float = 600.0
+    wait_s: float = 3600.0
+
+    @property
+    def asked(self) -> int:
+        return math.ceil(self.size * self.over_select)
+
+
+# Events: what happened.
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """A client is connected and ready for this run; after a lost link, again."""
+
+    client: str
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """A client's link is gone."""
+
+    client: str
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """A complete, well-formed update is here."""
+
+    client: str
+    order: OrderId
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A client says that it cannot do this order, or what it sent was refused."""
+
+    client: str
+    order: OrderId
+    refusal: Refusal
+
+
+@dataclass(frozen=True, slots=True)
+class DeadlinePassed:
+    """The timer that `StartTimer` asked for has run out."""
+
+    order: OrderId
+    phase: Phase
+
+
+Event = Joined | Left | Arrived | Failed | DeadlinePassed
+
+
+# Effects: what the driver is to do, in this order.
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send the order, with the current model, to the client."""
+
+    client: str
+    order: OrderId
+
+
+@dataclass(frozen=True, slots=True)
+class Accept:
+    """Fold the client's update into the aggregate and tell it so."""
+
+    client: str
+    order: OrderId
+    staleness: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """Tell the client that its update does not count, and why."""
+
+    client: str
+    order: OrderId
+    refusal: Refusal
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Tell the client that its work on the order is no longer wanted."""
+
+    client: str
+    order: OrderId
+
+
+@dataclass(frozen=True, slots=True)
+class StartTimer:
+    """Feed `DeadlinePassed(order, phase)` back after so many seconds; a new timer replaces its equal."""
+
+    order: OrderId
+    phase: Phase
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """Everything accepted is in: finish the aggregate, and for training make the strategy's step."""
+
+    order: OrderId
+    clients: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """The round is abandoned; drop what was folded."""
+
+    order: OrderId
+    reason: str
+
+
+Effect = Send | Accept | Reject | Cancel | StartTimer | Close | GiveUp
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One round's state. A client is in at most one of pending, accepted, lost and failed.
+
+    `candidates` are ranked by a keyed hash; those before `cursor` were asked or had left by then.
+    """
+
+    order: OrderId
+    terms: Terms
+    seed: int
+    phase: Phase = "waiting"
+    candidates: tuple[str, ...] = ()
+    cursor: int = 0
+    away: frozenset[str] = frozenset()
+    pending: frozenset[str] = frozenset()
+    accepted: frozenset[str] = frozenset()
+    lost: frozenset[str] = frozenset()
+    failed: frozenset[str] = frozenset()
+    last_refusal: Refusal | None = None
+
+    @property
+    def present(self) -> int:
+        """Clients that are here and could be asked."""
+        return len(self.candidates) - self.cursor - len(self.away)
+
+
+Step = tuple[Round, tuple[Effect, ...]]
+
+
+def open_round(order: OrderId, terms: Terms, clients: Collection[str], *, seed: int) -> Step:
+    """Begin a round among `clients`: it opens at once if they are enough, else it waits for more."""
+    ranked = tuple(sorted(clients, key=lambda client: rank(seed, order, client)))
+    waiting = Round(order, terms, seed, candidates=ranked)
+    if waiting.present >= terms.quorum:
+        return _open(waiting)
+    return waiting, (StartTimer(order, "waiting", terms.wait_s),)
+
+
+def rank(seed: int, order: OrderId, client: str) -> bytes:
+    """A client's place in the draw: a hash keyed by seed and order, so that anybody can recompute it."""
+    text = f"{seed}\0{order.kind}\0{order.round}\0{order.attempt}\0{client}"
+    return hashlib.sha256(text.encode()).digest()
+
+
+def step(round: Round, event: Event) -> Step:
+    """The table of transitions: (phase, event) -> what happens. Pairs not in it change nothing."""
+    transition = _TABLE.get((round.phase, type(event)))
+    return transition(round, event) if transition else (round, ())
+
+
+def _open(round: Round) -> Step:
+    round = replace(round, phase="open")
+    round, sends = _ask(round)
+    return round, (*sends, StartTimer(round.order, "open", round.terms.deadline_s))
+
+
+def _ask(round: Round) -> Step:
+    """Ask candidates, best rank first, until as many are at work or done as the terms want."""
+    wanted = round.terms.asked - len(round.pending) - len(round.accepted)
+    chosen: list[str] = []
+    cursor, away = round.cursor, round.away
+    while cursor < len(round.candidates) and len(chosen) < wanted:
+        client = round.candidates[cursor]
+        cursor += 1
+        if client in away:
+            away = away - {client}
+        else:
+            chosen.append(client)
+    if not chosen:
+        return round, ()
+    asked = replace(round, cursor=cursor, away=away, pending=round.pending | frozenset(chosen))
+    return asked, tuple(Send(client, round.order) for client in chosen)
+
+
+def _joined(round: Round, event: Joined) -> Step:
+    client = event.client
+    if client in round.lost:
+        back = replace(round, lost=round.lost - {client}, pending=round.pending | {client})
+        return back, (Send(client, round.order),)
+    if client in round.away:
+        round = replace(round, away=round.away - {client})
+    elif client in round.candidates:
+        return round, ()
+    else:
+        round = replace(round, candidates=(*round.candidates, client))
+    if round.phase == "open":
+        return _ask(round)
+    if round.present < round.terms.quorum:
+        return round, ()
+    ranked = tuple(sorted(round.candidates, key=lambda name: rank(round.seed, round.order, name)))
+    return _open(replace(round, candidates=ranked))
+
+
+def _left(round: Round, event: Left) -> Step:
+    client = event.client
+    if client in round.pending:
+        lost = replace(round, pending=round.pending - {client}, lost=round.lost | {client})
+        return _settle(lost)
+    if client in round.candidates[round.cursor :]:
+        return _settle(replace(round, away=round.away | {client}))
+    return round, ()
+
+
+def _arrived(round: Round, event: Arrived) -> Step:
+    client = event.client
+    if client in round.accepted:
+        refusal = Refusal(RefusalCode.DUPLICATE, f"this client's update for the {round.order} was accepted")
+        return round, (Reject(client, round.order, refusal),)
+    if client not in round.pending and client not in round.lost:
+        return round, (Reject(client, round.order, _not_asked(round.order)),)
+    accepted = replace(
+        round,
+        pending=round.pending - {client},
+        lost=round.lost - {client},
+        accepted=round.accepted | {client},
+    )
+    settled, effects = _settle(accepted)
+    return settled, (Accept(client, round.order), *effects)
+
+
+def _failed(round: Round, event: Failed) -> Step:
+    client = event.client
+    if client not in round.pending and client not in round.lost:
+        return round, ()
+    failed = replace(
+        round,
+        pending=round.pending - {client},
+        lost=round.lost - {client},
+        failed=round.failed | {client},
+        last_refusal=event.refusal,
+    )
+    return _settle(failed)
+
+
+def _settle(round: Round) -> Step:
+    """After a change: replace who is lost, and close or give up if the outcome is known."""
+    if round.phase != "open":
+        return round, ()
+    if len(round.accepted) >= round.terms.size:
+        return _close(round)
+    round, sends = _ask(round)
+    if round.pending:
+        return round, sends
+    if len(round.accepted) >= round.terms.quorum:
+        return _close(round)
+    if len(round.accepted) + len(round.lost) >= round.terms.quorum:
+        return round, sends  # those who were cut off may come back before the deadline
+    why = f"; the last one said: {round.last_refusal}" if round.last_refusal else ""
+    reason = (
+        f"{len(round.accepted)} of at least {round.terms.quorum} updates, "
+        f"{len(round.failed)} clients failed and nobody else is here{why}"
+    )
+    return replace(round, phase="abandoned"), (GiveUp(round.order, reason),)
+
+
+def _close(round: Round) -> Step:
+    effects: list[Effect] = [Cancel(client, round.order) for client in sorted(round.pending)]
+    effects.append(Close(round.order, tuple(sorted(round.accepted))))
+    return replace(round, phase="closed"), tuple(effects)
+
+
+def _late(round: Round, event: Arrived) -> Step:
+    if event.client in round.accepted:
+        return _arrived(round, event)
+    asked = event.client in round.pending | round.lost | round.failed
+    refusal = _too_late(round.order) if asked else _not_asked(round.order)
+    return round, (Reject(event.client, round.order, refusal),)
+
+
+def _deadline(round: Round, event: DeadlinePassed) -> Step:
+    if event.phase != round.phase:
+        return round, ()  # the timer of an earlier phase
+    if len(round.accepted) >= round.terms.quorum:
+        return _close(round)
+    cancels = tuple(Cancel(client, round.order) for client in sorted(round.pending))
+    if round.phase == "waiting":
+        reason = f"{round.present} of at least {round.terms.quorum} clients after {round.terms.wait_s:g} s"
+    else:
+        reason = (
+            f"{len(round.accepted)} of at least {round.terms.quorum} updates "
+            f"after {round.terms.deadline_s:g} s"
+        )
+    return replace(round, phase="abandoned"), (*cancels, GiveUp(round.order, reason))
+
+
+def _too_late(order: OrderId) -> Refusal:
+    return Refusal(RefusalCode.LATE, f"the {order} was complete or given up before this update arrived")
+
+
+def _not_asked(order: OrderId) -> Refusal:
+    return Refusal(RefusalCode.NOT_ASKED, f"this client was not asked for the {order}")
+
+
+# Each transition takes the event type of its own key, which a dict's type cannot say: hence Any.
+_TABLE: dict[tuple[Phase, type[Event]], Callable[[Round, Any], Step]] = {
+    ("waiting", Joined): _joined,
+    ("waiting", Left): _left,
+    ("waiting", Arrived): _arrived,
+    ("waiting", DeadlinePassed): _deadline,
+    ("open", Joined): _joined,
+    ("open", Left): _left,
+    ("open", Arrived): _arrived,
+    ("open", Failed): _failed,
+    ("open", DeadlinePassed): _deadline,
+    ("closed", Arrived): _late,
+    ("abandoned", Arrived): _late,
+}

@@ -1,0 +1,164 @@
+"""RunConfig: the parsed run.toml. One file describes a run for `fedge simulate` and `fedge run submit`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from fedge.config import Config, parse_toml, read_toml
+
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Positive = Annotated[float, Field(gt=0, strict=False)]
+NonNegative = Annotated[float, Field(ge=0, strict=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1, strict=False)]
+
+
+class StrategyConfig(BaseModel):
+    """`[strategy]`: a name, and any field of the strategy it names (checked when it is loaded)."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
+
+    name: Annotated[str, Field(min_length=1, max_length=200)] = "fedavg"
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Work(Config):
+    """`[work]`: what a client does in a round. Gradient strategies use all but `epochs` and `steps`."""
+
+    epochs: Count | None = None
+    steps: Count | None = None
+    batch_size: Count | Literal["full"] = 32
+    optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
+    learning_rate: Positive = 0.05
+    momentum: Fraction = 0.9
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.999
+    epsilon: Positive = 1e-8
+    l1: NonNegative = 0.0
+    l2: NonNegative = 0.0
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Work:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("expected epochs or steps, found both: leave one out")
+        return self
+
+
+class Cohort(Config):
+    """`[cohort]`: who takes part in a round. `size` updates are the goal, `quorum` are enough."""
+
+    size: Count = 10
+    quorum: Count | None = None
+    over_select: Annotated[float, Field(ge=1, le=10, strict=False)] = 1.0
+    deadline_s: Positive = 600.0
+    attempts: Annotated[int, Field(ge=1, le=100)] = 3
+    wait_s: Positive = 3600.0
+
+    @model_validator(mode="after")
+    def _reachable(self) -> Cohort:
+        if self.quorum is not None and self.quorum > self.size:
+            raise ValueError(f"quorum: expected at most size = {self.size}, found {self.quorum}")
+        return self
+
+    @property
+    def needed(self) -> int:
+        """Updates without which a round does not count; all of `size` unless a quorum is given."""
+        return self.quorum if self.quorum is not None else self.size
+
+
+class Evaluation(Config):
+    """`[evaluation]`: the model is judged on the sites' own test sets every `every` rounds (0: never)."""
+
+    every: Annotated[int, Field(ge=0)] = 1
+    clients: Count | None = None
+
+
+class Privacy(Config):
+    """`[privacy]`. This version protects nothing by noise, and says so instead of ignoring the wish."""
+
+    unit: Literal["none", "example", "client"] = "example"
+    epsilon: Positive | None = None
+    delta: Annotated[float, Field(gt=0, lt=1, strict=False)] | None = None
+    clip: Positive | None = None
+
+    @model_validator(mode="after")
+    def _available(self) -> Privacy:
+        if self.unit != "none":
+            raise ValueError(
+                f"unit: {self.unit!r} differential privacy is not in this version; "
+                "a run without it must say unit = \"none\""
+            )
+        if self.epsilon is not None or self.delta is not None:
+            raise ValueError('epsilon and delta promise a guarantee that unit = "none" does not give')
+        return self
+
+
+class SecureAggregation(Config):
+    """`[secure_aggregation]`. Not in this version: a run that asks for it is refused, never downgraded."""
+
+    enabled: bool = False
+    threshold: Annotated[float, Field(gt=0.5, le=1, strict=False)] | None = None
+
+    @model_validator(mode="after")
+    def _available(self) -> SecureAggregation:
+        if self.enabled:
+            raise ValueError("enabled: secure aggregation is not in this version; set it to false to run without")
+        return self
+
+
+class Compression(Config):
+    """`[compression]`: only `none` in this version."""
+
+    kind: Literal["none"] = "none"
+
+
+class Simulation(Config):
+    """`[simulation]`: how `fedge simulate` makes clients; a deployment ignores it.
+
+    `partition = "task"` lets the task's `data(site)` divide the data by `site.index` of `site.count`;
+    "iid" and "dirichlet" divide the one data set that the task gives for index 0 of 1.
+    """
+
+    clients: Count = 10
+    partition: Literal["task", "iid", "dirichlet"] = "task"
+    alpha: Positive = 0.5
+
+
+class RunConfig(Config):
+    """A run, from start to finish: the parsed and checked run.toml."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
+    task: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", max_length=200)]
+    rounds: Count
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    strategy: StrategyConfig = StrategyConfig()
+    work: Work = Work()
+    cohort: Cohort = Cohort()
+    evaluation: Evaluation = Evaluation()
+    privacy: Privacy = Privacy(unit="none")
+    secure_aggregation: SecureAggregation = SecureAggregation()
+    compression: Compression = Compression()
+    simulation: Simulation = Simulation()
+
+    def notes(self) -> list[str]:
+        """What the owner of this run should know before it starts; printed, never acted upon."""
+        notes = []
+        if self.strategy.name in ("mirrored_sgd", "sgd") and (self.work.epochs or self.work.steps):
+            notes.append(
+                f"{self.strategy.name} computes one gradient a round: [work] epochs and steps do not apply"
+            )
+        return notes
+
+    @classmethod
+    def load(cls, path: Path) -> RunConfig:
+        """Read and check a run.toml.
+
+        Raises:
+            ConfigError: naming the file, the key and the nearest valid key.
+        """
+        return parse_toml(read_toml(path), cls, source=str(path))

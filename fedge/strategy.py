@@ -1,0 +1,150 @@
+"""The Strategy protocol: what an algorithm decides, as a frozen value with three pure methods.
+
+Who takes part, how updates travel and how they are combined is not a strategy's business. Ours are
+found by the same entry point (`fedge.strategies`) as anybody's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Collection
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any, Literal, Protocol, TypeVar, cast, runtime_checkable
+
+from pydantic import TypeAdapter, ValidationError
+
+from fedge.config import nearest
+from fedge.errors import ConfigError
+from fedge.optimizer import Optimizer, Slots
+from fedge.pipeline import Aggregate, Reduction
+from fedge.run import StrategyConfig, Work
+from fedge.vector import Array, Model
+
+WorkKind = Literal["train", "gradient", "evaluate"]
+
+
+@dataclass(frozen=True, eq=False)
+class Advance:
+    """How a client that holds the previous model reaches this one without being sent it.
+
+    Its mirror applies `optimizer` with its own slots to `gradient`, the mean that made this model.
+    """
+
+    gradient: Array
+    optimizer: Optimizer
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """What a client is asked to do with the model: local training, or a gradient.
+
+    `optimizer` is set for strategies with mirrors; `slots` is then the optimiser's state that goes with
+    the model to a client that has no mirror, and `advance` the short way for one that has.
+    """
+
+    kind: WorkKind
+    optimizer: Optimizer | None = None
+    slots: Slots | None = None
+    advance: Advance | None = None
+
+
+class State(Protocol):
+    """Whatever a strategy remembers; `model` is the current flat vector, float32[n]."""
+
+    @property
+    def model(self) -> Array: ...
+
+
+S = TypeVar("S", bound=State)
+
+
+@runtime_checkable
+class Strategy(Protocol[S]):
+    """An algorithm. `init`, `order` and `step` are pure; `reduction` says how updates are combined.
+
+    `max_staleness` None: rounds, in which a cohort's updates make one step. A number: every update is
+    a step of its own, applied on arrival, and refused when the model has moved further since.
+    """
+
+    @property
+    def reduction(self) -> Reduction: ...
+
+    @property
+    def max_staleness(self) -> int | None: ...
+
+    def init(self, model: Model) -> S: ...
+
+    def order(self, state: S, round: int) -> Order: ...
+
+    def step(self, state: S, aggregate: Aggregate) -> S: ...
+
+
+AnyStrategy = Strategy[Any]
+
+
+def load_strategy(
+    config: StrategyConfig, work: Work, *, allowed: Collection[str] | None = None
+) -> AnyStrategy:
+    """The strategy that `[strategy]` names, with its fields checked.
+
+    A name is that of an installed strategy ("fedavg") or `package.module:Attribute`. `allowed` limits
+    the latter: a coordinator imports only what its own operator listed, never what a peer names.
+    Fields of the strategy that `[strategy]` leaves out and `[work]` sets (such as `learning_rate`) are
+    taken from there, so that changing the algorithm is changing one name.
+
+    Raises:
+        ConfigError: an unknown name, an unknown or ill-typed field.
+    """
+    kind = _find(config.name, allowed)
+    fields = {field.name for field in dataclasses.fields(kind)}
+    for name in config.fields:
+        if name not in fields:
+            raise ConfigError(f"unknown key 'strategy.{name}' for {config.name!r}; {nearest(name, fields)}")
+    inherited = {
+        name: getattr(work, name)
+        for name in work.model_fields_set & fields
+        if getattr(work, name) is not None
+    }
+    try:
+        strategy = TypeAdapter(kind).validate_python({**inherited, **config.fields})
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        key = ".".join(["strategy", *(str(part) for part in problem["loc"])])
+        raise ConfigError(f"{key}: {problem['msg']}, found {problem['input']!r}") from None
+    return cast(AnyStrategy, strategy)
+
+
+def installed_strategies() -> list[str]:
+    """Names of the strategies that are installed here."""
+    return sorted({entry.name for entry in entry_points(group="fedge.strategies")})
+
+
+def _find(name: str, allowed: Collection[str] | None) -> type[Any]:
+    for entry in entry_points(group="fedge.strategies", name=name):
+        return _checked(name, entry.load())
+    if ":" not in name:
+        raise ConfigError(f"unknown strategy {name!r}; {nearest(name, installed_strategies())}")
+    if allowed is not None and name not in allowed:
+        raise ConfigError(
+            f"strategy {name!r} is not one that this coordinator may import: its operator adds it to "
+            "`strategies` in server.toml"
+        )
+    module, _, attribute = name.partition(":")
+    try:
+        return _checked(name, getattr(importlib.import_module(module), attribute))
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"cannot import strategy {name!r}: {error}") from None
+
+
+def _checked(name: str, found: Any) -> type[Any]:
+    methods = ("init", "order", "step", "reduction", "max_staleness")
+    if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
+        raise ConfigError(f"expected strategy {name!r} to be a frozen dataclass, found {found!r}")
+    missing = [method for method in methods if not hasattr(found, method)]
+    if missing:
+        raise ConfigError(f"strategy {name!r} has no {missing[0]!r}: see fedge.strategy.Strategy")
+    return found
+
+

@@ -1,0 +1,101 @@
+"""What a user writes: a Task. What it is told about where it runs: a Site.
+
+A task names functions of the user's own code; it is imported where the data is (in the worker of a
+site, or in the simulator) and never crosses the wire.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Protocol, cast
+
+from fedge.errors import ConfigError, TaskError
+from fedge.vector import Model
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One data holder, as the task sees it.
+
+    `config` is the `[data]` table of client.toml. In a simulation `index` (0-based) and `count` say
+    which of how many simulated clients this is; on a device both are None.
+    """
+
+    name: str
+    config: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    index: int | None = None
+    count: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What is trained, on what, and how it is judged.
+
+    Attributes:
+        model: makes a fresh model (a `torch.nn.Module`); called under the run's seed.
+        data: `(train, test)` for a site: map-style datasets of `(input, target)` pairs.
+        loss: `(output, target) -> scalar`, the mean over the batch.
+        metrics: name -> `(output, target) -> scalar`, called once with the whole test set.
+    """
+
+    model: Callable[[], Any]
+    data: Callable[[Site], tuple[Any, Any]]
+    loss: Callable[[Any, Any], Any]
+    metrics: Mapping[str, Callable[[Any, Any], Any]] = field(default_factory=dict)
+
+
+class Framework(Protocol):
+    """What the core asks of a training framework, found by entry point (`fedge.frameworks`)."""
+
+    def initial_model(self, task: Task, *, seed: int) -> Model:
+        """The task's model with freshly seeded values, as a flat vector and its layout."""
+        ...
+
+
+def load_task(name: str, *, path: Path | None = None) -> Task:
+    """Import a task by its `package.module:attribute` name.
+
+    `path` is a folder that is searched first, beside the usual import path. This runs user code:
+    call it only where the site's owner allowed that name.
+
+    Raises:
+        TaskError: the name is malformed, the import fails, or what it names is not a Task.
+    """
+    module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute:
+        raise TaskError(f"expected a task named 'module:attribute', found {name!r}")
+    if path is not None:
+        if not path.is_dir():
+            raise TaskError(f"expected the folder of the task's code at {path}, found none")
+        if str(path) not in sys.path:
+            sys.path.insert(0, str(path))
+    try:
+        found = getattr(importlib.import_module(module_name), attribute)
+    except Exception as error:  # user code may raise anything while it is imported
+        where = f" (searched {path} first)" if path else ""
+        raise TaskError(f"cannot import task {name!r}{where}: {type(error).__name__}: {error}") from error
+    if not isinstance(found, Task):
+        raise TaskError(f"expected {name!r} to be a fedge.Task, found a {type(found).__name__}")
+    return found
+
+
+def load_framework(name: str = "torch") -> Framework:
+    """The framework that trains tasks, without importing the role that ships it by name.
+
+    Raises:
+        ConfigError: it is not installed; the message says what to install.
+    """
+    for entry in entry_points(group="fedge.frameworks", name=name):
+        try:
+            return cast(Framework, entry.load())
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"this command builds a model and needs {error.name}: pip install 'fedge[{name}]'"
+            ) from error
+    raise ConfigError(f"no training framework named {name!r} is installed: pip install 'fedge[torch]'")

@@ -1,0 +1,200 @@
+"""The service that operators call: submit, follow, stop and export runs; see and revoke sites."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+
+import numpy as np
+
+from fedge.config import parse_toml
+from fedge.errors import ConfigError, FedgeError, RemoteProtocolError
+from fedge.run import RunConfig
+from fedge.vector import Layout, Model, digest_of
+from fedge.wire import fedge_pb2 as pb
+from fedge.wire import fedge_pb2_grpc as services
+from fedge.wire.codec import check_blob, decode_layout, encode_layout, encode_metrics, encode_refusal
+from fedge.wire.limits import CHUNK_BYTES, check_size
+from fedge_server.callers import Context, answering, caller, refuse
+from fedge_server.coordinator import Coordinator
+from fedge_server.driver import RunDriver
+from fedge_server.history import Row
+from fedge_server.identity import Authority
+
+log = logging.getLogger(__name__)
+
+MAX_RUN_TOML_BYTES = 1 << 20
+MESSAGE_WAIT_S = 120.0
+
+
+class AdminService(services.AdminServicer):
+    """What the holder of an admin credential may call."""
+
+    def __init__(self, coordinator: Coordinator, authority: Authority) -> None:
+        self._coordinator = coordinator
+        self._authority = authority
+
+    @answering
+    async def Submit(  # noqa: N802  # gRPC's name
+        self, request_iterator: AsyncIterator[pb.SubmitRequest], context: Context
+    ) -> pb.RunRef:
+        """Begin a run: its run.toml, its model's layout and initial values."""
+        admin = caller(context, self._authority, role="admin")
+        try:
+            first = await asyncio.wait_for(anext(request_iterator), MESSAGE_WAIT_S)
+            if first.WhichOneof("kind") != "submission":
+                raise RemoteProtocolError("expected a submission first, found bytes")
+            submission = first.submission
+            check_size("a run.toml", len(submission.run_toml.encode()), MAX_RUN_TOML_BYTES)
+            config = parse_toml(submission.run_toml, RunConfig, source="run.toml")
+            layout = decode_layout(submission.layout)
+            self._coordinator.settings.limits.check_model(layout.nbytes)
+            check_blob(submission.model, expected_bytes=layout.nbytes)
+            data = bytearray(layout.nbytes)
+            received = 0
+            while received < len(data):
+                message = await asyncio.wait_for(anext(request_iterator), MESSAGE_WAIT_S)
+                check_size("a model", received + len(message.data), len(data))
+                data[received : received + len(message.data)] = message.data
+                received += len(message.data)
+        except (TimeoutError, StopAsyncIteration):
+            raise RemoteProtocolError("expected a submission and its model, found only a part") from None
+        driver = self._coordinator.submit(config, _model(data, layout, digest=submission.model.digest))
+        driver.run_toml = submission.run_toml
+        log.info("run_submitted_by admin=%s run=%s", admin.name, driver.run_id)
+        return pb.RunRef(run_id=driver.run_id)
+
+    @answering
+    async def List(self, request: pb.ListRequest, context: Context) -> pb.RunList:  # noqa: N802  # gRPC's name
+        caller(context, self._authority, role="admin")
+        return pb.RunList(runs=[_summary(driver) for driver in self._coordinator.runs.values()])
+
+    @answering
+    async def Show(self, request: pb.RunRef, context: Context) -> pb.RunDetail:  # noqa: N802  # gRPC's name
+        caller(context, self._authority, role="admin")
+        driver = self._coordinator.find(request.run_id)
+        return pb.RunDetail(
+            summary=_summary(driver),
+            run_toml=driver.run_toml,
+            clients=self._clients(driver),
+            history=[_row(row) for row in driver.history.rows],
+            model_bytes=driver.layout.nbytes,
+        )
+
+    async def Watch(  # noqa: N802  # gRPC's name
+        self, request: pb.RunRef, context: Context
+    ) -> AsyncIterator[pb.WatchEvent]:
+        """What there is, then what changes, until the run is over."""
+        try:
+            caller(context, self._authority, role="admin")
+            driver = self._coordinator.find(request.run_id)
+        except FedgeError as error:
+            await refuse(context, error)
+        revision = -1
+        while True:
+            newest = driver.history.revision
+            rows = [_row(row) for row in driver.history.since(revision)]
+            yield pb.WatchEvent(summary=_summary(driver), history=rows)
+            revision = newest
+            if driver.machine.status != "running" and driver.history.revision == revision:
+                return
+            await driver.history.changed_after(revision)
+
+    @answering
+    async def Stop(self, request: pb.RunRef, context: Context) -> pb.Done:  # noqa: N802  # gRPC's name
+        admin = caller(context, self._authority, role="admin")
+        self._coordinator.stop(request.run_id)
+        log.info("run_stopped_by admin=%s run=%s", admin.name, request.run_id)
+        return pb.Done()
+
+    async def Export(  # noqa: N802  # gRPC's name
+        self, request: pb.RunRef, context: Context
+    ) -> AsyncIterator[pb.ExportReply]:
+        """The model of the last committed round: its layout, then its vector."""
+        try:
+            caller(context, self._authority, role="admin")
+            model = self._coordinator.find(request.run_id).model
+        except FedgeError as error:
+            await refuse(context, error)
+        yield pb.ExportReply(layout=encode_layout(model.layout))
+        view = memoryview(model.vector).cast("B")
+        for start in range(0, len(view), CHUNK_BYTES):
+            yield pb.ExportReply(data=bytes(view[start : start + CHUNK_BYTES]))
+
+    @answering
+    async def Sites(self, request: pb.SitesRequest, context: Context) -> pb.SiteList:  # noqa: N802  # gRPC's name
+        caller(context, self._authority, role="admin")
+        sites = [
+            pb.SiteInfo(
+                name=site.name,
+                connected=site.name in self._coordinator.sessions,
+                revoked=site.revoked,
+                enrolled_at=site.enrolled_at.timestamp(),
+            )
+            for site in self._authority.sites()
+        ]
+        return pb.SiteList(sites=sites)
+
+    @answering
+    async def Revoke(self, request: pb.SiteRef, context: Context) -> pb.Done:  # noqa: N802  # gRPC's name
+        """Refuse a site from now on, and end its session."""
+        admin = caller(context, self._authority, role="admin")
+        self._authority.revoke(request.name)
+        session = self._coordinator.sessions.get(request.name)
+        if session is not None:
+            session.close("the site was revoked")
+        log.warning("site_revoked_by admin=%s site=%s", admin.name, request.name)
+        return pb.Done()
+
+    def _clients(self, driver: RunDriver) -> list[pb.RunClient]:
+        """Every site this run knows of: who is ready, who said no and why, who is gone."""
+        clients = [pb.RunClient(name=name, state="ready") for name in sorted(driver.machine.clients)]
+        for name, refusal in sorted(driver.history.refusals.items()):
+            if name not in driver.machine.clients:
+                clients.append(
+                    pb.RunClient(name=name, state="refused", detail=str(encode_refusal(refusal).message))
+                )
+        known = {client.name for client in clients}
+        took_part = {name for row in driver.history.rows for name in row.clients}
+        clients += [pb.RunClient(name=name, state="gone") for name in sorted(took_part - known)]
+        return clients
+
+
+def _model(data: bytearray, layout: Layout, *, digest: bytes) -> Model:
+    if digest_of(memoryview(data)) != digest:
+        raise RemoteProtocolError("expected a model of the announced digest, found another")
+    vector = np.frombuffer(data, np.dtype("<f4"))
+    if not np.isfinite(vector).all():
+        raise ConfigError("expected an initial model of finite numbers, found NaN or infinity in it")
+    return Model(vector, layout)
+
+
+def _summary(driver: RunDriver) -> pb.RunSummary:
+    machine = driver.machine
+    status = machine.status
+    return pb.RunSummary(
+        run_id=driver.run_id,
+        name=driver.config.name,
+        status="waiting" if status == "running" and machine.waiting_for else status,
+        round=machine.committed,
+        rounds=driver.config.rounds,
+        reason=machine.waiting_for,
+        strategy=driver.strategy_repr,
+        submitted_at=driver.submitted_at,
+    )
+
+
+def _row(row: Row) -> pb.HistoryRow:
+    return pb.HistoryRow(
+        round=row.round,
+        attempt=row.attempt,
+        clients=row.clients,
+        num_examples=row.num_examples,
+        metrics=encode_metrics(row.metrics),
+        seconds=row.seconds,
+        bytes_down=row.bytes_down,
+        bytes_up=row.bytes_up,
+        refused=row.refused,
+        staleness=row.staleness,
+    )

@@ -1,0 +1,106 @@
+"""Starts and stops the coordinator: one port, mutual TLS, everything shut down in order."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+from grpc import aio
+
+import fedge
+from fedge.errors import ConfigError
+from fedge.files import private_folder
+from fedge.wire import fedge_pb2_grpc as services
+from fedge.wire.address import split_address
+from fedge.wire.limits import CHANNEL_OPTIONS
+from fedge_server.admin import AdminService
+from fedge_server.callers import now
+from fedge_server.coordinator import Coordinator
+from fedge_server.identity import Authority
+from fedge_server.service import EnrolmentService, FederationService
+from fedge_server.settings import ServerSettings
+
+log = logging.getLogger(__name__)
+
+_OPTIONS = (
+    *CHANNEL_OPTIONS,
+    ("grpc.so_reuseport", 0),  # a second coordinator on the same port must fail, not share it
+    # A dead peer (a cut cable, a stopped process) is noticed within a minute on an idle stream.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.max_ping_strikes", 0),
+)
+
+
+async def serve(settings: ServerSettings, folder: Path, *, ready: Callable[[int], None]) -> None:
+    """Serve until SIGINT or SIGTERM; `ready` is called with the port once calls are answered.
+
+    Raises:
+        ConfigError: a file is missing, or the port cannot be had.
+        IdentityError: the authority's files are damaged or the server's certificate has expired.
+    """
+    authority = Authority.load(folder / settings.identity)
+    spool = private_folder(folder / settings.spool)
+    _check_writable(spool)
+    coordinator = Coordinator(settings)
+    server = aio.server(options=_OPTIONS)
+    software = f"fedge {fedge.__version__}"
+    services.add_FederationServicer_to_server(
+        FederationService(coordinator, authority, spool, software=software), server
+    )
+    services.add_EnrolmentServicer_to_server(EnrolmentService(authority), server)
+    services.add_AdminServicer_to_server(AdminService(coordinator, authority), server)
+    credential = authority.server_credential(now=now())
+    credentials = grpc.ssl_server_credentials(
+        [(credential.key_pem, credential.certificate_pem)],
+        root_certificates=authority.ca_pem,
+        require_client_auth=True,
+    )
+    port = _bind(server, settings.listen, credentials)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    await server.start()
+    try:
+        log.info(
+            "coordinator_started listen=%s port=%d federation=%s", settings.listen, port, authority.federation
+        )
+        ready(port)
+        await stop.wait()
+        log.info("coordinator_stopping")
+    finally:
+        await coordinator.shut_down()
+        await server.stop(settings.shutdown_grace_s)
+        log.info("coordinator_stopped")
+
+
+def _bind(server: aio.Server, listen: str, credentials: grpc.ServerCredentials) -> int:
+    host, _ = split_address(listen)
+    try:
+        port = server.add_secure_port(listen, credentials)
+    except RuntimeError:
+        port = 0
+    if not port:
+        raise ConfigError(
+            f"listen: expected an address that is free on this machine, found {listen!r} in use or not "
+            f"bindable; stop what listens there, or choose another port (host {host!r})"
+        )
+    return port
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"spool: expected a folder that can be written, found {folder}: {error.strerror}"
+        ) from None

@@ -1,0 +1,68 @@
+"""Who is calling: the certificate that TLS has verified, checked again on every call."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+from typing import Any, NoReturn, TypeVar
+
+import grpc
+from grpc import aio
+
+from fedge.errors import FedgeError, IdentityError
+from fedge.principal import Principal, Role, principal_of
+from fedge.wire.codec import shorten
+from fedge.wire.status import status_of
+from fedge_server.identity import Authority
+
+S = TypeVar("S")
+Q = TypeVar("Q")
+R = TypeVar("R")
+
+Context = aio.ServicerContext[Any, Any]
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+# A connection presents the same bytes on every call; parsing them once is enough.
+_parse = functools.lru_cache(maxsize=4096)(principal_of)
+
+
+def caller(context: Context, authority: Authority, *, role: Role) -> Principal:
+    """The caller, if its certificate has this role and still counts.
+
+    TLS checks a certificate when a connection opens; connections outlive certificates and revocations.
+
+    Raises:
+        IdentityError: it has another role, has expired, was revoked or superseded.
+    """
+    pems = context.auth_context().get("x509_pem_cert")
+    if not pems:
+        raise IdentityError("expected a client certificate, found none")
+    principal = _parse(bytes(pems[0]))
+    if principal.role != role:
+        raise IdentityError(f"expected a certificate of the role {role!r}, found {principal.uri}")
+    authority.check(principal, now=now())
+    return principal
+
+
+async def refuse(context: Context, error: FedgeError) -> NoReturn:
+    """End a call with the status that this kind of error has on the wire."""
+    await context.abort(grpc.StatusCode[status_of(error)], shorten(str(error)))
+
+
+def answering(
+    method: Callable[[S, Q, Context], Awaitable[R]],
+) -> Callable[[S, Q, Context], Awaitable[R]]:
+    """A unary reply's method, with our errors turned into gRPC statuses."""
+
+    @functools.wraps(method)
+    async def wrapped(self: S, request: Q, context: Context) -> R:
+        try:
+            return await method(self, request, context)
+        except FedgeError as error:
+            await refuse(context, error)
+
+    return wrapped

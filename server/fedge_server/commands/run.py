@@ -1,0 +1,187 @@
+"""`fedge run submit|list|show|watch|stop|export`: what the owner of a run types."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedge.checkpoint import to_safetensors
+from fedge.config import read_toml
+from fedge.errors import RunError
+from fedge.files import write_atomic
+from fedge.run import RunConfig
+from fedge.strategy import load_strategy
+from fedge.task import load_framework, load_task
+from fedge.vector import Model
+from fedge.wire import fedge_pb2 as pb
+from fedge.wire import fedge_pb2_grpc as services
+from fedge.wire.codec import decode_layout, encode_blob, encode_layout
+from fedge.wire.limits import CHUNK_BYTES, Limits, check_size
+from fedge_server.commands.link import CALL_S, AdminToml, admin_link
+from fedge_server.commands.show import history_table, row_as_dict, summary_as_dict
+from fedge_server.commands.watch import watch_run
+
+app = typer.Typer(help="Submit and follow runs.", no_args_is_help=True)
+
+PROTECTION = "mutual TLS; no differential privacy, no secure aggregation: the coordinator sees each update"
+"""In words, what protects the updates of every run in this version."""
+
+_BULK_S = 3600.0
+RunId = Annotated[str, typer.Argument(metavar="RUN_ID", help="As `fedge run submit` printed it.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def submit(
+    path: Annotated[Path, typer.Argument(metavar="RUN.toml")],
+    admin: AdminToml,
+    watch: Annotated[bool, typer.Option(help="Follow the run; exit non-zero if it fails.")] = False,
+) -> None:
+    """Begin a run: builds its initial model here, from the task beside RUN.toml. Prints its id last.
+
+    Example: fedge run submit run.toml --admin coordinator/admin.toml --watch
+    """
+    text = read_toml(path)
+    config = RunConfig.load(path)
+    console = Console(stderr=True)
+    # Only what is not installed here is left to the coordinator's own list of strategies.
+    if ":" not in config.strategy.name:
+        load_strategy(config.strategy, config.work)
+    for note in config.notes():
+        console.print(f"note: {note}", highlight=False)
+    task = load_task(config.task, path=path.parent.resolve())
+    model = load_framework().initial_model(task, seed=config.seed)
+    with admin_link(admin) as link:
+        reply = link.Submit(_submission(text, model), timeout=_BULK_S)
+        if watch:
+            console.print(f"run {reply.run_id}: {model.layout.size} parameters, {config.rounds} rounds")
+            summary = watch_run(link, reply.run_id)
+            typer.echo(reply.run_id)
+            _fail_unless_done(summary)
+            return
+    typer.echo(reply.run_id)
+
+
+@app.command("list")
+def list_runs(admin: AdminToml, as_json: AsJson = False) -> None:
+    """List the coordinator's runs.
+
+    Example: fedge run list --admin coordinator/admin.toml
+    """
+    with admin_link(admin) as link:
+        runs = link.List(pb.ListRequest(), timeout=CALL_S).runs
+    if as_json:
+        typer.echo(json.dumps([summary_as_dict(run) for run in runs]))
+        return
+    table = Table("run", "status", "round", "strategy", "note")
+    for run in runs:
+        table.add_row(run.run_id, run.status, f"{run.round}/{run.rounds}", run.strategy.split("(")[0], run.reason)
+    Console().print(table)
+
+
+@app.command()
+def show(run_id: RunId, admin: AdminToml, as_json: AsJson = False) -> None:
+    """Show one run: its state, its sites and why any of them refused, its history.
+
+    Example: fedge run show icu-vitals-1f2e3d4c --admin coordinator/admin.toml
+    """
+    with admin_link(admin) as link:
+        detail = link.Show(pb.RunRef(run_id=run_id), timeout=CALL_S)
+    clients = [
+        {"name": client.name, "state": client.state, "detail": client.detail} for client in detail.clients
+    ]
+    if as_json:
+        body = summary_as_dict(detail.summary) | {
+            "clients": clients,
+            "history": [row_as_dict(row) for row in detail.history],
+            "model_bytes": detail.model_bytes,
+            "protection": PROTECTION,
+            "run_toml": detail.run_toml,
+        }
+        typer.echo(json.dumps(body))
+        return
+    summary = detail.summary
+    console = Console()
+    console.print(f"{summary.run_id}: {summary.status}, round {summary.round} of {summary.rounds}", highlight=False)
+    if summary.reason:
+        console.print(f"  {summary.reason}", highlight=False, markup=False)
+    console.print(f"  strategy    {summary.strategy}", highlight=False, markup=False)
+    console.print(f"  model       {detail.model_bytes} bytes", highlight=False)
+    console.print(f"  protection  {PROTECTION}", highlight=False)
+    for client in clients:
+        console.print(f"  {client['state']:<10}  {client['name']}  {client['detail']}", highlight=False, markup=False)
+    console.print(history_table(detail.history))
+
+
+@app.command()
+def watch(run_id: RunId, admin: AdminToml, as_json: AsJson = False) -> None:
+    """Follow a run until it is over; exits non-zero if it failed. With --json a line per round.
+
+    Example: fedge run watch icu-vitals-1f2e3d4c --admin coordinator/admin.toml
+    """
+    with admin_link(admin) as link:
+        summary = watch_run(link, run_id, as_json=as_json)
+    _fail_unless_done(summary)
+
+
+@app.command()
+def stop(run_id: RunId, admin: AdminToml) -> None:
+    """End a run. The model of its last complete round can still be exported.
+
+    Example: fedge run stop icu-vitals-1f2e3d4c --admin coordinator/admin.toml
+    """
+    with admin_link(admin) as link:
+        link.Stop(pb.RunRef(run_id=run_id), timeout=CALL_S)
+    typer.echo(f"{run_id} is stopped")
+
+
+@app.command()
+def export(
+    run_id: RunId,
+    admin: AdminToml,
+    out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
+) -> None:
+    """Write the model of the last complete round, under its own state_dict names.
+
+    Example: fedge run export icu-vitals-1f2e3d4c --admin coordinator/admin.toml --out model.safetensors
+    """
+    with admin_link(admin) as link:
+        model = _receive(link, run_id)
+    write_atomic(out, to_safetensors(model, metadata={"fedge_run": run_id}))
+    typer.echo(f"wrote {out}: {model.layout.size} parameters", err=True)
+
+
+def _submission(text: str, model: Model) -> Iterator[pb.SubmitRequest]:
+    view = memoryview(model.vector).cast("B")
+    blob = encode_blob(view, inline_bytes=-1)
+    yield pb.SubmitRequest(
+        submission=pb.Submission(run_toml=text, layout=encode_layout(model.layout), model=blob)
+    )
+    for start in range(0, len(view), CHUNK_BYTES):
+        yield pb.SubmitRequest(data=bytes(view[start : start + CHUNK_BYTES]))
+
+
+def _receive(link: services.AdminStub, run_id: str) -> Model:
+    replies = iter(link.Export(pb.RunRef(run_id=run_id), timeout=_BULK_S))
+    layout = decode_layout(next(replies).layout)
+    data = bytearray(Limits(max_model_bytes=1 << 40).check_model(layout.nbytes))
+    received = 0
+    for reply in replies:
+        check_size("a model", received + len(reply.data), len(data))
+        data[received : received + len(reply.data)] = reply.data
+        received += len(reply.data)
+    if received != len(data):
+        raise RunError(f"expected a model of {len(data)} bytes, found {received}")
+    return Model(np.frombuffer(data, np.dtype("<f4")), layout)
+
+
+def _fail_unless_done(summary: pb.RunSummary) -> None:
+    if summary.status != "done":
+        raise RunError(f"run {summary.run_id} {summary.status} at round {summary.round}: {summary.reason}")

@@ -1,0 +1,111 @@
+"""`fedge server init|start|token`: what the operator of a coordinator types."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Annotated
+
+import tomlkit
+import typer
+from rich.console import Console
+
+from fedge.cli import configure_logging
+from fedge.errors import ConfigError
+from fedge.files import write_private
+from fedge.wire.address import split_address
+from fedge_server.app import serve
+from fedge_server.callers import now
+from fedge_server.identity import DAY_S, Authority
+from fedge_server.settings import AdminSettings, ServerSettings, load_server
+
+app = typer.Typer(help="Run a coordinator.", no_args_is_help=True)
+
+_EVERYWHERE = ("0.0.0.0", "::", "[::]")  # noqa: S104  # compared with, not bound to
+ServerToml = Annotated[Path, typer.Argument(metavar="SERVER.toml", help="Written by `fedge server init`.")]
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder for keys, records and server.toml.")],
+    listen: Annotated[str, typer.Option(help="HOST:PORT to listen on.")] = "127.0.0.1:8443",
+    host: Annotated[
+        list[str] | None,
+        typer.Option(help="A further DNS name or address under which sites reach it; may be repeated."),
+    ] = None,
+) -> None:
+    """Make a CA, the coordinator's certificate, server.toml and an admin credential.
+
+    Example: fedge server init coordinator --listen 0.0.0.0:8443 --host fl.example.org
+    """
+    try:
+        bound, port = split_address(listen)
+    except ValueError as error:
+        raise ConfigError(f"--listen: {error}") from None
+    hosts = [bound, *(host or [])]
+    authority, admin = Authority.create(folder, hosts=hosts, now=now())
+    reachable = next((name for name in [*(host or []), bound] if name not in _EVERYWHERE), "localhost")
+    settings = ServerSettings(listen=listen)
+    _write_toml(
+        folder / "server.toml",
+        "The coordinator of one federation. `fedge server start` reads this file.",
+        {"listen": settings.listen},
+    )
+    write_private(folder / "admin.pem", admin.certificate_pem)
+    write_private(folder / "admin.key", admin.key_pem)
+    bracketed = f"[{reachable}]" if ":" in reachable else reachable
+    credential = AdminSettings(server=f"{bracketed}:{port}")
+    _write_toml(
+        folder / "admin.toml",
+        "An administrator's credential: `fedge run ... --admin` reads this file. Keep the folder private.",
+        credential.model_dump(),
+    )
+    console = Console()
+    console.print(f"federation {authority.federation} is set up in {folder}", highlight=False)
+    console.print(f"  start it      fedge server start {folder / 'server.toml'}", highlight=False)
+    console.print(f"  let a site in fedge server token {folder / 'server.toml'} --site NAME", highlight=False)
+    console.print(f"  its CA        {folder / 'ca.pem'} (give it to every site)", highlight=False)
+
+
+@app.command()
+def start(path: ServerToml, verbose: Annotated[bool, typer.Option(help="Log more.")] = False) -> None:
+    """Run the coordinator until Ctrl-C or SIGTERM.
+
+    Example: fedge server start coordinator/server.toml
+    """
+    settings = load_server(path)
+    configure_logging(verbose=verbose)
+    host, _ = split_address(settings.listen)
+    console = Console(stderr=True)
+
+    def ready(port: int) -> None:
+        console.print(f"coordinator ready on {host}:{port}; Ctrl-C stops it", highlight=False)
+
+    asyncio.run(serve(settings, path.parent, ready=ready))
+
+
+@app.command()
+def token(
+    path: ServerToml,
+    site: Annotated[str, typer.Option(help="The site that may enrol with it.")],
+    valid_hours: Annotated[float, typer.Option(help="Hours until it expires.")] = 24.0,
+) -> None:
+    """Print a one-time enrolment token for a site, alone on the last line.
+
+    Example: fedge server token coordinator/server.toml --site st-mary
+    """
+    settings = load_server(path)
+    authority = Authority.load(path.parent / settings.identity)
+    text = authority.issue_token(site, now=now(), valid_for_s=valid_hours * DAY_S / 24)
+    Console(stderr=True).print(
+        f"one-time token for {site}, valid {valid_hours:g} h; give it to that site alone", highlight=False
+    )
+    typer.echo(text)
+
+
+def _write_toml(path: Path, comment: str, table: dict[str, object]) -> None:
+    document = tomlkit.document()
+    document.add(tomlkit.comment(comment))
+    for key, value in table.items():
+        document.add(key, tomlkit.item(value))
+    write_private(path, tomlkit.dumps(document))

@@ -1,0 +1,70 @@
+"""Runs and rounds as tables for people and as dictionaries for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from typing import Any
+
+from rich.table import Table
+
+from fedge.wire import fedge_pb2 as pb
+
+
+def summary_as_dict(run: pb.RunSummary) -> dict[str, Any]:
+    """A run as `fedge run list --json` shows it."""
+    return {
+        "id": run.run_id,
+        "name": run.name,
+        "status": run.status,
+        "round": run.round,
+        "rounds": run.rounds,
+        "reason": run.reason,
+        "strategy": run.strategy,
+        "submitted_at": datetime.fromtimestamp(run.submitted_at, UTC).isoformat(timespec="seconds"),
+    }
+
+
+def row_as_dict(row: pb.HistoryRow) -> dict[str, Any]:
+    """A committed round; metrics are flattened beside the rest."""
+    return {
+        "round": row.round,
+        "attempt": row.attempt,
+        "clients": list(row.clients),
+        "num_examples": row.num_examples,
+        "seconds": row.seconds,
+        "bytes_down": row.bytes_down,
+        "bytes_up": row.bytes_up,
+        "refused": row.refused,
+        "staleness": row.staleness,
+        "metrics": {metric.name: metric.value for metric in row.metrics},
+    }
+
+
+def history_table(rows: Iterable[pb.HistoryRow]) -> Table:
+    """Rounds, one a line; the metrics' names are the columns."""
+    rows = list(rows)
+    names = list(dict.fromkeys(metric.name for row in rows for metric in row.metrics))
+    table = Table("round", "clients", "examples", *names, "up", "down", "seconds")
+    for row in rows:
+        metrics = {metric.name: f"{metric.value:.4f}" for metric in row.metrics}
+        table.add_row(
+            str(row.round),
+            str(len(row.clients)),
+            str(row.num_examples),
+            *(metrics.get(name, "") for name in names),
+            human_bytes(row.bytes_up),
+            human_bytes(row.bytes_down),
+            f"{row.seconds:.3f}",
+        )
+    return table
+
+
+def human_bytes(count: int) -> str:
+    """Bytes in the unit that keeps the number short."""
+    size = float(count)
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"

@@ -1,0 +1,52 @@
+"""Follows a run: a progress bar where a person looks on, plain lines elsewhere, JSON lines for programs."""
+
+from __future__ import annotations
+
+import json
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from fedge.wire import fedge_pb2 as pb
+from fedge.wire import fedge_pb2_grpc as services
+from fedge_server.commands.show import row_as_dict
+
+
+def watch_run(link: services.AdminStub, run_id: str, *, as_json: bool = False) -> pb.RunSummary:
+    """Follow the run until it is over and return how it ended. Progress goes to standard error.
+
+    A stream without a deadline on purpose: a run may wait for days, and its own deadlines end it.
+    """
+    summary = pb.RunSummary(run_id=run_id)
+    console = Console(stderr=True)
+    live = console.is_terminal and not as_json
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, disable=not live) as progress:
+        bar = progress.add_task(run_id, total=None, note="")
+        for event in link.Watch(pb.RunRef(run_id=run_id)):
+            summary = event.summary
+            for row in event.history:
+                if as_json:
+                    typer.echo(json.dumps(row_as_dict(row)))
+                elif not live:
+                    console.print(f"round {row.round}/{summary.rounds}  {_line(row)}", highlight=False)
+            note = summary.reason or (_line(event.history[-1]) if event.history else "")
+            progress.update(bar, total=summary.rounds, completed=summary.round, note=note)
+            if not live and not as_json and summary.status == "waiting":
+                console.print(summary.reason, highlight=False, markup=False)
+    if not as_json:
+        console.print(f"{run_id} {summary.status} {summary.reason}".rstrip(), highlight=False, markup=False)
+    return summary
+
+
+def _line(row: pb.HistoryRow) -> str:
+    metrics = "  ".join(f"{metric.name} {metric.value:.4f}" for metric in row.metrics)
+    return f"{len(row.clients)} clients  {metrics}  {row.seconds:.3f} s"

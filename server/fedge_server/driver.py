@@ -1,0 +1,328 @@
+"""The shell around one run: feeds events to the sans-IO machine and executes its effects, in order.
+
+One task owns the run: events wait in its queue, so the machine, the aggregate and the strategy's state
+have a single writer. What takes long for large models runs on a thread meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fedge import federation
+from fedge.errors import RunError
+from fedge.federation import Finish, Plan, RunEffect, RunEvent
+from fedge.pipeline import MeanState, Pipeline, Update
+from fedge.refusal import Refusal, RefusalCode
+from fedge.round import (
+    Accept,
+    Arrived,
+    Cancel,
+    Close,
+    DeadlinePassed,
+    Failed,
+    GiveUp,
+    OrderId,
+    Reject,
+    Send,
+    StartTimer,
+)
+from fedge.run import RunConfig
+from fedge.strategy import AnyStrategy, WorkKind
+from fedge.vector import Array, Model
+from fedge.wire import fedge_pb2 as pb
+from fedge.wire.codec import encode_order_id
+from fedge_server.history import History, Row
+from fedge_server.orders import Orders
+from fedge_server.shelf import Shelf
+from fedge_server.spool import Upload
+
+log = logging.getLogger(__name__)
+
+_ON_THREAD_BYTES = 1 << 20
+MAX_WAITING_EVENTS = 100_000
+
+_ENDED = Refusal(RefusalCode.RUN_ENDED, "the run is over")
+
+Outbox = Callable[[str, pb.ServerMessage], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """A complete, well-formed update and the future that its sender's receipt waits on."""
+
+    num_examples: int
+    metrics: dict[str, float]
+    upload: Upload | None
+    receipt: asyncio.Future[Refusal | None]
+
+
+class RunDriver:
+    """One run on this coordinator. All methods belong to the event loop's thread."""
+
+    def __init__(
+        self, run_id: str, config: RunConfig, strategy: AnyStrategy, model: Model, *, outbox: Outbox
+    ) -> None:
+        self.run_id = run_id
+        self.config = config
+        self.strategy = strategy
+        self.layout = model.layout
+        self.history = History()
+        self.shelf = Shelf()
+        self.submitted_at = time.time()
+        self.run_toml = ""
+        self._outbox = outbox
+        self._pipeline = Pipeline(strategy.reduction)
+        self._state: Any = strategy.init(model)
+        self._orders = Orders(run_id, self.shelf)
+        kind = strategy.order(self._state, 1).kind
+        self.machine, self._first = federation.begin(
+            Plan.of(config, kind=kind, max_staleness=strategy.max_staleness)
+        )
+        self._queue: asyncio.Queue[tuple[RunEvent, Delivery | None]] = asyncio.Queue(MAX_WAITING_EVENTS)
+        self._folds: dict[WorkKind, MeanState] = {}
+        self._timers: dict[tuple[OrderId, str], asyncio.TimerHandle] = {}
+        self._traffic = _Traffic()
+        self._over = False
+
+    @property
+    def model(self) -> Model:
+        """The model of the last committed round."""
+        return Model(self._state.model, self.layout)
+
+    @property
+    def strategy_repr(self) -> str:
+        return repr(self.strategy)
+
+    def post(self, event: RunEvent, delivery: Delivery | None = None) -> None:
+        """Hand the run an event; it is handled after those before it."""
+        if self._over:
+            if delivery is not None:
+                _answer(delivery, _ENDED)
+            return
+        try:
+            self._queue.put_nowait((event, delivery))
+        except asyncio.QueueFull:
+            # Only a flood of peers can do this; the flood's events are what is lost.
+            log.error("run_queue_full run=%s event=%s", self.run_id, type(event).__name__)
+            if delivery is not None:
+                _answer(delivery, Refusal(RefusalCode.LATE, "the coordinator is overloaded"))
+
+    async def deliver(
+        self, client: str, order: OrderId, update: pb.Update, upload: Upload | None
+    ) -> Refusal | None:
+        """Hand in a checked update; returns None once it is in the aggregate, or why it is not."""
+        receipt: asyncio.Future[Refusal | None] = asyncio.get_running_loop().create_future()
+        metrics = {metric.name: metric.value for metric in update.metrics}
+        self.post(Arrived(client, order), Delivery(update.num_examples, metrics, upload, receipt))
+        return await receipt
+
+    def unwanted(self, client: str, order: OrderId) -> Refusal | None:
+        """Why an update would be refused whatever it holds, known before its bytes are read."""
+        _, effects = federation.step(self.machine, Arrived(client, order))
+        return next((effect.refusal for effect in effects if isinstance(effect, Reject)), None)
+
+    def count(self, *, down: int = 0, up: int = 0) -> None:
+        """Account for bytes of vectors on the wire."""
+        self._traffic.down += down
+        self._traffic.up += up
+
+    async def run(self) -> None:
+        """Drive the run to its end. Returns when it is done, failed or stopped."""
+        try:
+            await self._publish()
+            await self._execute(self._first, None)
+            while self.machine.status == "running":
+                event, delivery = await self._queue.get()
+                await self._handle(event, delivery)
+        except RunError as error:
+            await self._fail(str(error))
+        except Exception as error:  # noqa: BLE001  # one run's defect must not end the others
+            log.exception("run_crashed run=%s", self.run_id)
+            await self._fail(f"internal error: {type(error).__name__}: {error}")
+        finally:
+            self._wind_up()
+
+    async def _fail(self, reason: str) -> None:
+        self.machine, effects = federation.fail(self.machine, reason)
+        await self._execute(effects, None)
+
+    def _wind_up(self) -> None:
+        for timer in self._timers.values():
+            timer.cancel()
+        self._timers.clear()
+        self._folds.clear()
+        self.shelf.clear()
+        self._over = True
+        while not self._queue.empty():
+            _, delivery = self._queue.get_nowait()
+            if delivery is not None:
+                _answer(delivery, _ENDED)
+        for client in self.machine.clients:
+            self._outbox(client, self.ended_message())
+        self.history.touch()
+        log.info(
+            "run_ended run=%s status=%s reason=%s", self.run_id, self.machine.status, self.machine.reason
+        )
+
+    def ended_message(self) -> pb.ServerMessage:
+        return pb.ServerMessage(
+            ended=pb.Ended(run_id=self.run_id, status=self.machine.status, reason=self.machine.reason)
+        )
+
+    async def _handle(self, event: RunEvent, delivery: Delivery | None) -> None:
+        if isinstance(event, Failed):
+            self._traffic.refused += 1
+            self.history.refusals[event.client] = event.refusal
+        waited = self.machine.waiting_for
+        self.machine, effects = federation.step(self.machine, event)
+        try:
+            await self._execute(effects, delivery)
+        finally:
+            if delivery is not None:  # a defect on the way must not leave the sender waiting
+                _answer(delivery, Refusal(RefusalCode.LATE, "the coordinator could not use this update"))
+        if waited != self.machine.waiting_for:
+            self.history.touch()
+
+    async def _execute(self, effects: tuple[RunEffect, ...], delivery: Delivery | None) -> None:
+        for effect in effects:
+            match effect:
+                case Send(client, order):
+                    self._send(client, order)
+                case Accept(client, order, staleness):
+                    assert delivery is not None  # an Accept answers an Arrived, which carries one
+                    await self._fold(client, order, staleness, delivery)
+                case Reject(client, order, refusal):
+                    self._traffic.refused += 1
+                    log.info(
+                        "update_refused run=%s client=%s order=%s reason=%s",
+                        self.run_id,
+                        client,
+                        order,
+                        refusal,
+                    )
+                    if delivery is not None:
+                        _answer(delivery, refusal)
+                case Cancel(client, order):
+                    cancel = pb.Cancel(run_id=self.run_id, id=encode_order_id(order))
+                    self._outbox(client, pb.ServerMessage(cancel=cancel))
+                    self.shelf.withdraw(client)
+                case StartTimer(order, phase, seconds):
+                    self._start_timer(DeadlinePassed(order, phase), seconds)
+                case Close(order, _):
+                    await self._close(order)
+                case GiveUp(order, reason):
+                    log.warning("round_given_up run=%s order=%s reason=%s", self.run_id, order, reason)
+                    self._folds.pop(order.kind, None)
+                    self._drop_timers(order)
+                case Finish():
+                    pass  # `run` sees the machine's status
+
+    def _send(self, client: str, order: OrderId) -> None:
+        message = self._orders.message(order, deadline_s=self.config.cohort.deadline_s)
+        self._traffic.begin(order)
+        self._traffic.down += self._orders.inline_bytes
+        self.shelf.grant(client)
+        self._outbox(client, message)
+
+    async def _fold(self, client: str, order: OrderId, staleness: int, delivery: Delivery) -> None:
+        upload = delivery.upload
+        state = self._folds.get(order.kind)
+        if state is None:
+            state = self._pipeline.start(upload.size // 4 if upload else 0)
+        update = Update(
+            client, upload.chunks() if upload else (), delivery.num_examples, delivery.metrics, staleness
+        )
+        size = upload.size if upload else 0
+        self._folds[order.kind] = await _off_loop(size, self._pipeline.fold, state, update)
+        self._traffic.up += size
+        self.shelf.withdraw(client)
+        self.history.refusals.pop(client, None)
+        _answer(delivery, None)
+
+    async def _close(self, order: OrderId) -> None:
+        self._drop_timers(order)
+        aggregate = await _off_loop(self.layout.nbytes, self._pipeline.finish, self._folds.pop(order.kind))
+        if order.kind == "evaluate":
+            self.history.add_metrics(order.round, aggregate.metrics)
+            return
+        self._state = await _off_loop(self.layout.nbytes, self.strategy.step, self._state, aggregate)
+        if not np.isfinite(self._state.model).all():
+            raise RunError(
+                f"round {order.round} made a model with NaN or infinity: "
+                "lower the learning rate or clip the updates"
+            )
+        await self._publish()
+        traffic = self._traffic.end(order)
+        self.history.add(
+            Row(
+                round=order.round,
+                attempt=order.attempt,
+                clients=aggregate.clients,
+                num_examples=aggregate.num_examples,
+                seconds=traffic.seconds,
+                bytes_down=traffic.down,
+                bytes_up=traffic.up,
+                refused=traffic.refused,
+                staleness=aggregate.staleness,
+                metrics=aggregate.metrics,
+            )
+        )
+
+    async def _publish(self) -> None:
+        """Encode and hash the new model once, for all who will fetch it."""
+        order = self.strategy.order(self._state, len(self.history.rows) + 1)
+        model: Array = self._state.model
+        await _off_loop(model.nbytes, self._orders.publish, model, order)
+
+    def _start_timer(self, event: DeadlinePassed, seconds: float) -> None:
+        key = (event.order, event.phase)
+        if key in self._timers:
+            self._timers[key].cancel()
+        self._timers[key] = asyncio.get_running_loop().call_later(seconds, self.post, event)
+
+    def _drop_timers(self, order: OrderId) -> None:
+        for key in [key for key in self._timers if key[0] == order]:
+            self._timers.pop(key).cancel()
+
+
+class _Traffic:
+    """Bytes, refusals and seconds since the last committed round."""
+
+    def __init__(self) -> None:
+        self.down = self.up = self.refused = 0
+        self.seconds = 0.0
+        self._began: float | None = None
+
+    def begin(self, order: OrderId) -> None:
+        if order.kind != "evaluate" and self._began is None:
+            self._began = time.monotonic()
+
+    def end(self, order: OrderId) -> _Traffic:
+        """What the committed round took; counting starts again at zero."""
+        done = _Traffic()
+        done.down, done.up, done.refused = self.down, self.up, self.refused
+        done.seconds = time.monotonic() - self._began if self._began is not None else 0.0
+        self.down = self.up = self.refused = 0
+        self._began = None
+        return done
+
+
+def _answer(delivery: Delivery, refusal: Refusal | None) -> None:
+    if not delivery.receipt.done():
+        delivery.receipt.set_result(refusal)
+    if delivery.upload is not None:
+        delivery.upload.close()
+
+
+async def _off_loop(size: int, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Small work at once (a thread's hand-over would cost more), large work on a thread."""
+    if size <= _ON_THREAD_BYTES:
+        return function(*arguments)
+    return await asyncio.to_thread(function, *arguments)

@@ -1,0 +1,66 @@
+"""What a run has to tell: a row per committed round, who is here, and a revision that watchers follow."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+from fedge.refusal import Refusal
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One committed round. `metrics` holds the clients' training metrics and, once there, the evaluation's."""
+
+    round: int
+    attempt: int
+    clients: tuple[str, ...]
+    num_examples: int
+    seconds: float
+    bytes_down: int
+    bytes_up: int
+    refused: int
+    staleness: int = 0
+    metrics: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+
+
+@dataclass(slots=True)
+class History:
+    """Rows by round, and for each the revision at which it last changed."""
+
+    rows: list[Row] = field(default_factory=list)
+    refusals: dict[str, Refusal] = field(default_factory=dict)
+    revision: int = 0
+    _changed_at: list[int] = field(default_factory=list)
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+        self._changed_at.append(self.revision + 1)
+        self.touch()
+
+    def add_metrics(self, round: int, metrics: Mapping[str, float]) -> None:
+        """An evaluation of the model that `round` made."""
+        index = round - 1
+        self.rows[index] = replace(self.rows[index], metrics={**self.rows[index].metrics, **metrics})
+        self._changed_at[index] = self.revision + 1
+        self.touch()
+
+    def touch(self) -> None:
+        """Something changed: wake whoever waits."""
+        self.revision += 1
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    def since(self, revision: int) -> list[Row]:
+        """Rows that changed after `revision`."""
+        pairs = zip(self.rows, self._changed_at, strict=True)
+        return [row for row, changed_at in pairs if changed_at > revision]
+
+    async def changed_after(self, revision: int) -> int:
+        """Wait until there is something newer than `revision`; returns the newest revision."""
+        while self.revision <= revision:
+            await self._changed.wait()
+        return self.revision

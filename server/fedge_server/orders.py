@@ -1,0 +1,65 @@
+"""Order messages: the model and, for mirrors, the short way to it; encoded once a round for everybody."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fedge.round import OrderId
+from fedge.strategy import Order
+from fedge.vector import Array
+from fedge.wire import fedge_pb2 as pb
+from fedge.wire.codec import encode_optimizer, encode_order_id
+from fedge_server.shelf import Shelf
+
+
+class Orders:
+    """The current model as orders describe it."""
+
+    def __init__(self, run_id: str, shelf: Shelf) -> None:
+        self._run_id = run_id
+        self._shelf = shelf
+        self._model = pb.Blob()
+        self._mirror: pb.Mirror | None = None
+        self._messages: dict[OrderId, pb.ServerMessage] = {}
+
+    def publish(self, model: Array, order: Order) -> None:
+        """Take a committed model, and what the strategy wants done with it."""
+        previous = self._model.digest
+        vectors = [model]
+        if order.slots is not None:
+            vectors.append(np.concatenate(order.slots.vectors) if order.slots.vectors else model[:0])
+        if order.advance is not None:
+            vectors.append(order.advance.gradient)
+        self._model, *others = self._shelf.replace(vectors)
+        self._mirror = None
+        if order.optimizer is not None and order.slots is not None:
+            self._mirror = pb.Mirror(
+                optimizer=encode_optimizer(order.optimizer),
+                slots=others[0],
+                beta1_power=order.slots.beta1_power,
+                beta2_power=order.slots.beta2_power,
+                advance=pb.Advance(from_digest=previous, gradient=others[1]) if order.advance else None,
+            )
+        self._messages.clear()
+
+    def message(self, order: OrderId, *, deadline_s: float) -> pb.ServerMessage:
+        """The order to do with the current model."""
+        if order not in self._messages:
+            self._messages[order] = pb.ServerMessage(
+                order=pb.Order(
+                    run_id=self._run_id,
+                    id=encode_order_id(order),
+                    deadline_s=deadline_s,
+                    model=self._model,
+                    mirror=self._mirror,
+                )
+            )
+        return self._messages[order]
+
+    @property
+    def inline_bytes(self) -> int:
+        """Bytes of vectors that ride in each order."""
+        blobs = [self._model]
+        if self._mirror is not None:
+            blobs += [self._mirror.slots, self._mirror.advance.gradient]
+        return sum(len(blob.inline) for blob in blobs)  # an absent blob is an empty one

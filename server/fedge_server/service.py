@@ -1,0 +1,293 @@
+"""The services that sites call: Session, Fetch, Deliver and Renew, and Enrol for those not yet in."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from pathlib import Path
+
+from fedge.errors import FedgeError, RefusedError, RemoteProtocolError
+from fedge.exact import MAX_WEIGHT
+from fedge.refusal import Refusal, RefusalCode
+from fedge.round import OrderId
+from fedge.wire import fedge_pb2 as pb
+from fedge.wire import fedge_pb2_grpc as services
+from fedge.wire.codec import (
+    check_blob,
+    decode_metrics,
+    decode_order_id,
+    decode_refusal,
+    encode_order_id,
+    encode_refusal,
+)
+from fedge.wire.limits import CHUNK_BYTES, MAX_MESSAGE_BYTES, PROTOCOL
+from fedge_server.callers import Context, answering, caller, now, refuse
+from fedge_server.coordinator import Coordinator
+from fedge_server.driver import RunDriver
+from fedge_server.identity import Authority
+from fedge_server.sessions import Session
+from fedge_server.spool import Upload
+
+log = logging.getLogger(__name__)
+
+_INLINE_ON_LOOP_BYTES = 128 << 10
+FIRST_MESSAGE_S = 30.0
+CHUNK_WAIT_S = 120.0
+
+
+class FederationService(services.FederationServicer):
+    """What enrolled sites may call."""
+
+    def __init__(self, coordinator: Coordinator, authority: Authority, spool: Path, *, software: str) -> None:
+        self._coordinator = coordinator
+        self._authority = authority
+        self._spool = spool
+        self._software = software
+
+    async def Session(  # noqa: N802  # gRPC's name
+        self, request_iterator: AsyncIterator[pb.ClientMessage], context: Context
+    ) -> AsyncIterator[pb.ServerMessage]:
+        """The site's stream: orders go out the moment they exist, small updates come in."""
+        try:
+            principal = caller(context, self._authority, role="site")
+            await self._greet(request_iterator)
+            session = Session(principal)
+            self._coordinator.connect(session)
+        except FedgeError as error:
+            await refuse(context, error)
+        reader = asyncio.create_task(self._read(session, request_iterator), name=f"session {session.site}")
+        expiry = asyncio.get_running_loop().call_later(
+            max(0.0, (principal.not_after - now()).total_seconds()),
+            session.close,
+            "the site's certificate has expired",
+        )
+        try:
+            welcome = pb.Welcome(
+                protocol=PROTOCOL, software=self._software, federation=self._authority.federation
+            )
+            yield pb.ServerMessage(welcome=welcome)
+            async for message in session.outgoing():
+                yield message
+        finally:
+            expiry.cancel()
+            session.close("the site ended its stream")
+            self._coordinator.disconnect(session)
+            reader.cancel()
+            with suppress(asyncio.CancelledError):
+                await reader
+
+    async def _greet(self, requests: AsyncIterator[pb.ClientMessage]) -> None:
+        try:
+            first = await asyncio.wait_for(anext(requests), FIRST_MESSAGE_S)
+        except (TimeoutError, StopAsyncIteration):
+            raise RemoteProtocolError("expected a hello first, found nothing") from None
+        if first.WhichOneof("kind") != "hello" or first.hello.protocol != PROTOCOL:
+            raise RemoteProtocolError(
+                f"expected a hello of protocol {PROTOCOL}, found {first.WhichOneof('kind')} "
+                f"of protocol {first.hello.protocol}: site and coordinator need matching versions of fedge"
+            )
+
+    async def _read(self, session: Session, requests: AsyncIterator[pb.ClientMessage]) -> None:
+        """Handle what the site sends until it stops; a message that breaks the protocol ends the session."""
+        try:
+            async for message in requests:
+                self._authority.check(session.principal, now=now())
+                await self._handle(session, message)
+            session.close("the site ended its stream")
+        except FedgeError as error:
+            log.warning("session_refused site=%s reason=%s", session.site, error)
+            session.close(str(error))
+        except Exception:
+            log.exception("session_crashed site=%s", session.site)
+            session.close("internal error")
+            raise
+
+    async def _handle(self, session: Session, message: pb.ClientMessage) -> None:
+        match message.WhichOneof("kind"):
+            case "accept":
+                self._coordinator.accept(session, message.accept.run_id)
+            case "refuse":
+                refusal = decode_refusal(message.refuse.refusal)
+                self._coordinator.refuse(session, message.refuse.run_id, refusal)
+            case "failed":
+                failed = message.failed
+                order, refusal = decode_order_id(failed.id), decode_refusal(failed.refusal)
+                self._coordinator.fail(session, failed.run_id, order, refusal)
+            case "update":
+                receipt = await self._inline_update(session, message.update)
+                session.send(pb.ServerMessage(receipt=receipt))
+            case other:
+                raise RemoteProtocolError(f"expected a message of a known kind, found {other}")
+
+    async def _inline_update(self, session: Session, update: pb.Update) -> pb.Receipt:
+        order = decode_order_id(update.id)
+        try:
+            driver, upload = self._begin(session.site, order, update)
+            if not update.vector.HasField("inline"):
+                raise _refused(RefusalCode.WRONG_LENGTH, "expected an update with its vector in it")
+            try:
+                if upload is not None:
+                    await _write(upload, update.vector.inline)
+                    upload.finish()
+            except BaseException:
+                if upload is not None:
+                    upload.close()
+                raise
+            outcome = await driver.deliver(session.site, order, update, upload)
+        except RefusedError as error:
+            self._count_refusal(session.site, update.run_id, order, error.refusal)
+            outcome = error.refusal
+        return _receipt(update, outcome)
+
+    async def Fetch(  # noqa: N802  # gRPC's name
+        self, request: pb.FetchRequest, context: Context
+    ) -> AsyncIterator[pb.Chunk]:
+        """Bytes that the caller's order named, from any offset."""
+        try:
+            site = caller(context, self._authority, role="site").name
+            driver = self._coordinator.find(request.run_id)
+            view = driver.shelf.find(site, request.digest)
+            if view is None:
+                raise RemoteProtocolError("expected the digest of something that an open order names")
+            if request.offset > len(view):
+                raise RemoteProtocolError(f"expected an offset up to {len(view)}, found {request.offset}")
+        except FedgeError as error:
+            await refuse(context, error)
+        for start in range(request.offset, len(view), CHUNK_BYTES):
+            data = bytes(view[start : start + CHUNK_BYTES])
+            driver.count(down=len(data))
+            yield pb.Chunk(data=data)
+
+    async def Deliver(  # noqa: N802  # gRPC's name
+        self, request_iterator: AsyncIterator[pb.DeliverRequest], context: Context
+    ) -> pb.Receipt:
+        """A large update, chunk by chunk. An update that cannot count is answered before it is read."""
+        try:
+            site = caller(context, self._authority, role="site").name
+            first = await asyncio.wait_for(anext(request_iterator), FIRST_MESSAGE_S)
+            if first.WhichOneof("kind") != "update":
+                raise RemoteProtocolError("expected an update's description first, found bytes")
+            return await self._receive(site, first.update, request_iterator)
+        except (TimeoutError, StopAsyncIteration):
+            await refuse(context, RemoteProtocolError("expected more of the update, found nothing in time"))
+        except FedgeError as error:
+            await refuse(context, error)
+
+    async def _receive(
+        self, site: str, update: pb.Update, requests: AsyncIterator[pb.DeliverRequest]
+    ) -> pb.Receipt:
+        order = decode_order_id(update.id)
+        try:
+            driver, upload = self._begin(site, order, update)
+            if upload is None:
+                raise _refused(RefusalCode.WRONG_LENGTH, "expected an update with a vector")
+            try:
+                while (request := await asyncio.wait_for(anext(requests, None), CHUNK_WAIT_S)) is not None:
+                    if request.WhichOneof("kind") != "data":
+                        raise RemoteProtocolError("expected bytes of the update, found something else")
+                    await _write(upload, request.data)
+                upload.finish()
+            except BaseException:
+                upload.close()
+                raise
+            outcome = await driver.deliver(site, order, update, upload)
+        except RefusedError as error:
+            self._count_refusal(site, update.run_id, order, error.refusal)
+            outcome = error.refusal
+        return _receipt(update, outcome)
+
+    def _begin(self, site: str, order: OrderId, update: pb.Update) -> tuple[RunDriver, Upload | None]:
+        """Check everything that an update says of itself, before its bytes are read or room is made."""
+        driver = self._coordinator.runs.get(update.run_id)
+        if driver is None:
+            raise _refused(RefusalCode.UNKNOWN_RUN, "no such run here")
+        unwanted = driver.unwanted(site, order)
+        if unwanted is not None:
+            raise RefusedError(unwanted)
+        if not 1 <= update.num_examples < MAX_WEIGHT:
+            raise _refused(
+                RefusalCode.BAD_WEIGHT,
+                f"expected 1 to {MAX_WEIGHT - 1} examples, found {update.num_examples}",
+            )
+        try:
+            decode_metrics(update.metrics)
+        except RemoteProtocolError as error:
+            raise _refused(RefusalCode.BAD_METRICS, str(error)) from None
+        expected = 0 if order.kind == "evaluate" else driver.layout.nbytes
+        if update.vector.size != expected:
+            raise _refused(
+                RefusalCode.WRONG_LENGTH, f"expected a vector of {expected} bytes, found {update.vector.size}"
+            )
+        try:
+            check_blob(update.vector, expected_bytes=expected)
+        except RemoteProtocolError as error:
+            raise _refused(RefusalCode.WRONG_DIGEST, str(error)) from None
+        if not expected:
+            return driver, None
+        return driver, Upload(self._spool, size=expected, digest=update.vector.digest)
+
+    def _count_refusal(self, site: str, run_id: str, order: OrderId, refusal: Refusal) -> None:
+        """A refused update costs the site its part in this round, unless it merely came late or twice."""
+        log.warning("update_refused run=%s site=%s order=%s reason=%s", run_id, site, order, refusal)
+        session = self._coordinator.sessions.get(site)
+        if session is not None and refusal.code not in _HARMLESS:
+            self._coordinator.fail(session, run_id, order, refusal)
+
+    @answering
+    async def Renew(self, request: pb.EnrolRequest, context: Context) -> pb.EnrolReply:  # noqa: N802  # gRPC's name
+        """The next certificate of an enrolled site."""
+        principal = caller(context, self._authority, role="site")
+        certificate = self._authority.renew(principal, request.csr, now=now())
+        log.info("site_renewed site=%s", principal.name)
+        return pb.EnrolReply(certificate=certificate)
+
+
+class EnrolmentService(services.EnrolmentServicer):
+    """What the holder of a one-time token may call, once."""
+
+    def __init__(self, authority: Authority) -> None:
+        self._authority = authority
+
+    @answering
+    async def Enrol(self, request: pb.EnrolRequest, context: Context) -> pb.EnrolReply:  # noqa: N802  # gRPC's name
+        """The site's certificate, for its signing request."""
+        principal = caller(context, self._authority, role="enrol")
+        certificate = self._authority.enrol(principal, request.csr, now=now())
+        log.info("site_enrolled site=%s", principal.name)
+        return pb.EnrolReply(certificate=certificate)
+
+
+_HARMLESS = frozenset(
+    {
+        RefusalCode.LATE,
+        RefusalCode.DUPLICATE,
+        RefusalCode.NOT_ASKED,
+        RefusalCode.STALE,
+        RefusalCode.RUN_ENDED,
+        RefusalCode.UNKNOWN_RUN,
+    }
+)
+
+
+async def _write(upload: Upload, data: bytes) -> None:
+    """Hash, check and keep a chunk; on a thread when it is large, so that the loop stays free."""
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise _refused(RefusalCode.TOO_LARGE, f"expected chunks of at most {MAX_MESSAGE_BYTES} bytes")
+    if len(data) <= _INLINE_ON_LOOP_BYTES:
+        upload.write(data)
+    else:
+        await asyncio.to_thread(upload.write, data)
+
+
+def _receipt(update: pb.Update, outcome: Refusal | None) -> pb.Receipt:
+    return pb.Receipt(
+        run_id=update.run_id,
+        id=encode_order_id(decode_order_id(update.id)),
+        refusal=encode_refusal(outcome) if outcome is not None else None,
+    )
+
+
+def _refused(code: RefusalCode, message: str) -> RefusedError:
+    return RefusedError(Refusal(code, message))

@@ -1,0 +1,54 @@
+"""Federated averaging: McMahan et al. 2017, "Communication-efficient learning of deep networks from
+decentralized data", Algorithm 1, with the server learning rate of Reddi et al. 2021, Algorithm 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+from pydantic import Field
+
+from fedge.pipeline import Aggregate, Mean, Weighting
+from fedge.strategy import Order
+from fedge.vector import Array, Model
+
+
+@dataclass(frozen=True, eq=False)
+class FedAvgState:
+    """The model, float32[n]."""
+
+    model: Array
+
+
+@dataclass(frozen=True, slots=True)
+class FedAvg:
+    """theta <- theta + eta_s * (sum_i w_i (theta_i - theta)) / (sum_i w_i), after local steps.
+
+    `weighting` is by examples or uniform; eta_s is `server_learning_rate`.
+    """
+
+    server_learning_rate: Annotated[float, Field(gt=0)] = 1.0
+    weighting: Weighting = "examples"
+
+    @property
+    def reduction(self) -> Mean:
+        return Mean(self.weighting)
+
+    @property
+    def max_staleness(self) -> None:
+        return None
+
+    def init(self, model: Model) -> FedAvgState:
+        return FedAvgState(model.vector)
+
+    def order(self, state: FedAvgState, round: int) -> Order:
+        return Order("train")
+
+    def step(self, state: FedAvgState, aggregate: Aggregate) -> FedAvgState:
+        # The aggregate is consumed, so its memory becomes the new model's: no third vector is needed.
+        model = aggregate.vector
+        model *= np.float32(self.server_learning_rate)
+        model += state.model
+        return FedAvgState(model)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -68,7 +69,7 @@ def from_safetensors(data: bytes, layout: Layout) -> Model:
         LayoutError: the bytes are not safetensors, or a tensor is missing, unexpected or different.
     """
     try:
-        found = dict(deserialize(data))
+        found = dict(deserialize(data))  # type: ignore[no-untyped-call]  # safetensors ships no types
     except SafetensorError as error:
         why = str(error)[:200]
         raise LayoutError(f"expected a safetensors file, found bytes that are not one: {why}") from None
@@ -87,15 +88,15 @@ def from_safetensors(data: bytes, layout: Layout) -> Model:
     return Model(vector, layout)
 
 
-def _entry(found: Mapping[str, dict[str, object]], name: str, shape: tuple[int, ...], dtype: str) -> bytes:
+def _entry(found: Mapping[str, Mapping[str, Any]], name: str, shape: tuple[int, ...], dtype: str) -> bytes:
     if name not in found:
         raise LayoutError(f"expected a tensor named {name!r} in the checkpoint, found none")
     entry = found[name]
-    actual = (tuple(entry["shape"]), entry["dtype"])  # type: ignore[arg-type]  # safetensors ships no types
+    actual = (tuple(entry["shape"]), entry["dtype"])
     if actual != (shape, _FORMAT_NAMES[dtype]):
         wanted = f"{_FORMAT_NAMES[dtype]}{list(shape)}"
         raise LayoutError(f"{name!r}: expected {wanted}, found {actual[1]}{list(actual[0][: MAX_RANK + 1])}")
-    return bytes(entry["data"])  # type: ignore[call-overload,no-any-return]  # see above
+    return bytes(entry["data"])
 
 
 def _encode(values: Array, dtype: str) -> bytes:

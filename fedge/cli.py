@@ -73,7 +73,9 @@ def main() -> None:
         error.show()
         code = error.exit_code
     except FedgeError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False)
+        Console(stderr=True, soft_wrap=True).print(
+            f"[bold red]error:[/] {_escape(str(error))}", highlight=False
+        )
         code = error.exit_code
     except BrokenPipeError:
         code = 1

@@ -45,16 +45,17 @@ def parse_toml(text: str, kind: type[C], *, source: str) -> C:
     """
     try:
         table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{source}: not valid TOML: {error}") from None
+    except ValueError as error:  # most are TOMLDecodeError; a number of 5000 digits is a plain one
+        raise ConfigError(f"{source}: not valid TOML: {str(error)[:200]}") from None
+    except RecursionError:
+        raise ConfigError(f"{source}: not valid TOML: nested too deeply") from None
     return build(kind, table, source=source)
 
 
 def build(kind: type[C], table: dict[str, Any], *, source: str) -> C:
     """A configuration from a parsed table; every problem found is one line of the ConfigError."""
     try:
-        # Lax in exactly one way: TOML has no tuple, so lists are taken for them (JSON mode does that).
-        return kind.model_validate(table, strict=None)
+        return kind.model_validate(table)
     except ValidationError as error:
         lines = [_explain(kind, dict(problem)) for problem in error.errors(include_url=False)]
         raise ConfigError("\n".join(f"{source}: {line}" for line in lines)) from None
@@ -69,6 +70,14 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f"valid keys: {', '.join(names)}" if names else "no keys are valid here"
 
 
+def shown(value: object) -> str:
+    """At most 80 characters of a value that was found where another was expected."""
+    try:
+        return repr(value)[:80]
+    except ValueError:  # Python refuses to print an integer of more than 4300 digits
+        return "a number of thousands of digits"
+
+
 def _explain(kind: type[BaseModel], problem: dict[str, Any]) -> str:
     location = [str(part) for part in problem["loc"]]
     key = ".".join(location)
@@ -79,8 +88,7 @@ def _explain(kind: type[BaseModel], problem: dict[str, Any]) -> str:
     if problem["type"] == "value_error":
         message = str(problem["ctx"]["error"])
         return f"{key}: {message}" if key else message
-    found = repr(problem["input"])
-    return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, found {found[:80]}"
+    return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, found {shown(problem['input'])}"
 
 
 def _keys(kind: type[BaseModel], location: list[str]) -> list[str]:

@@ -95,7 +95,8 @@ class Federation:
 
     `at_work` is used by runs without rounds: who is computing on the model of which round; `resting`
     are those that failed and are asked again after the next step.
-    `owed` is a round whose model is to be evaluated as soon as the evaluation before it is over.
+    `owed` is a round whose evaluation was due while another was under way: as soon as that is over, the
+    model of that moment is evaluated.
     """
 
     plan: Plan
@@ -250,7 +251,7 @@ def _next_round(run: Federation, *, attempt: int = 1) -> RunStep:
 def _end(run: Federation, status: Status, reason: str) -> RunStep:
     cancels: list[RunEffect] = []
     for round in (run.training, run.evaluation):
-        if round is not None:
+        if round is not None and round.phase == "open":
             cancels += [Cancel(client, round.order) for client in sorted(round.pending)]
     cancels += [Cancel(client, OrderId(run.plan.kind, at)) for client, at in sorted(run.at_work)]
     ended = replace(
@@ -265,21 +266,30 @@ def _answer_old(run: Federation, event: Event) -> tuple[RunEffect, ...]:
         return ()
     if run.previous is not None and event.order == run.previous.order:
         return rounds.step(run.previous, event)[1]
-    if event.order.round > run.committed:
-        refusal = Refusal(RefusalCode.NOT_ASKED, f"no {event.order} was given")
-    else:
+    now = run.training.order if run.training is not None else None
+    abandoned = now is not None and event.order in [replace(now, attempt=n) for n in range(1, now.attempt)]
+    if event.order.round <= run.committed or abandoned:
         refusal = Refusal(RefusalCode.LATE, f"the {event.order} is over; round {run.committed + 1} is open")
+    else:
+        refusal = Refusal(RefusalCode.NOT_ASKED, f"no {event.order} was given")
     return (Reject(event.client, event.order, refusal),)
 
 
 # Runs without rounds: every update is a step.
 
 
-def _put_to_work(run: Federation, clients: frozenset[str]) -> RunStep:
-    """Send the current model's order to each of `clients`, and start the clock of its progress."""
+def _put_to_work(run: Federation, clients: frozenset[str], *, new_model: bool = False) -> RunStep:
+    """Send the current model's order to each of `clients`.
+
+    The clock of its progress starts with the model, or when there was nobody at work on it. It is not
+    set back by clients that come and go while others work.
+    """
     order = OrderId(run.plan.kind, run.committed + 1)
+    idle = not run.at_work
     run = replace(run, at_work=run.at_work | {(client, order.round) for client in clients})
     sends: tuple[RunEffect, ...] = tuple(Send(client, order) for client in sorted(clients))
+    if not (idle or new_model):
+        return run, sends
     seconds = run.plan.terms.deadline_s if run.at_work else run.plan.terms.wait_s
     return run, (*sends, StartTimer(order, "open", seconds))
 
@@ -290,11 +300,16 @@ def _on_arrival(run: Federation, event: Event) -> RunStep:
             busy = any(worker == client for worker, _ in run.at_work)
             if busy or run.committed >= run.plan.rounds:
                 return run, ()
-            return _put_to_work(run, frozenset({client}))
+            return _put_to_work(replace(run, resting=run.resting - {client}), frozenset({client}))
         case Left(client):
-            return replace(run, at_work=_without(run, client), resting=run.resting - {client}), ()
+            worked = bool(run.at_work)
+            run = replace(run, at_work=_without(run, client), resting=run.resting - {client})
+            if run.at_work or not worked:
+                return run, ()
+            # The last at work is gone: those who failed get another chance, or the run waits for clients.
+            return _put_to_work(replace(run, resting=frozenset()), run.resting)
         case Failed(client, order, refusal):
-            if (client, order.round) not in run.at_work:
+            if not _is_at_work(run, client, order):
                 return run, ()
             run = replace(run, at_work=_without(run, client), resting=run.resting | {client})
             if run.at_work:
@@ -309,17 +324,18 @@ def _on_arrival(run: Federation, event: Event) -> RunStep:
 
 
 def _apply(run: Federation, client: str, order: OrderId) -> RunStep:
-    if (client, order.round) not in run.at_work:
+    if not _is_at_work(run, client, order):
         code = RefusalCode.LATE if run.committed >= run.plan.rounds else RefusalCode.NOT_ASKED
         refusal = Refusal(code, f"this client is not at work on the {order}")
         return run, (Reject(client, order, refusal),)
-    assert run.plan.max_staleness is not None  # only such runs come here
+    bound = run.plan.max_staleness
+    assert bound is not None  # only such runs come here
     run = replace(run, at_work=_without(run, client))
     staleness = run.committed + 1 - order.round
-    if staleness > run.plan.max_staleness:
+    if staleness > bound:
         refusal = Refusal(
             RefusalCode.STALE,
-            f"the model moved {staleness} steps since this gradient's; at most {run.plan.max_staleness} count",
+            f"the model moved {staleness} steps since this gradient's; at most {bound} count",
         )
         run, more = _put_to_work(run, frozenset({client}))
         return run, (Reject(client, order, refusal), *more)
@@ -328,12 +344,16 @@ def _apply(run: Federation, client: str, order: OrderId) -> RunStep:
     effects: tuple[RunEffect, ...] = (Accept(client, order, staleness), Close(done, (client,)))
     if run.committed < run.plan.rounds:
         free = (frozenset({client}) | run.resting) & run.clients
-        run, more = _put_to_work(replace(run, resting=frozenset()), free)
+        run, more = _put_to_work(replace(run, resting=frozenset()), free, new_model=True)
     else:
         more = tuple(Cancel(other, OrderId(run.plan.kind, at)) for other, at in sorted(run.at_work))
         run = replace(run, at_work=frozenset())
     run, rest = _after_commit(run)
     return run, (*effects, *more, *rest)
+
+
+def _is_at_work(run: Federation, client: str, order: OrderId) -> bool:
+    return order == OrderId(run.plan.kind, order.round) and (client, order.round) in run.at_work
 
 
 def _without(run: Federation, client: str) -> frozenset[tuple[str, int]]:

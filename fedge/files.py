@@ -63,9 +63,9 @@ def _write(path: Path, data: bytes, *, mode: int) -> None:
                 file.flush()
                 os.fchmod(file.fileno(), mode)
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            Path(temporary).replace(path)
         except BaseException:
-            os.unlink(temporary)
+            Path(temporary).unlink()
             raise
         folder = os.open(path.parent, os.O_RDONLY)
         try:

@@ -62,8 +62,8 @@ def apply(optimizer: Optimizer, parameters: Array, slots: Slots, gradient: Array
     beta1, beta2 = np.float32(optimizer.beta1), np.float32(optimizer.beta2)
     # Rounded once: 1 - float32(0.999) would be off by 1e-5 of itself, and by far more for betas nearer 1.
     share1, share2 = np.float32(1 - optimizer.beta1), np.float32(1 - optimizer.beta2)
-    mean = beta1 * slots.vectors[0] + share1 * gradient
-    square = beta2 * slots.vectors[1] + share2 * (gradient * gradient)
+    mean: Array = beta1 * slots.vectors[0] + share1 * gradient
+    square: Array = beta2 * slots.vectors[1] + share2 * (gradient * gradient)
     power1 = slots.beta1_power * optimizer.beta1
     power2 = slots.beta2_power * optimizer.beta2
     corrected = mean / np.float32(1 - power1)

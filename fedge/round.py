@@ -52,7 +52,8 @@ class Terms:
 
     @property
     def asked(self) -> int:
-        return math.ceil(self.size * self.over_select)
+        # Rounded first: 100 * 1.1 is a hair above 110 in binary, and 111 are not what was meant.
+        return math.ceil(round(self.size * self.over_select, 6))
 
 
 # Events: what happened.
@@ -169,7 +170,8 @@ Effect = Send | Accept | Reject | Cancel | StartTimer | Close | GiveUp
 class Round:
     """One round's state. A client is in at most one of pending, accepted, lost and failed.
 
-    `candidates` are ranked by a keyed hash; those before `cursor` were asked or had left by then.
+    `candidates` are ranked by a keyed hash; those before `cursor` were asked. Of the others, those in
+    `away` have left for now.
     """
 
     order: OrderId
@@ -211,8 +213,12 @@ def rank(seed: int, order: OrderId, client: str) -> bytes:
 
 def step(round: Round, event: Event) -> Step:
     """The table of transitions: (phase, event) -> what happens. Pairs not in it change nothing."""
-    transition = _TABLE.get((round.phase, type(event)))
-    return transition(round, event) if transition else (round, ())
+    if isinstance(event, Joined | Left) or event.order == round.order:
+        transition = _TABLE.get((round.phase, type(event)))
+        return transition(round, event) if transition else (round, ())
+    if isinstance(event, Arrived):  # for another round, or another attempt at this one
+        return round, (Reject(event.client, event.order, _not_asked(event.order)),)
+    return round, ()
 
 
 def _open(round: Round) -> Step:
@@ -225,17 +231,23 @@ def _ask(round: Round) -> Step:
     """Ask candidates, best rank first, until as many are at work or done as the terms want."""
     wanted = round.terms.asked - len(round.pending) - len(round.accepted)
     chosen: list[str] = []
-    cursor, away = round.cursor, round.away
-    while cursor < len(round.candidates) and len(chosen) < wanted:
-        client = round.candidates[cursor]
-        cursor += 1
-        if client in away:
-            away = away - {client}
-        else:
-            chosen.append(client)
+    skipped: list[str] = []
+    at = round.cursor
+    while at < len(round.candidates) and len(chosen) < wanted:
+        client = round.candidates[at]
+        (skipped if client in round.away else chosen).append(client)
+        at += 1
     if not chosen:
         return round, ()
-    asked = replace(round, cursor=cursor, away=away, pending=round.pending | frozenset(chosen))
+    candidates = round.candidates
+    if skipped:  # those who are away keep a place behind the cursor: they can be asked when they are back
+        candidates = (*candidates[: round.cursor], *chosen, *skipped, *candidates[at:])
+    asked = replace(
+        round,
+        candidates=candidates,
+        cursor=round.cursor + len(chosen),
+        pending=round.pending | frozenset(chosen),
+    )
     return asked, tuple(Send(client, round.order) for client in chosen)
 
 

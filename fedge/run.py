@@ -5,14 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from fedge.config import Config, parse_toml, read_toml
+from fedge.config import Config, parse_toml, read_toml, shown
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
-Positive = Annotated[float, Field(gt=0, strict=False)]
-NonNegative = Annotated[float, Field(ge=0, strict=False)]
-Fraction = Annotated[float, Field(ge=0, lt=1, strict=False)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _batch_size(value: object) -> object:
+    if value == "full" or (type(value) is int and 1 <= value <= 2**31 - 1):
+        return value
+    raise ValueError(f'expected "full" or a whole number from 1 to 2^31 - 1, found {shown(value)}')
+
+
+BatchSize = Annotated[int | Literal["full"], BeforeValidator(_batch_size)]
 
 
 class StrategyConfig(BaseModel):
@@ -32,7 +41,7 @@ class Work(Config):
 
     epochs: Count | None = None
     steps: Count | None = None
-    batch_size: Count | Literal["full"] = 32
+    batch_size: BatchSize = 32
     optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
     learning_rate: Positive = 0.05
     momentum: Fraction = 0.9
@@ -54,7 +63,7 @@ class Cohort(Config):
 
     size: Count = 10
     quorum: Count | None = None
-    over_select: Annotated[float, Field(ge=1, le=10, strict=False)] = 1.0
+    over_select: Annotated[float, Field(ge=1, le=10)] = 1.0
     deadline_s: Positive = 600.0
     attempts: Annotated[int, Field(ge=1, le=100)] = 3
     wait_s: Positive = 3600.0
@@ -83,7 +92,7 @@ class Privacy(Config):
 
     unit: Literal["none", "example", "client"] = "example"
     epsilon: Positive | None = None
-    delta: Annotated[float, Field(gt=0, lt=1, strict=False)] | None = None
+    delta: Annotated[float, Field(gt=0, lt=1)] | None = None
     clip: Positive | None = None
 
     @model_validator(mode="after")
@@ -91,7 +100,7 @@ class Privacy(Config):
         if self.unit != "none":
             raise ValueError(
                 f"unit: {self.unit!r} differential privacy is not in this version; "
-                "a run without it must say unit = \"none\""
+                'a run without it must say unit = "none"'
             )
         if self.epsilon is not None or self.delta is not None:
             raise ValueError('epsilon and delta promise a guarantee that unit = "none" does not give')
@@ -102,12 +111,14 @@ class SecureAggregation(Config):
     """`[secure_aggregation]`. Not in this version: a run that asks for it is refused, never downgraded."""
 
     enabled: bool = False
-    threshold: Annotated[float, Field(gt=0.5, le=1, strict=False)] | None = None
+    threshold: Annotated[float, Field(gt=0.5, le=1)] | None = None
 
     @model_validator(mode="after")
     def _available(self) -> SecureAggregation:
         if self.enabled:
-            raise ValueError("enabled: secure aggregation is not in this version; set it to false to run without")
+            raise ValueError(
+                "enabled: secure aggregation is not in this version; set it to false to run without"
+            )
         return self
 
 

@@ -12,3 +12,11 @@ def derive_seed(seed: int, *parts: str | int) -> int:
     """
     text = "\0".join([str(seed), *(f"{type(part).__name__}:{part}" for part in parts)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+def work_seed(seed: int, *, site: str, kind: str, round: int) -> int:
+    """The seed of one client's work in one round, the same in simulation and deployment.
+
+    A gradient's batches come from one permutation per epoch, so its seed does not depend on the round.
+    """
+    return derive_seed(seed, kind, site) if kind == "gradient" else derive_seed(seed, kind, site, round)

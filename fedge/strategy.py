@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Any, Literal, Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, cast, get_type_hints, runtime_checkable
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError, create_model
 
-from fedge.config import nearest
+from fedge.config import Config, nearest, shown
 from fedge.errors import ConfigError
 from fedge.optimizer import Optimizer, Slots
 from fedge.pipeline import Aggregate, Reduction
@@ -107,13 +107,21 @@ def load_strategy(
         for name in work.model_fields_set & fields
         if getattr(work, name) is not None
     }
+    given = {**inherited, **config.fields}
     try:
-        strategy = TypeAdapter(kind).validate_python({**inherited, **config.fields})
+        # As strict as any other table of run.toml: no text for a number, nothing infinite.
+        hints = get_type_hints(kind, include_extras=True)
+        fields_given: dict[str, Any] = {name: (hints[name], ...) for name in given}
+        table = create_model("Fields", __base__=Config, **fields_given)
+        checked = table.model_validate(given)
+        strategy = kind(**{name: getattr(checked, name) for name in given})
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         key = ".".join(["strategy", *(str(part) for part in problem["loc"])])
-        raise ConfigError(f"{key}: {problem['msg']}, found {problem['input']!r}") from None
-    return cast(AnyStrategy, strategy)
+        raise ConfigError(f"{key}: {problem['msg']}, found {shown(problem['input'])}") from None
+    except (TypeError, ValueError, NameError) as error:  # a field is missing, or the strategy objects
+        raise ConfigError(f"strategy {config.name!r} cannot be made of its fields: {error}") from None
+    return cast("AnyStrategy", strategy)
 
 
 def installed_strategies() -> list[str]:
@@ -123,28 +131,35 @@ def installed_strategies() -> list[str]:
 
 def _find(name: str, allowed: Collection[str] | None) -> type[Any]:
     for entry in entry_points(group="fedge.strategies", name=name):
-        return _checked(name, entry.load())
-    if ":" not in name:
+        return _checked(name, _imported(name, entry.load))
+    module, _, attribute = name.partition(":")
+    if not module or not attribute:
         raise ConfigError(f"unknown strategy {name!r}; {nearest(name, installed_strategies())}")
     if allowed is not None and name not in allowed:
         raise ConfigError(
             f"strategy {name!r} is not one that this coordinator may import: its operator adds it to "
             "`strategies` in server.toml"
         )
-    module, _, attribute = name.partition(":")
+    return _checked(name, _imported(name, lambda: getattr(importlib.import_module(module), attribute)))
+
+
+def _imported(name: str, load: Callable[[], Any]) -> Any:
     try:
-        return _checked(name, getattr(importlib.import_module(module), attribute))
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"cannot import strategy {name!r}: {error}") from None
+        return load()
+    except Exception as error:  # a user's module may raise anything while it is imported
+        raise ConfigError(f"cannot import strategy {name!r}: {type(error).__name__}: {error}") from error
 
 
 def _checked(name: str, found: Any) -> type[Any]:
-    methods = ("init", "order", "step", "reduction", "max_staleness")
-    if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
+    if not (isinstance(found, type) and dataclasses.is_dataclass(found) and _is_frozen(found)):
         raise ConfigError(f"expected strategy {name!r} to be a frozen dataclass, found {found!r}")
-    missing = [method for method in methods if not hasattr(found, method)]
+    fields = {field.name for field in dataclasses.fields(found)}
+    members = ("init", "order", "step", "reduction", "max_staleness")
+    missing = [member for member in members if member not in fields and not hasattr(found, member)]
     if missing:
         raise ConfigError(f"strategy {name!r} has no {missing[0]!r}: see fedge.strategy.Strategy")
     return found
 
 
+def _is_frozen(kind: type[Any]) -> bool:
+    return bool(getattr(kind, "__dataclass_params__").frozen)  # noqa: B009  # typeshed does not know it

@@ -93,7 +93,7 @@ def load_framework(name: str = "torch") -> Framework:
     """
     for entry in entry_points(group="fedge.frameworks", name=name):
         try:
-            return cast(Framework, entry.load())
+            return cast("Framework", entry.load())
         except ModuleNotFoundError as error:
             raise ConfigError(
                 f"this command builds a model and needs {error.name}: pip install 'fedge[{name}]'"

@@ -26,6 +26,7 @@ Array = npt.NDArray[np.float32]
 Role = Literal["trainable", "frozen", "buffer"]
 """trainable: receives gradients. frozen: a parameter without. buffer: floating-point state."""
 
+_Kind = tuple[tuple[int, ...], str, str]  # shape, dtype, role
 _ROLES: tuple[Role, ...] = get_args(Role)
 FLOATS = ("float32", "float16", "bfloat16", "float64")
 INTEGERS = ("int8", "uint8", "int16", "int32", "int64", "bool")
@@ -195,9 +196,9 @@ class Layout:
         """The first thing in which `other` differs, in words; empty if the layouts are the same."""
         if self.digest == other.digest:
             return ""
-        mine = {t.name: (t.shape, t.dtype, t.role) for t in self.tensors}
+        mine: dict[str, _Kind] = {t.name: (t.shape, t.dtype, t.role) for t in self.tensors}
         mine |= {c.name: (c.shape, c.dtype, "integer") for c in self.carried}
-        theirs = {t.name: (t.shape, t.dtype, t.role) for t in other.tensors}
+        theirs: dict[str, _Kind] = {t.name: (t.shape, t.dtype, t.role) for t in other.tensors}
         theirs |= {c.name: (c.shape, c.dtype, "integer") for c in other.carried}
         for name, (shape, dtype, role) in mine.items():
             if name not in theirs:
@@ -228,9 +229,14 @@ class Model:
         return f"Model({len(self.layout.tensors)} tensors, {self.layout.size} elements)"
 
 
+def bytes_of(vector: Array) -> memoryview:
+    """A contiguous vector's memory as bytes, without a copy: what travels, little-endian."""
+    return memoryview(vector.data).cast("B")
+
+
 def digest_of(data: bytes | memoryview | Array) -> bytes:
     """SHA-256 of raw bytes or of a contiguous vector: the content address used on the wire."""
-    return hashlib.sha256(data).digest()
+    return hashlib.sha256(data.data if isinstance(data, np.ndarray) else data).digest()
 
 
 def _check(name: str, shape: tuple[int, ...], dtype: str, known: tuple[str, ...]) -> None:

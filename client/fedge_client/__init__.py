@@ -1,1 +1,1 @@
-"""The site: an agent that holds identity and policy, and a worker that trains on data that stays."""
+"""The site: an agent that holds identity, gate and link, and a worker that trains. It never imports the server."""

@@ -64,9 +64,12 @@ class Load(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     LAYOUT_FIELD_NUMBER: _builtins.int
     WORK_FIELD_NUMBER: _builtins.int
+    SLOT_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     task: _builtins.str
     seed: _builtins.int
+    slot: _builtins.int
+    """which of the shared segments hold this run's vectors"""
     @_builtins.property
     def layout(self) -> _fedge_pb2.Layout: ...
     @_builtins.property
@@ -79,10 +82,11 @@ class Load(_message.Message):
         seed: _builtins.int = ...,
         layout: _fedge_pb2.Layout | None = ...,
         work: _fedge_pb2.Work | None = ...,
+        slot: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout", "work", b"work"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout", "run_id", b"run_id", "seed", b"seed", "task", b"task", "work", b"work"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout", "run_id", b"run_id", "seed", b"seed", "slot", b"slot", "task", b"task", "work", b"work"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

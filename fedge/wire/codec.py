@@ -65,9 +65,7 @@ def encode_layout(layout: Layout) -> pb.Layout:
             pb.Tensor(name=t.name, shape=t.shape, dtype=t.dtype, role=t.role, tied=t.tied)
             for t in layout.tensors
         ],
-        carried=[
-            pb.Carried(name=c.name, shape=c.shape, dtype=c.dtype, data=c.data) for c in layout.carried
-        ],
+        carried=[pb.Carried(name=c.name, shape=c.shape, dtype=c.dtype, data=c.data) for c in layout.carried],
     )
 
 
@@ -175,7 +173,5 @@ def check_blob(blob: pb.Blob, *, expected_bytes: int) -> None:
         raise RemoteProtocolError(f"expected {expected_bytes} bytes, found a claim of {blob.size}")
     if len(blob.digest) != 32:
         raise RemoteProtocolError(f"expected a digest of 32 bytes, found {len(blob.digest)}")
-    if blob.HasField("inline") and (
-        len(blob.inline) != blob.size or digest_of(blob.inline) != blob.digest
-    ):
+    if blob.HasField("inline") and (len(blob.inline) != blob.size or digest_of(blob.inline) != blob.digest):
         raise RemoteProtocolError("expected inline bytes of the claimed size and digest, found others")

@@ -5,23 +5,24 @@ The wire format of fedge. Only these messages and raw little-endian vectors cros
 Field numbers are never reused. Every size is capped by fedge/wire/limits.py before it is believed.
 """
 
-from collections import abc as _abc
-from fedge.wire import fedge_pb2 as _fedge_pb2
-from grpc import aio as _aio
 import abc as _abc_1
-import grpc as _grpc
 import sys
 import typing as _typing
+from collections import abc as _abc
+
+import grpc as _grpc
+from grpc import aio as _aio
+
+from fedge.wire import fedge_pb2 as _fedge_pb2
 
 if sys.version_info >= (3, 11):
     from typing import Self as _Self
 else:
-    from typing_extensions import Self as _Self
+    from typing import Self as _Self
 
 _T = _typing.TypeVar("_T")
 
 class _MaybeAsyncIterator(_abc.AsyncIterator[_T], _abc.Iterator[_T], metaclass=_abc_1.ABCMeta): ...
-
 class _ServicerContext(_grpc.ServicerContext, _aio.ServicerContext):  # type: ignore[misc, type-arg]
     ...
 
@@ -58,30 +59,29 @@ class FederationServicer(metaclass=_abc_1.ABCMeta):
         self,
         request_iterator: _MaybeAsyncIterator[_fedge_pb2.ClientMessage],
         context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_fedge_pb2.ServerMessage], _abc.AsyncIterator[_fedge_pb2.ServerMessage]]: ...
-
+    ) -> _abc.Iterator[_fedge_pb2.ServerMessage] | _abc.AsyncIterator[_fedge_pb2.ServerMessage]: ...
     @_abc_1.abstractmethod
     def Fetch(
         self,
         request: _fedge_pb2.FetchRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_fedge_pb2.Chunk], _abc.AsyncIterator[_fedge_pb2.Chunk]]: ...
-
+    ) -> _abc.Iterator[_fedge_pb2.Chunk] | _abc.AsyncIterator[_fedge_pb2.Chunk]: ...
     @_abc_1.abstractmethod
     def Deliver(
         self,
         request_iterator: _MaybeAsyncIterator[_fedge_pb2.DeliverRequest],
         context: _ServicerContext,
-    ) -> _typing.Union[_fedge_pb2.Receipt, _abc.Awaitable[_fedge_pb2.Receipt]]: ...
-
+    ) -> _fedge_pb2.Receipt | _abc.Awaitable[_fedge_pb2.Receipt]: ...
     @_abc_1.abstractmethod
     def Renew(
         self,
         request: _fedge_pb2.EnrolRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_fedge_pb2.EnrolReply, _abc.Awaitable[_fedge_pb2.EnrolReply]]: ...
+    ) -> _fedge_pb2.EnrolReply | _abc.Awaitable[_fedge_pb2.EnrolReply]: ...
 
-def add_FederationServicer_to_server(servicer: FederationServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+def add_FederationServicer_to_server(
+    servicer: FederationServicer, server: _grpc.Server | _aio.Server
+) -> None: ...
 
 class EnrolmentStub:
     @_typing.overload
@@ -101,9 +101,11 @@ class EnrolmentServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _fedge_pb2.EnrolRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_fedge_pb2.EnrolReply, _abc.Awaitable[_fedge_pb2.EnrolReply]]: ...
+    ) -> _fedge_pb2.EnrolReply | _abc.Awaitable[_fedge_pb2.EnrolReply]: ...
 
-def add_EnrolmentServicer_to_server(servicer: EnrolmentServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+def add_EnrolmentServicer_to_server(
+    servicer: EnrolmentServicer, server: _grpc.Server | _aio.Server
+) -> None: ...
 
 class AdminStub:
     @_typing.overload
@@ -137,55 +139,48 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         self,
         request_iterator: _MaybeAsyncIterator[_fedge_pb2.SubmitRequest],
         context: _ServicerContext,
-    ) -> _typing.Union[_fedge_pb2.RunRef, _abc.Awaitable[_fedge_pb2.RunRef]]: ...
-
+    ) -> _fedge_pb2.RunRef | _abc.Awaitable[_fedge_pb2.RunRef]: ...
     @_abc_1.abstractmethod
     def List(
         self,
         request: _fedge_pb2.ListRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_fedge_pb2.RunList, _abc.Awaitable[_fedge_pb2.RunList]]: ...
-
+    ) -> _fedge_pb2.RunList | _abc.Awaitable[_fedge_pb2.RunList]: ...
     @_abc_1.abstractmethod
     def Show(
         self,
         request: _fedge_pb2.RunRef,
         context: _ServicerContext,
-    ) -> _typing.Union[_fedge_pb2.RunDetail, _abc.Awaitable[_fedge_pb2.RunDetail]]: ...
-
+    ) -> _fedge_pb2.RunDetail | _abc.Awaitable[_fedge_pb2.RunDetail]: ...
     @_abc_1.abstractmethod
     def Watch(
         self,
         request: _fedge_pb2.RunRef,
         context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_fedge_pb2.WatchEvent], _abc.AsyncIterator[_fedge_pb2.WatchEvent]]: ...
-
+    ) -> _abc.Iterator[_fedge_pb2.WatchEvent] | _abc.AsyncIterator[_fedge_pb2.WatchEvent]: ...
     @_abc_1.abstractmethod
     def Stop(
         self,
         request: _fedge_pb2.RunRef,
         context: _ServicerContext,
-    ) -> _typing.Union[_fedge_pb2.Done, _abc.Awaitable[_fedge_pb2.Done]]: ...
-
+    ) -> _fedge_pb2.Done | _abc.Awaitable[_fedge_pb2.Done]: ...
     @_abc_1.abstractmethod
     def Export(
         self,
         request: _fedge_pb2.RunRef,
         context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_fedge_pb2.ExportReply], _abc.AsyncIterator[_fedge_pb2.ExportReply]]: ...
-
+    ) -> _abc.Iterator[_fedge_pb2.ExportReply] | _abc.AsyncIterator[_fedge_pb2.ExportReply]: ...
     @_abc_1.abstractmethod
     def Sites(
         self,
         request: _fedge_pb2.SitesRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_fedge_pb2.SiteList, _abc.Awaitable[_fedge_pb2.SiteList]]: ...
-
+    ) -> _fedge_pb2.SiteList | _abc.Awaitable[_fedge_pb2.SiteList]: ...
     @_abc_1.abstractmethod
     def Revoke(
         self,
         request: _fedge_pb2.SiteRef,
         context: _ServicerContext,
-    ) -> _typing.Union[_fedge_pb2.Done, _abc.Awaitable[_fedge_pb2.Done]]: ...
+    ) -> _fedge_pb2.Done | _abc.Awaitable[_fedge_pb2.Done]: ...
 
-def add_AdminServicer_to_server(servicer: AdminServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+def add_AdminServicer_to_server(servicer: AdminServicer, server: _grpc.Server | _aio.Server) -> None: ...

@@ -49,7 +49,9 @@ def error_of(status: str, details: str, *, peer: str) -> FedgeError:
                 f"no trusted connection to the coordinator at {peer}: its certificate is not of the CA given, "
                 f"does not name this host, or it refuses ours (foreign or expired) [{details}]"
             )
-        return LinkError(f"cannot reach the coordinator at {peer}: is it running, and is the port open? [{details}]")
+        return LinkError(
+            f"cannot reach the coordinator at {peer}: is it running, and is the port open? [{details}]"
+        )
     if status == "DEADLINE_EXCEEDED":
         return LinkError(f"the coordinator at {peer} did not answer in time")
     return LinkError(f"the coordinator at {peer} ended the call: {status.lower()}: {details}")

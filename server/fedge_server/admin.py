@@ -11,7 +11,7 @@ import numpy as np
 from fedge.config import parse_toml
 from fedge.errors import ConfigError, FedgeError, RemoteProtocolError
 from fedge.run import RunConfig
-from fedge.vector import Layout, Model, digest_of
+from fedge.vector import Layout, Model, bytes_of, digest_of
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire import fedge_pb2_grpc as services
 from fedge.wire.codec import check_blob, decode_layout, encode_layout, encode_metrics, encode_refusal
@@ -36,9 +36,7 @@ class AdminService(services.AdminServicer):
         self._authority = authority
 
     @answering
-    async def Submit(  # noqa: N802  # gRPC's name
-        self, request_iterator: AsyncIterator[pb.SubmitRequest], context: Context
-    ) -> pb.RunRef:
+    async def Submit(self, request_iterator: AsyncIterator[pb.SubmitRequest], context: Context) -> pb.RunRef:
         """Begin a run: its run.toml, its model's layout and initial values."""
         admin = caller(context, self._authority, role="admin")
         try:
@@ -66,12 +64,12 @@ class AdminService(services.AdminServicer):
         return pb.RunRef(run_id=driver.run_id)
 
     @answering
-    async def List(self, request: pb.ListRequest, context: Context) -> pb.RunList:  # noqa: N802  # gRPC's name
+    async def List(self, request: pb.ListRequest, context: Context) -> pb.RunList:
         caller(context, self._authority, role="admin")
         return pb.RunList(runs=[_summary(driver) for driver in self._coordinator.runs.values()])
 
     @answering
-    async def Show(self, request: pb.RunRef, context: Context) -> pb.RunDetail:  # noqa: N802  # gRPC's name
+    async def Show(self, request: pb.RunRef, context: Context) -> pb.RunDetail:
         caller(context, self._authority, role="admin")
         driver = self._coordinator.find(request.run_id)
         return pb.RunDetail(
@@ -82,9 +80,7 @@ class AdminService(services.AdminServicer):
             model_bytes=driver.layout.nbytes,
         )
 
-    async def Watch(  # noqa: N802  # gRPC's name
-        self, request: pb.RunRef, context: Context
-    ) -> AsyncIterator[pb.WatchEvent]:
+    async def Watch(self, request: pb.RunRef, context: Context) -> AsyncIterator[pb.WatchEvent]:
         """What there is, then what changes, until the run is over."""
         try:
             caller(context, self._authority, role="admin")
@@ -102,15 +98,13 @@ class AdminService(services.AdminServicer):
             await driver.history.changed_after(revision)
 
     @answering
-    async def Stop(self, request: pb.RunRef, context: Context) -> pb.Done:  # noqa: N802  # gRPC's name
+    async def Stop(self, request: pb.RunRef, context: Context) -> pb.Done:
         admin = caller(context, self._authority, role="admin")
         self._coordinator.stop(request.run_id)
         log.info("run_stopped_by admin=%s run=%s", admin.name, request.run_id)
         return pb.Done()
 
-    async def Export(  # noqa: N802  # gRPC's name
-        self, request: pb.RunRef, context: Context
-    ) -> AsyncIterator[pb.ExportReply]:
+    async def Export(self, request: pb.RunRef, context: Context) -> AsyncIterator[pb.ExportReply]:
         """The model of the last committed round: its layout, then its vector."""
         try:
             caller(context, self._authority, role="admin")
@@ -118,12 +112,12 @@ class AdminService(services.AdminServicer):
         except FedgeError as error:
             await refuse(context, error)
         yield pb.ExportReply(layout=encode_layout(model.layout))
-        view = memoryview(model.vector).cast("B")
+        view = bytes_of(model.vector)
         for start in range(0, len(view), CHUNK_BYTES):
             yield pb.ExportReply(data=bytes(view[start : start + CHUNK_BYTES]))
 
     @answering
-    async def Sites(self, request: pb.SitesRequest, context: Context) -> pb.SiteList:  # noqa: N802  # gRPC's name
+    async def Sites(self, request: pb.SitesRequest, context: Context) -> pb.SiteList:
         caller(context, self._authority, role="admin")
         sites = [
             pb.SiteInfo(
@@ -137,7 +131,7 @@ class AdminService(services.AdminServicer):
         return pb.SiteList(sites=sites)
 
     @answering
-    async def Revoke(self, request: pb.SiteRef, context: Context) -> pb.Done:  # noqa: N802  # gRPC's name
+    async def Revoke(self, request: pb.SiteRef, context: Context) -> pb.Done:
         """Refuse a site from now on, and end its session."""
         admin = caller(context, self._authority, role="admin")
         self._authority.revoke(request.name)

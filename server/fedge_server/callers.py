@@ -22,6 +22,7 @@ R = TypeVar("R")
 
 Context = aio.ServicerContext[Any, Any]
 
+
 def now() -> datetime:
     return datetime.now(UTC)
 
@@ -41,7 +42,7 @@ def caller(context: Context, authority: Authority, *, role: Role) -> Principal:
     pems = context.auth_context().get("x509_pem_cert")
     if not pems:
         raise IdentityError("expected a client certificate, found none")
-    principal = _parse(bytes(pems[0]))
+    principal = _parse(next(iter(pems)))
     if principal.role != role:
         raise IdentityError(f"expected a certificate of the role {role!r}, found {principal.uri}")
     authority.check(principal, now=now())

@@ -143,7 +143,7 @@ class RunDriver:
                 await self._handle(event, delivery)
         except RunError as error:
             await self._fail(str(error))
-        except Exception as error:  # noqa: BLE001  # one run's defect must not end the others
+        except Exception as error:  # one run's defect must not end the others
             log.exception("run_crashed run=%s", self.run_id)
             await self._fail(f"internal error: {type(error).__name__}: {error}")
         finally:

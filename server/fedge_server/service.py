@@ -23,11 +23,11 @@ from fedge.wire.codec import (
     encode_refusal,
 )
 from fedge.wire.limits import CHUNK_BYTES, MAX_MESSAGE_BYTES, PROTOCOL
+from fedge_server import sessions
 from fedge_server.callers import Context, answering, caller, now, refuse
 from fedge_server.coordinator import Coordinator
 from fedge_server.driver import RunDriver
 from fedge_server.identity import Authority
-from fedge_server.sessions import Session
 from fedge_server.spool import Upload
 
 log = logging.getLogger(__name__)
@@ -46,14 +46,14 @@ class FederationService(services.FederationServicer):
         self._spool = spool
         self._software = software
 
-    async def Session(  # noqa: N802  # gRPC's name
+    async def Session(
         self, request_iterator: AsyncIterator[pb.ClientMessage], context: Context
     ) -> AsyncIterator[pb.ServerMessage]:
         """The site's stream: orders go out the moment they exist, small updates come in."""
         try:
             principal = caller(context, self._authority, role="site")
             await self._greet(request_iterator)
-            session = Session(principal)
+            session = sessions.Session(principal)
             self._coordinator.connect(session)
         except FedgeError as error:
             await refuse(context, error)
@@ -89,7 +89,7 @@ class FederationService(services.FederationServicer):
                 f"of protocol {first.hello.protocol}: site and coordinator need matching versions of fedge"
             )
 
-    async def _read(self, session: Session, requests: AsyncIterator[pb.ClientMessage]) -> None:
+    async def _read(self, session: sessions.Session, requests: AsyncIterator[pb.ClientMessage]) -> None:
         """Handle what the site sends until it stops; a message that breaks the protocol ends the session."""
         try:
             async for message in requests:
@@ -104,7 +104,7 @@ class FederationService(services.FederationServicer):
             session.close("internal error")
             raise
 
-    async def _handle(self, session: Session, message: pb.ClientMessage) -> None:
+    async def _handle(self, session: sessions.Session, message: pb.ClientMessage) -> None:
         match message.WhichOneof("kind"):
             case "accept":
                 self._coordinator.accept(session, message.accept.run_id)
@@ -121,7 +121,7 @@ class FederationService(services.FederationServicer):
             case other:
                 raise RemoteProtocolError(f"expected a message of a known kind, found {other}")
 
-    async def _inline_update(self, session: Session, update: pb.Update) -> pb.Receipt:
+    async def _inline_update(self, session: sessions.Session, update: pb.Update) -> pb.Receipt:
         order = decode_order_id(update.id)
         try:
             driver, upload = self._begin(session.site, order, update)
@@ -141,9 +141,7 @@ class FederationService(services.FederationServicer):
             outcome = error.refusal
         return _receipt(update, outcome)
 
-    async def Fetch(  # noqa: N802  # gRPC's name
-        self, request: pb.FetchRequest, context: Context
-    ) -> AsyncIterator[pb.Chunk]:
+    async def Fetch(self, request: pb.FetchRequest, context: Context) -> AsyncIterator[pb.Chunk]:
         """Bytes that the caller's order named, from any offset."""
         try:
             site = caller(context, self._authority, role="site").name
@@ -160,7 +158,7 @@ class FederationService(services.FederationServicer):
             driver.count(down=len(data))
             yield pb.Chunk(data=data)
 
-    async def Deliver(  # noqa: N802  # gRPC's name
+    async def Deliver(
         self, request_iterator: AsyncIterator[pb.DeliverRequest], context: Context
     ) -> pb.Receipt:
         """A large update, chunk by chunk. An update that cannot count is answered before it is read."""
@@ -236,7 +234,7 @@ class FederationService(services.FederationServicer):
             self._coordinator.fail(session, run_id, order, refusal)
 
     @answering
-    async def Renew(self, request: pb.EnrolRequest, context: Context) -> pb.EnrolReply:  # noqa: N802  # gRPC's name
+    async def Renew(self, request: pb.EnrolRequest, context: Context) -> pb.EnrolReply:
         """The next certificate of an enrolled site."""
         principal = caller(context, self._authority, role="site")
         certificate = self._authority.renew(principal, request.csr, now=now())
@@ -251,7 +249,7 @@ class EnrolmentService(services.EnrolmentServicer):
         self._authority = authority
 
     @answering
-    async def Enrol(self, request: pb.EnrolRequest, context: Context) -> pb.EnrolReply:  # noqa: N802  # gRPC's name
+    async def Enrol(self, request: pb.EnrolRequest, context: Context) -> pb.EnrolReply:
         """The site's certificate, for its signing request."""
         principal = caller(context, self._authority, role="enrol")
         certificate = self._authority.enrol(principal, request.csr, now=now())

@@ -24,7 +24,7 @@ class ServerSettings(Config):
     listen: Address
     identity: str = "."
     spool: str = "spool"
-    strategies: list[str] = []
+    strategies: list[str] = Field(default_factory=list)
     max_runs: Annotated[int, Field(ge=1, le=1000)] = 16
     max_finished_runs: Annotated[int, Field(ge=1, le=1000)] = 16
     max_sessions: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000

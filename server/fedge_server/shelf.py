@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedge.vector import Array
+from fedge.vector import Array, bytes_of
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire.codec import encode_blob
 
@@ -19,7 +19,7 @@ class Shelf:
 
     def replace(self, vectors: list[Array]) -> list[pb.Blob]:
         """Make these the current vectors; returns what orders say of them, in the same order."""
-        views = [memoryview(vector).cast("B") for vector in vectors]
+        views = [bytes_of(vector) for vector in vectors]
         blobs = [encode_blob(view) for view in views]
         self._current = {blob.digest: view for blob, view in zip(blobs, views, strict=True)}
         return blobs

@@ -30,7 +30,7 @@ class Upload:
         self._hash = hashlib.sha256()
         self._received = 0
         # Unnamed: the file is gone with the process, however it ends.
-        self._file = tempfile.SpooledTemporaryFile(max_size=4 * CHUNK_BYTES, dir=folder)  # noqa: SIM115  # closed by `close`
+        self._file = tempfile.SpooledTemporaryFile(max_size=4 * CHUNK_BYTES, dir=str(folder))  # noqa: SIM115  # closed by `close`
 
     def write(self, data: bytes) -> None:
         """Take the next bytes.

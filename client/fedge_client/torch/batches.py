@@ -45,18 +45,19 @@ def examples(dataset: Any) -> int:
 
 
 class Order:
-    """Seeded permutations of 0..size-1. The last one is kept: a gradient strategy asks for it each step."""
+    """Seeded permutations of 0..size-1. The last one is kept: every step of an epoch asks for it."""
 
     def __init__(self) -> None:
         self._generator = torch.Generator()
-        self._key = (-1, -1)
+        self._key = (-1, -1, -1)
         self._last = torch.empty(0, dtype=torch.int64)
 
-    def permutation(self, size: int, *, seed: int) -> torch.Tensor:
+    def permutation(self, size: int, *, seed: int, epoch: int) -> torch.Tensor:
         """A random permutation as int64[size]: a function of its arguments, whatever was asked before."""
-        if self._key != (size, seed):
-            self._last = torch.randperm(size, generator=self._generator.manual_seed(seed))
-            self._key = (size, seed)
+        if self._key != (size, seed, epoch):
+            self._generator.manual_seed(derive_seed(seed, "epoch", epoch))
+            self._last = torch.randperm(size, generator=self._generator)
+            self._key = (size, seed, epoch)
         return self._last
 
 
@@ -77,15 +78,13 @@ class Batches:
         self._order = order or Order()
         self._levels, self._tensors = _tensors_of(dataset)
 
-    def epoch(self, number: int, *, seed: int) -> tuple[torch.Tensor, ...]:
-        """The positions of each batch of epoch `number` (0-based), permuted by `(seed, number)`."""
-        shuffled = self._order.permutation(self.size, seed=derive_seed(seed, "epoch", number))
-        return torch.split(shuffled, self.batch_size)
-
     def step(self, number: int, *, seed: int) -> torch.Tensor:
-        """The positions of the batch of step `number` (0-based), counted across epochs."""
+        """The positions (int64[n]) of the batch of step `number`, counted from 0 across epochs.
+
+        Each epoch is a permutation by `(seed, epoch)`, so any step can be had without those before it.
+        """
         epoch, at = divmod(number, self.per_epoch)
-        shuffled = self._order.permutation(self.size, seed=derive_seed(seed, "epoch", epoch))
+        shuffled = self._order.permutation(self.size, seed=seed, epoch=epoch)
         return shuffled[at * self.batch_size : (at + 1) * self.batch_size]
 
     def in_order(self, *, max_bytes: int) -> tuple[torch.Tensor, ...]:
@@ -173,6 +172,29 @@ def describe(value: Any) -> str:
     return f"{type(value).__name__}"
 
 
+def joined(parts: list[Any]) -> Any:
+    """Batches as one: tensors are concatenated, tuples, lists and dicts of them element by element.
+
+    Raises:
+        TaskError: they have no batch dimension, or differ in the others.
+    """
+    first = parts[0]
+    if len(parts) == 1 or first is None:
+        return first
+    if isinstance(first, dict):
+        columns = {key: joined([part[key] for part in parts]) for key in first}
+        return columns if type(first) is dict else type(first)(**columns)
+    if isinstance(first, tuple | list):
+        rows = [joined(list(column)) for column in zip(*parts, strict=True)]
+        return type(first)(*rows) if hasattr(first, "_fields") else type(first)(rows)
+    if not isinstance(first, torch.Tensor) or not first.ndim:
+        raise TaskError(f"expected outputs and targets with a batch dimension, found {describe(first)}")
+    try:
+        return torch.cat(parts)
+    except RuntimeError as error:
+        raise TaskError(f"cannot join the batches of a test set: {_mismatch(parts)}") from error
+
+
 def _mismatch(items: list[Any]) -> str:
     first = describe(items[0])
     other = next((shown for shown in map(describe, items) if shown != first), None)
@@ -182,7 +204,7 @@ def _mismatch(items: list[Any]) -> str:
 
 
 def _tensors_of(dataset: Any) -> tuple[list[Any], tuple[torch.Tensor, torch.Tensor] | None]:
-    """The indices of nested Subsets, outermost first, and the tensors beneath; (_, None) if there are none."""
+    """The indices of nested Subsets, outermost first, and the tensors beneath; (_, None) if none are."""
     levels = []
     # Exact types: a subclass may read its items in its own way.
     while type(dataset) is Subset:

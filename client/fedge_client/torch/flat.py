@@ -24,8 +24,8 @@ class _Place:
 
     `master` is its float32 view of the flat vector. `home` is the memory the module computes with:
     the master itself, or for another dtype memory of its own that is synchronised by copying. The
-    same holds of `gradient`, which `.grad` is, and its view `flat_gradient`; both are empty unless
-    the tensor is trainable.
+    same holds of `gradient`, which `.grad` is, and its view `flat_gradient`; both serve trainable
+    tensors only.
     """
 
     name: str
@@ -176,7 +176,7 @@ class FlatModule:
                 places.append(_Place(spec.name, tensor, spec.role, master, master, flat, flat))
             else:
                 home = tensor.detach()
-                own = flat.to(home.dtype)
+                own = torch.zeros_like(home)
                 places.append(_Place(spec.name, tensor, spec.role, master, home, flat, own))
             tensor.data = places[-1].home
         return places

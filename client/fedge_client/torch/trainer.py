@@ -20,7 +20,7 @@ from fedge.run import Work
 from fedge.seeds import derive_seed
 from fedge.task import Task
 from fedge.vector import Array, Layout
-from fedge_client.torch.batches import Batches, Order, describe
+from fedge_client.torch.batches import Batches, Order, describe, joined
 from fedge_client.torch.flat import FlatModule
 from fedge_client.torch.framework import build_module
 from fedge_client.torch.optim import InPlaceOptimizer
@@ -83,21 +83,19 @@ class Trainer:
         batches = Batches(train, work.batch_size, order=self._order)
         total = work.steps or (work.epochs or 1) * batches.per_epoch
         counted_from = 0 if work.steps else total - batches.per_epoch
-        loss_sum, seen, done, epoch = torch.zeros((), dtype=torch.float64), 0, 0, 0
+        loss_sum, seen = torch.zeros((), dtype=torch.float64), 0
         with self._randomness.seeded(seed), torch.enable_grad():
             self._begin(model, training=True)
             optimizer.begin(_optimizer_of(work))
-            while done < total:
-                for positions in batches.epoch(epoch, seed=seed)[: total - done]:
-                    loss = self._differentiate(batches, positions, work)
-                    optimizer.step(flat.head, flat.gradient)
-                    flat.publish()
-                    if done >= counted_from:
-                        loss_sum.add_(loss, alpha=len(positions))
-                        seen += len(positions)
-                    done += 1
-                    progress(done, total)
-                epoch += 1
+            for step in range(total):
+                positions = batches.step(step, seed=seed)
+                loss = self._differentiate(batches, positions, work)
+                optimizer.step(flat.head, flat.gradient)
+                flat.publish()
+                if step >= counted_from:
+                    loss_sum.add_(loss, alpha=len(positions))
+                    seen += len(positions)
+                progress(step + 1, total)
             flat.settle()
         np.subtract(flat.vector, model, out=out)
         return Outcome(batches.size, {"train_loss": loss_sum.item() / seen})
@@ -164,7 +162,7 @@ class Trainer:
                 progress(done, len(parts))
             metrics = {"loss": loss_sum.item() / batches.size}
             if self._task.metrics:
-                output, target = _joined(outputs), _joined(targets)
+                output, target = joined(outputs), joined(targets)
                 metrics |= {name: self._metric(name, output, target) for name in self._task.metrics}
         return Outcome(batches.size, metrics)
 
@@ -229,17 +227,3 @@ def _optimizer_of(work: Work) -> Optimizer:
 
 def _failed(where: str, error: Exception) -> TaskError:
     return TaskError(f"{where} failed: {type(error).__name__}: {error}")
-
-
-def _joined(parts: list[Any]) -> Any:
-    """Batches as one: tensors are concatenated, tuples, lists and dicts of them element by element."""
-    first = parts[0]
-    if len(parts) == 1:
-        return first
-    if isinstance(first, torch.Tensor) and first.ndim:
-        return torch.cat(parts)
-    if isinstance(first, dict):
-        return {key: _joined([part[key] for part in parts]) for key in first}
-    if isinstance(first, tuple | list):
-        return [_joined(list(column)) for column in zip(*parts, strict=True)]
-    raise TaskError(f"expected outputs and targets with a batch dimension, found {describe(first)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import grpc
 import typer
@@ -41,5 +41,5 @@ def admin_link(path: Path) -> Iterator[services.AdminStub]:
         try:
             yield services.AdminStub(channel)
         except grpc.RpcError as error:
-            assert isinstance(error, grpc.Call)  # every error of a call is one
-            raise error_of(error.code().name, error.details() or "", peer=settings.server) from None
+            call = cast("grpc.Call", error)  # every error of a call is one
+            raise error_of(call.code().name, call.details() or "", peer=settings.server) from None

@@ -19,7 +19,7 @@ from fedge.files import write_atomic
 from fedge.run import RunConfig
 from fedge.strategy import load_strategy
 from fedge.task import load_framework, load_task
-from fedge.vector import Model
+from fedge.vector import Model, bytes_of
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire import fedge_pb2_grpc as services
 from fedge.wire.codec import decode_layout, encode_blob, encode_layout
@@ -82,7 +82,9 @@ def list_runs(admin: AdminToml, as_json: AsJson = False) -> None:
         return
     table = Table("run", "status", "round", "strategy", "note")
     for run in runs:
-        table.add_row(run.run_id, run.status, f"{run.round}/{run.rounds}", run.strategy.split("(")[0], run.reason)
+        table.add_row(
+            run.run_id, run.status, f"{run.round}/{run.rounds}", run.strategy.split("(")[0], run.reason
+        )
     Console().print(table)
 
 
@@ -109,14 +111,18 @@ def show(run_id: RunId, admin: AdminToml, as_json: AsJson = False) -> None:
         return
     summary = detail.summary
     console = Console()
-    console.print(f"{summary.run_id}: {summary.status}, round {summary.round} of {summary.rounds}", highlight=False)
+    console.print(
+        f"{summary.run_id}: {summary.status}, round {summary.round} of {summary.rounds}", highlight=False
+    )
     if summary.reason:
         console.print(f"  {summary.reason}", highlight=False, markup=False)
     console.print(f"  strategy    {summary.strategy}", highlight=False, markup=False)
     console.print(f"  model       {detail.model_bytes} bytes", highlight=False)
     console.print(f"  protection  {PROTECTION}", highlight=False)
     for client in clients:
-        console.print(f"  {client['state']:<10}  {client['name']}  {client['detail']}", highlight=False, markup=False)
+        console.print(
+            f"  {client['state']:<10}  {client['name']}  {client['detail']}", highlight=False, markup=False
+        )
     console.print(history_table(detail.history))
 
 
@@ -159,7 +165,7 @@ def export(
 
 
 def _submission(text: str, model: Model) -> Iterator[pb.SubmitRequest]:
-    view = memoryview(model.vector).cast("B")
+    view = bytes_of(model.vector)
     blob = encode_blob(view, inline_bytes=-1)
     yield pb.SubmitRequest(
         submission=pb.Submission(run_toml=text, layout=encode_layout(model.layout), model=blob)

@@ -27,7 +27,9 @@ ServerToml = Annotated[Path, typer.Argument(metavar="SERVER.toml", help="Written
 
 @app.command()
 def init(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder for keys, records and server.toml.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A new folder for keys, records and server.toml.")
+    ],
     listen: Annotated[str, typer.Option(help="HOST:PORT to listen on.")] = "127.0.0.1:8443",
     host: Annotated[
         list[str] | None,

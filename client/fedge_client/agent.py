@@ -1,0 +1,231 @@
+"""The agent: keeps the session up, and does what comes over it, one job at a time.
+
+It is small (no torch), outlives its worker and its link, and ends only when it is told to or when the
+coordinator will never let it in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections import deque
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+from fedge.errors import ConfigError, FedgeError, IdentityError, RefusedError, RemoteProtocolError
+from fedge.wire import fedge_pb2 as pb
+from fedge_client import gate
+from fedge_client.identity import Identity, accept_certificate, load_identity, make_csr, save_identity
+from fedge_client.jobs import Jobs, log_receipt
+from fedge_client.link import Link, SessionCall
+from fedge_client.settings import ClientSettings
+from fedge_client.supervisor import Supervisor
+
+log = logging.getLogger(__name__)
+
+_BACKOFF_S = 0.5
+_MAX_BACKOFF_S = 30.0
+_MAX_QUEUED_JOBS = 256
+_RENEW_AT = 2 / 3
+_RENEW_RETRY_S = 3600.0
+
+
+class Agent:
+    """One site's client process."""
+
+    def __init__(self, settings: ClientSettings, client_toml: Path) -> None:
+        self._settings = settings
+        self._folder = client_toml.parent.resolve()
+        self._identity = load_identity(self._folder / settings.identity, now=_now())
+        self._supervisor = Supervisor(
+            client_toml, self._identity.site, settings.worker, slots=settings.policy.max_runs
+        )
+        self._jobs = Jobs(settings, self._folder, self._supervisor, self._send)
+        self._queue: deque[pb.ServerMessage] = deque()
+        self._work_to_do = asyncio.Event()
+        self._doing: pb.ServerMessage | None = None
+        self._link: Link | None = None
+        self._outgoing: asyncio.Queue[pb.ClientMessage] | None = None
+        self._was_connected = False
+
+    @property
+    def site(self) -> str:
+        return self._identity.site
+
+    async def run(self) -> None:
+        """Serve until cancelled.
+
+        Raises:
+            IdentityError, ConfigError: the coordinator is not the right one, or refuses this site for good.
+        """
+        background = [
+            asyncio.create_task(self._work(), name="jobs"),
+            asyncio.create_task(self._renew(), name="renewal"),
+        ]
+        session = asyncio.create_task(self._stay_connected(), name="session")
+        try:
+            done, _ = await asyncio.wait({session, *background}, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in (session, *background):
+                task.cancel()
+            await asyncio.gather(session, *background, return_exceptions=True)
+            await self._supervisor.close()
+
+    async def _stay_connected(self) -> None:
+        """Open a session, again and again, with full jitter between attempts that fail."""
+        failures = 0
+        while True:
+            connected = False
+            try:
+                self._link = Link.of(self._settings.server, self._identity)
+                try:
+                    connected = await self._session(self._link)
+                finally:
+                    await self._link.close()
+                log.warning("session_ended because=the coordinator closed it")
+            except (IdentityError, ConfigError, RefusedError, RemoteProtocolError) as error:
+                # Before the first session this is a mistake in the set-up; later it may pass.
+                if (
+                    not self._was_connected
+                    or isinstance(error, (ConfigError, RefusedError))
+                    or _for_good(error)
+                ):
+                    raise
+                log.warning("session_failed reason=%s", error)
+            except FedgeError as error:
+                log.warning("session_failed reason=%s", error)
+            failures = 0 if connected else failures + 1
+            ceiling = min(_MAX_BACKOFF_S, _BACKOFF_S * 2**failures)
+            await asyncio.sleep(random.uniform(0, ceiling))  # noqa: S311  # jitter, not a secret
+
+    async def _session(self, link: Link) -> bool:
+        """One session from greeting to end; True if it was greeted."""
+        call, welcome = await link.open_session()
+        gate.check_coordinator(self._settings.policy, welcome.federation, own=self._identity.federation)
+        log.info("session_started server=%s federation=%s", self._settings.server, welcome.federation)
+        self._was_connected = True
+        self._outgoing = asyncio.Queue(_MAX_QUEUED_JOBS)
+        writer = asyncio.create_task(self._write(call, self._outgoing), name="session writer")
+        try:
+            async for message in link.read(call):
+                self._take(message)
+        finally:
+            self._outgoing = None
+            writer.cancel()
+            call.cancel()
+            with suppress(asyncio.CancelledError, FedgeError):
+                await writer
+        return True
+
+    async def _write(self, call: SessionCall, outgoing: asyncio.Queue[pb.ClientMessage]) -> None:
+        with suppress(asyncio.InvalidStateError):  # the call is over; its reader says so
+            while True:
+                await call.write(await outgoing.get())
+
+    def _send(self, message: pb.ClientMessage) -> None:
+        """Queue a message for the session; without one it is dropped, since a new session starts afresh."""
+        if self._outgoing is not None:
+            self._outgoing.put_nowait(message)
+
+    def _take(self, message: pb.ServerMessage) -> None:
+        match message.WhichOneof("kind"):
+            case "offer" | "order":
+                if message == self._doing or message in self._queue:
+                    return  # sent again after a reconnection
+                if len(self._queue) == _MAX_QUEUED_JOBS:
+                    raise RemoteProtocolError(f"expected at most {_MAX_QUEUED_JOBS} open orders and offers")
+                self._queue.append(message)
+                self._work_to_do.set()
+            case "cancel":
+                self._cancel(message.cancel)
+            case "receipt":
+                log_receipt(message.receipt)
+            case "ended":
+                ended = message.ended
+                log.info("run_ended run=%s status=%s reason=%s", ended.run_id, ended.status, ended.reason)
+                self._forget(ended.run_id)
+            case other:
+                raise RemoteProtocolError(f"expected a message of a known kind, found {other}")
+
+    def _cancel(self, cancel: pb.Cancel) -> None:
+        doing = self._doing.order if self._doing is not None else None
+        if doing is not None and (doing.run_id, doing.id) == (cancel.run_id, cancel.id):
+            self._supervisor.cancel()
+        self._drop(cancel.run_id, cancel.id)
+
+    def _forget(self, run_id: str) -> None:
+        if self._doing is not None and self._doing.order.run_id == run_id:
+            self._supervisor.cancel()
+        self._drop(run_id, None)
+        self._jobs.leave(run_id)
+
+    def _drop(self, run_id: str, order: pb.OrderId | None) -> None:
+        """Take a run's queued order, or all that is queued for the run, off the queue."""
+        self._queue = deque(
+            message
+            for message in self._queue
+            if not (
+                (message.order.run_id == run_id and order in (None, message.order.id))
+                or (message.offer.run_id == run_id and order is None)
+            )
+        )
+
+    async def _work(self) -> None:
+        """Do what is queued, in order, for ever. One job's failure is that job's."""
+        while True:
+            while not self._queue:
+                self._work_to_do.clear()
+                await self._work_to_do.wait()
+            self._doing = self._queue.popleft()
+            try:
+                if self._doing.WhichOneof("kind") == "offer":
+                    await self._jobs.consider(self._doing.offer)
+                elif self._link is not None:
+                    await self._jobs.do(self._doing.order, self._link)
+            except FedgeError as error:
+                log.error("message_refused reason=%s", error)  # a peer's fault needs no traceback
+            except Exception:
+                log.exception("job_crashed")
+            finally:
+                self._doing = None
+
+    async def _renew(self) -> None:
+        """Renew the certificate when two thirds of its life are over."""
+        while True:
+            principal = self._identity.principal
+            life = (principal.not_after - principal.not_before).total_seconds()
+            left = (principal.not_after - _now()).total_seconds()
+            await asyncio.sleep(max(1.0, left - life * (1 - _RENEW_AT)))
+            try:
+                self._identity = await self._renewed()
+                log.info("certificate_renewed until=%s", self._identity.principal.not_after.isoformat())
+            except FedgeError as error:
+                log.warning("certificate_not_renewed reason=%s", error)
+                await asyncio.sleep(min(_RENEW_RETRY_S, max(1.0, left / 10)))
+
+    async def _renewed(self) -> Identity:
+        old = self._identity
+        _, csr = make_csr(old.key_pem)
+        link = Link.of(self._settings.server, old)
+        try:
+            certificate = await link.renew(csr)
+        finally:
+            await link.close()
+        identity = accept_certificate(
+            certificate, key_pem=old.key_pem, ca_pem=old.ca_pem, site=old.site, now=_now()
+        )
+        save_identity(self._folder / self._settings.identity, identity)
+        return identity
+
+
+def _for_good(error: FedgeError) -> bool:
+    """Whether the coordinator itself said no (revoked, superseded), rather than a handshake."""
+    return isinstance(error, IdentityError) and "no trusted connection" not in str(error)
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)

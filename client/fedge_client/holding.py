@@ -1,0 +1,91 @@
+"""The model that a site holds for a run, and how it reaches the one that an order names.
+
+For strategies with mirrors it moves by itself: only the mean gradient is fetched, and the digest shows
+that the mirror equals the coordinator's model to the bit. A mirror that is new or has drifted is replaced.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Protocol
+
+import numpy as np
+
+from fedge.mirror import advance
+from fedge.optimizer import Optimizer, Slots
+from fedge.vector import Array, Layout, digest_of
+from fedge.wire import fedge_pb2 as pb
+from fedge.wire.codec import decode_optimizer
+
+_ON_THREAD_BYTES = 1 << 20
+
+
+class Source(Protocol):
+    """Where blobs come from: the link."""
+
+    async def fetch(self, run_id: str, blob: pb.Blob, out: Array) -> None: ...
+
+
+class Holding:
+    """`model` is the shared float32[layout.size] that the worker reads; `digest` is of its content."""
+
+    def __init__(self, run_id: str, layout: Layout, model: Array) -> None:
+        self._run_id = run_id
+        self._layout = layout
+        self._model = model
+        self._slots: Slots | None = None
+        self.digest = b""
+        self.models_fetched = 0
+        self.gradients_fetched = 0
+
+    async def reach(self, order: pb.Order, source: Source) -> None:
+        """Make the held model the one that the order names, by the shortest way.
+
+        Raises:
+            RemoteProtocolError: what the coordinator sent is not what it announced.
+            LinkError: the link broke on the way; the held model is then unknown and fetched next time.
+        """
+        mirrored = order.HasField("mirror")
+        if self.digest == order.model.digest and (not mirrored or self._slots is not None):
+            return
+        if mirrored and order.mirror.HasField("advance") and await self._advance(order, source):
+            return
+        # Until all of it is here and checked, nothing is held.
+        self.digest, self._slots = b"", None
+        await source.fetch(self._run_id, order.model, self._model)
+        self.models_fetched += 1
+        if mirrored:
+            self._slots = await self._fetch_slots(order.mirror, source)
+        self.digest = order.model.digest
+
+    async def _advance(self, order: pb.Order, source: Source) -> bool:
+        """Apply the mean gradient to the mirror; False if there is no mirror to move, or it drifted."""
+        step = order.mirror.advance
+        if self._slots is None or self.digest != step.from_digest:
+            return False
+        gradient: Array = np.empty(self._layout.size, np.float32)
+        await source.fetch(self._run_id, step.gradient, gradient)
+        self.gradients_fetched += 1
+        optimizer = decode_optimizer(order.mirror.optimizer)
+        if self._model.nbytes <= _ON_THREAD_BYTES:
+            digest, slots = self._move(optimizer, gradient)
+        else:
+            digest, slots = await asyncio.to_thread(self._move, optimizer, gradient)
+        self.digest, self._slots = digest, slots
+        return digest == order.model.digest
+
+    def _move(self, optimizer: Optimizer, gradient: Array) -> tuple[bytes, Slots]:
+        assert self._slots is not None  # the caller has looked
+        moved, slots = advance(
+            optimizer, self._model, self._slots, gradient, trainable=self._layout.trainable_size
+        )
+        self._model[:] = moved
+        return digest_of(moved), slots
+
+    async def _fetch_slots(self, mirror: pb.Mirror, source: Source) -> Slots:
+        size = self._layout.trainable_size
+        count = decode_optimizer(mirror.optimizer).slot_count
+        flat: Array = np.empty(count * size, np.float32)
+        await source.fetch(self._run_id, mirror.slots, flat)
+        vectors = tuple(flat[at * size : (at + 1) * size] for at in range(count))
+        return Slots(vectors, mirror.beta1_power, mirror.beta2_power)

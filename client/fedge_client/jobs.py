@@ -1,0 +1,201 @@
+"""What the agent does for a run, one job at a time: look at an offer, do an order, hand in the update."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedge.errors import FedgeError, LinkError, RefusedError
+from fedge.pipeline import Layer
+from fedge.refusal import Refusal, RefusalCode
+from fedge.round import OrderId
+from fedge.vector import Array, Layout, digest_of
+from fedge.wire import fedge_pb2 as pb
+from fedge.wire.codec import (
+    decode_layout,
+    decode_order_id,
+    decode_refusal,
+    decode_work,
+    encode_metrics,
+    encode_order_id,
+    encode_refusal,
+    printable,
+)
+from fedge.wire.limits import INLINE_BYTES, check_text
+from fedge_client import gate
+from fedge_client import pipe_pb2 as pipe
+from fedge_client.holding import Holding
+from fedge_client.link import Link
+from fedge_client.settings import ClientSettings
+from fedge_client.supervisor import Supervisor
+
+log = logging.getLogger(__name__)
+
+_ON_THREAD_BYTES = 1 << 20
+_TRIES = 4
+_RETRY_S = 1.0
+
+Send = Callable[[pb.ClientMessage], None]
+
+
+@dataclass(slots=True)
+class Participation:
+    """A run that this site takes part in, and the last update that it prepared for it."""
+
+    run_id: str
+    layout: Layout
+    layers: tuple[Layer, ...]
+    holding: Holding
+    update: Array
+    prepared: tuple[OrderId, pb.Update, Array] | None = None
+
+
+class Jobs:
+    """The site's runs. Every answer goes out through `send`; refusals never end the agent."""
+
+    def __init__(self, settings: ClientSettings, folder: Path, supervisor: Supervisor, send: Send) -> None:
+        self._settings = settings
+        self._folder = folder
+        self._supervisor = supervisor
+        self._send = send
+        self.runs: dict[str, Participation] = {}
+
+    async def consider(self, offer: pb.Offer) -> None:
+        """Accept or refuse a run; to accept is to have its task, data and model ready."""
+        if offer.run_id in self.runs:
+            self._send(pb.ClientMessage(accept=pb.Accept(run_id=offer.run_id)))
+            return
+        try:
+            participation = await self._join(offer)
+        except RefusedError as error:
+            log.warning("run_refused run=%s reason=%s", printable(offer.run_id)[:100], error.refusal)
+            refuse = pb.Refuse(run_id=offer.run_id, refusal=encode_refusal(error.refusal))
+            self._send(pb.ClientMessage(refuse=refuse))
+            return
+        self.runs[offer.run_id] = participation
+        log.info(
+            "run_joined run=%s task=%s parameters=%d", offer.run_id, offer.task, participation.layout.size
+        )
+        self._send(pb.ClientMessage(accept=pb.Accept(run_id=offer.run_id)))
+
+    async def _join(self, offer: pb.Offer) -> Participation:
+        run_id = check_text("a run's id", offer.run_id)
+        task = check_text("a task's name", offer.task)
+        policy = self._settings.policy
+        gate.check_task(policy, task, folder=self._folder / self._settings.task.path)
+        layout = decode_layout(offer.layout)
+        gate.check_layout(policy, layout)
+        slot = self._supervisor.free_slot()
+        if slot is None:
+            raise RefusedError(
+                Refusal(
+                    RefusalCode.TASK_UNAVAILABLE,
+                    f"this site takes part in {policy.max_runs} runs already, as many as its policy allows",
+                )
+            )
+        decode_work(offer.work)  # refused here, where it can be answered, rather than in the worker
+        load = pipe.Load(
+            run_id=run_id, task=task, seed=offer.seed, layout=offer.layout, work=offer.work, slot=slot
+        )
+        loaded = await self._supervisor.load(load)
+        log.info("task_loaded task=%s train=%d test=%d", task, loaded.train_examples, loaded.test_examples)
+        model, update = self._supervisor.vectors(slot, layout.size)
+        layers = gate.layers_of(offer.clip if offer.HasField("clip") else None)
+        return Participation(run_id, layout, layers, Holding(run_id, layout, model), update)
+
+    def leave(self, run_id: str) -> None:
+        """The run is over."""
+        if self.runs.pop(run_id, None) is not None:
+            self._supervisor.release(run_id)
+
+    async def do(self, message: pb.Order, link: Link) -> None:
+        """Do an order and hand in what comes of it. A re-sent order is answered with the same bytes."""
+        run = self.runs.get(message.run_id)
+        if run is None:
+            return
+        order = decode_order_id(message.id)
+        try:
+            if run.prepared is None or run.prepared[0] != order:
+                run.prepared = None
+                await run.holding.reach(message, link)
+                run.prepared = await self._perform(run, order)
+            await self._hand_in(run, order, link)
+        except RefusedError as error:
+            if error.refusal.code != RefusalCode.CANCELLED:
+                log.warning("order_failed run=%s order=%s reason=%s", run.run_id, order, error.refusal)
+                self._fail(run, order, error.refusal)
+        except LinkError as error:
+            # The coordinator sends an open order again when the session is back.
+            log.warning("order_interrupted run=%s order=%s reason=%s", run.run_id, order, error)
+        except FedgeError as error:
+            log.error(
+                "order_failed run=%s order=%s reason=%s", run.run_id, order, error
+            )  # no traceback needed
+            self._fail(
+                run, order, Refusal(RefusalCode.TASK_FAILED, f"{type(error).__name__}: see the site's log")
+            )
+
+    def _fail(self, run: Participation, order: OrderId, refusal: Refusal) -> None:
+        failed = pb.Failed(run_id=run.run_id, id=encode_order_id(order), refusal=encode_refusal(refusal))
+        self._send(pb.ClientMessage(failed=failed))
+
+    async def _perform(self, run: Participation, order: OrderId) -> tuple[OrderId, pb.Update, Array]:
+        """Have the worker do it, and pass the result through the gate: the last code before the wire."""
+        message = pipe.Perform(run_id=run.run_id, id=encode_order_id(order))
+        finished = await self._supervisor.perform(message, progress=_no_progress)
+        metrics = {metric.name: metric.value for metric in finished.metrics}
+        layout = None if order.kind == "evaluate" else run.layout
+
+        def pass_gate() -> tuple[gate.Released, bytes]:
+            released = gate.release(
+                run.update, finished.num_examples, metrics, layout=layout, layers=run.layers
+            )
+            return released, digest_of(released.vector)
+
+        if run.update.nbytes <= _ON_THREAD_BYTES or layout is None:
+            released, digest = pass_gate()
+        else:
+            released, digest = await asyncio.to_thread(pass_gate)
+        vector = released.vector
+        small = vector.nbytes <= INLINE_BYTES
+        update = pb.Update(
+            run_id=run.run_id,
+            id=encode_order_id(order),
+            num_examples=released.num_examples,
+            metrics=encode_metrics(released.metrics),
+            vector=pb.Blob(digest=digest, size=vector.nbytes, inline=vector.tobytes() if small else None),
+        )
+        return order, update, vector
+
+    async def _hand_in(self, run: Participation, order: OrderId, link: Link) -> None:
+        assert run.prepared is not None  # the caller has prepared it
+        _, update, vector = run.prepared
+        if update.vector.HasField("inline"):
+            self._send(pb.ClientMessage(update=update))
+            return
+        for attempt in range(1, _TRIES + 1):
+            try:
+                receipt = await link.deliver(update, vector)
+                break
+            except LinkError:
+                if attempt == _TRIES:
+                    raise
+                await asyncio.sleep(_RETRY_S * attempt)
+        log_receipt(receipt)
+
+
+def log_receipt(receipt: pb.Receipt) -> None:
+    """Say in the site's log what became of an update."""
+    order = decode_order_id(receipt.id)
+    if receipt.HasField("refusal"):
+        refusal = decode_refusal(receipt.refusal)
+        log.warning("update_refused run=%s order=%s reason=%s", printable(receipt.run_id), order, refusal)
+    else:
+        log.info("update_accepted run=%s order=%s", printable(receipt.run_id), order)
+
+
+def _no_progress(done: int, total: int) -> None:
+    """Progress keeps the worker alive (see Supervisor); nobody else listens yet."""

@@ -1,0 +1,134 @@
+"""The site's one outbound connection: gRPC with mutual TLS; a session stream, and bulk in chunks."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+
+import grpc
+from grpc import aio
+
+import fedge
+from fedge.errors import RemoteProtocolError
+from fedge.vector import Array, bytes_of
+from fedge.wire import fedge_pb2 as pb
+from fedge.wire import fedge_pb2_grpc as services
+from fedge.wire.codec import check_blob
+from fedge.wire.limits import CHANNEL_OPTIONS, CHUNK_BYTES, PROTOCOL
+from fedge.wire.status import error_of
+from fedge_client.identity import Identity
+
+CALL_S = 60.0
+
+_OPTIONS = (
+    *CHANNEL_OPTIONS,
+    # Keeps NAT entries alive and notices a dead link within a minute.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    # The agent decides when to try again; gRPC's own back-off would hide a coordinator that is back.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+)
+
+SessionCall = aio.StreamStreamCall[pb.ClientMessage, pb.ServerMessage]
+
+
+class Link:
+    """A channel to the coordinator under one identity. Its methods raise our errors, never gRPC's."""
+
+    def __init__(self, server: str, *, ca_pem: bytes, key_pem: bytes, certificate_pem: bytes) -> None:
+        self.server = server
+        credentials = grpc.ssl_channel_credentials(ca_pem, key_pem, certificate_pem)
+        self._channel = aio.secure_channel(server, credentials, options=_OPTIONS)
+        self._federation: services.FederationAsyncStub = services.FederationStub(self._channel)
+        self._enrolment: services.EnrolmentAsyncStub = services.EnrolmentStub(self._channel)
+
+    @classmethod
+    def of(cls, server: str, identity: Identity) -> Link:
+        """The link of an enrolled site."""
+        return cls(
+            server, ca_pem=identity.ca_pem, key_pem=identity.key_pem, certificate_pem=identity.certificate_pem
+        )
+
+    async def close(self) -> None:
+        await self._channel.close(None)
+
+    async def enrol(self, csr_der: bytes) -> bytes:
+        """A certificate (PEM) for a signing request, under the bootstrap identity of a token."""
+        with self._errors():
+            reply = await self._enrolment.Enrol(pb.EnrolRequest(csr=csr_der), timeout=CALL_S)
+            return reply.certificate
+
+    async def renew(self, csr_der: bytes) -> bytes:
+        """The next certificate (PEM) of an enrolled site."""
+        with self._errors():
+            reply = await self._federation.Renew(pb.EnrolRequest(csr=csr_der), timeout=CALL_S)
+            return reply.certificate
+
+    async def open_session(self) -> tuple[SessionCall, pb.Welcome]:
+        """A new session, greeted on both sides."""
+        with self._errors():
+            call = self._federation.Session()  # type: ignore[call-arg]  # written to, so no iterator
+            hello = pb.Hello(protocol=PROTOCOL, software=f"fedge {fedge.__version__}")
+            await call.write(pb.ClientMessage(hello=hello))
+            first = await call.read()
+        if not isinstance(first, pb.ServerMessage) or first.WhichOneof("kind") != "welcome":
+            raise RemoteProtocolError("expected a welcome first, found something else")
+        if first.welcome.protocol != PROTOCOL:
+            raise RemoteProtocolError(f"expected protocol {PROTOCOL}, found {first.welcome.protocol}")
+        return call, first.welcome
+
+    async def read(self, call: SessionCall) -> AsyncIterator[pb.ServerMessage]:
+        """The session's messages until the coordinator ends it."""
+        with self._errors():
+            while isinstance(message := await call.read(), pb.ServerMessage):
+                yield message
+
+    async def fetch(self, run_id: str, blob: pb.Blob, out: Array) -> None:
+        """Fill `out` with a blob's bytes, which rode inline or are fetched.
+
+        Raises:
+            RemoteProtocolError: its size or digest is not what was announced.
+            LinkError: the link broke on the way.
+        """
+        check_blob(blob, expected_bytes=out.nbytes)
+        room = bytes_of(out)
+        if blob.HasField("inline"):
+            room[:] = blob.inline
+            return
+        digest = hashlib.sha256()
+        received = 0
+        with self._errors():
+            request = pb.FetchRequest(run_id=run_id, digest=blob.digest, offset=0)
+            async for chunk in self._federation.Fetch(request):
+                end = received + len(chunk.data)
+                if end > len(room):
+                    raise RemoteProtocolError(f"expected {len(room)} bytes, found more")
+                room[received:end] = chunk.data
+                digest.update(chunk.data)
+                received = end
+        if received != len(room) or digest.digest() != blob.digest:
+            raise RemoteProtocolError(f"expected {len(room)} bytes of the announced digest, found others")
+
+    async def deliver(self, update: pb.Update, vector: Array) -> pb.Receipt:
+        """Send a large update in chunks; the receipt says whether it counts."""
+        view = bytes_of(vector)
+
+        def requests() -> Iterator[pb.DeliverRequest]:
+            yield pb.DeliverRequest(update=update)
+            for start in range(0, len(view), CHUNK_BYTES):
+                yield pb.DeliverRequest(data=bytes(view[start : start + CHUNK_BYTES]))
+
+        with self._errors():
+            return await self._federation.Deliver(requests())
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except aio.AioRpcError as error:
+            raise error_of(error.code().name, error.details() or "", peer=self.server) from None

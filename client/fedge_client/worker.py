@@ -1,0 +1,236 @@
+"""The worker process: imports the task and torch, trains, and owns neither a key nor a connection.
+
+Started by the agent as `python -m fedge_client.worker`, it ends with it: a closed socket is the signal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import select
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+from fedge.errors import FedgeError, LayoutError, RefusedError, TaskError
+from fedge.refusal import Refusal, RefusalCode
+from fedge.run import Work
+from fedge.seeds import work_seed
+from fedge.task import Site, load_task
+from fedge.wire.codec import decode_layout, decode_order_id, decode_work, encode_metrics, encode_refusal
+from fedge_client import pipe_pb2 as pb
+from fedge_client.framing import HEADER, check_length, frame
+from fedge_client.segment import Segment
+from fedge_client.settings import ClientSettings, load_client
+
+log = logging.getLogger(__name__)
+
+_PROGRESS_EVERY_S = 0.5
+M = TypeVar("M", pb.Load, pb.Perform)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A run's task, loaded and found to fit."""
+
+    trainer: Any
+    train: Any
+    test: Any
+    work: Work
+    seed: int
+    slot: int
+
+
+class _AgentGoneError(Exception):
+    """The agent closed its end: there is nobody to work for."""
+
+
+class Worker:
+    """Answers the agent's messages one at a time."""
+
+    def __init__(
+        self,
+        agent: socket.socket,
+        slots: list[tuple[Segment, Segment]],
+        site: str,
+        settings: ClientSettings,
+        folder: Path,
+    ) -> None:
+        self._agent = agent
+        self._slots = slots
+        self._site = Site(site, MappingProxyType(settings.data.table))
+        self._folder = folder / settings.task.path
+        self._runs: dict[str, _Run] = {}
+        self._last_progress = 0.0
+
+    def serve(self) -> None:
+        """Work until the agent is gone."""
+        self._send(pb.FromWorker(ready=pb.Ready()))
+        while True:
+            message = self._receive()
+            match message.WhichOneof("kind"):
+                case "load":
+                    self._answer(self._load, message.load)
+                case "perform":
+                    self._answer(self._perform, message.perform)
+                case "release":
+                    self._runs.pop(message.release.run_id, None)
+                case _:
+                    pass  # a cancel that came after its work was done
+
+    def _answer(self, work: Callable[[M], pb.FromWorker], message: M) -> None:
+        """Do it, and turn whatever the user's code raises into a typed failure; details stay on the site."""
+        try:
+            reply = work(message)
+        except _AgentGoneError:
+            raise
+        except RefusedError as error:
+            reply = _failure(error.refusal, str(error))
+        except LayoutError as error:
+            reply = _failure(Refusal(RefusalCode.LAYOUT_MISMATCH, str(error)), str(error))
+        except MemoryError:
+            refusal = Refusal(RefusalCode.OUT_OF_MEMORY, "the task ran out of memory")
+            reply = _failure(refusal, traceback.format_exc())
+        except FedgeError as error:
+            # Only the kind of the user's error is reported upward: its text may quote data.
+            cause = error.__cause__
+            kind = type(cause).__name__ if cause is not None else "see the site's log"
+            refusal = Refusal(RefusalCode.TASK_FAILED, f"the task's code failed ({kind})")
+            reply = _failure(refusal, traceback.format_exc())
+        except Exception as error:  # noqa: BLE001  # user code may raise anything
+            refusal = Refusal(RefusalCode.TASK_FAILED, f"the task's code failed ({type(error).__name__})")
+            reply = _failure(refusal, traceback.format_exc())
+        self._send(reply)
+
+    def _load(self, load: pb.Load) -> pb.FromWorker:
+        try:
+            task = load_task(load.task, path=self._folder)
+        except TaskError as error:
+            refusal = Refusal(
+                RefusalCode.TASK_UNAVAILABLE, f"task {load.task!r} cannot be imported on this site"
+            )
+            return _failure(refusal, str(error))
+        from fedge_client.torch.batches import examples  # torch takes seconds to import: only for real work
+        from fedge_client.torch.trainer import Trainer
+
+        trainer = Trainer(task, seed=load.seed)
+        difference = decode_layout(load.layout).difference(trainer.layout)
+        if difference:
+            raise RefusedError(
+                Refusal(
+                    RefusalCode.LAYOUT_MISMATCH, f"this site's model differs from the run's: {difference}"
+                )
+            )
+        try:
+            train, test = task.data(self._site)
+            counts = examples(train), examples(test)
+        except Exception as error:  # noqa: BLE001  # user code may raise anything
+            refusal = Refusal(RefusalCode.NO_DATA, "the task found no usable data on this site")
+            return _failure(refusal, "".join(traceback.format_exception(error)))
+        self._runs[load.run_id] = _Run(trainer, train, test, decode_work(load.work), load.seed, load.slot)
+        return pb.FromWorker(
+            loaded=pb.Loaded(run_id=load.run_id, train_examples=counts[0], test_examples=counts[1])
+        )
+
+    def _perform(self, perform: pb.Perform) -> pb.FromWorker:
+        run = self._runs[perform.run_id]
+        order = decode_order_id(perform.id)
+        size = run.trainer.layout.size
+        shared_model, shared_update = self._slots[run.slot]
+        model, out = shared_model.vector(size), shared_update.vector(size)
+        seed = work_seed(run.seed, site=self._site.name, kind=order.kind, round=order.round)
+        match order.kind:
+            case "train":
+                done = run.trainer.train(
+                    model, run.train, run.work, seed=seed, out=out, progress=self._progress
+                )
+            case "gradient":
+                done = run.trainer.gradient(
+                    model,
+                    run.train,
+                    run.work,
+                    seed=seed,
+                    step=order.round - 1,
+                    out=out,
+                    progress=self._progress,
+                )
+            case "evaluate":
+                done = run.trainer.evaluate(model, run.test, progress=self._progress)
+        return pb.FromWorker(
+            finished=pb.Finished(num_examples=done.num_examples, metrics=encode_metrics(done.metrics))
+        )
+
+    def _progress(self, done: int, total: int) -> None:
+        """Called after every step: look for a cancel, and tell the agent now and then."""
+        if select.select([self._agent], [], [], 0)[0]:
+            message = self._receive()
+            if message.WhichOneof("kind") == "cancel":
+                raise RefusedError(Refusal(RefusalCode.CANCELLED, "the work was cancelled"))
+            if message.WhichOneof("kind") == "release":
+                self._runs.pop(message.release.run_id, None)
+        now = time.monotonic()
+        if now - self._last_progress >= _PROGRESS_EVERY_S:
+            self._last_progress = now
+            self._send(pb.FromWorker(progress=pb.Progress(done=done, total=total)))
+
+    def _send(self, message: pb.FromWorker) -> None:
+        try:
+            self._agent.sendall(frame(message.SerializeToString()))
+        except OSError:
+            raise _AgentGoneError from None
+
+    def _receive(self) -> pb.ToWorker:
+        (length,) = HEADER.unpack(self._read(HEADER.size))
+        return pb.ToWorker.FromString(self._read(check_length(length)))
+
+    def _read(self, count: int) -> bytes:
+        data = bytearray()
+        while len(data) < count:
+            try:
+                more = self._agent.recv(count - len(data))
+            except OSError:
+                more = b""
+            if not more:
+                raise _AgentGoneError
+            data += more
+        return bytes(data)
+
+
+def _failure(refusal: Refusal, detail: str) -> pb.FromWorker:
+    return pb.FromWorker(failed=pb.Failed(refusal=encode_refusal(refusal), detail=detail[-16_000:]))
+
+
+def main() -> None:
+    """Parse what the agent passes, and serve it."""
+    parser = argparse.ArgumentParser(prog="fedge_client.worker", description=__doc__)
+    parser.add_argument("--socket", type=int, required=True)
+    parser.add_argument("--segments", type=int, nargs="+", required=True)
+    parser.add_argument("--site", required=True)
+    parser.add_argument("client_toml", type=Path)
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the agent decides
+    sys.stdout = sys.stderr  # whatever a task prints is a log
+    settings = load_client(arguments.client_toml)
+    if settings.worker.threads is not None:
+        import torch
+
+        torch.set_num_threads(settings.worker.threads)
+    segments = [Segment(descriptor) for descriptor in arguments.segments]
+    slots = list(zip(segments[::2], segments[1::2], strict=True))
+    agent = socket.socket(fileno=arguments.socket)
+    worker = Worker(agent, slots, arguments.site, settings, arguments.client_toml.parent.resolve())
+    try:
+        worker.serve()
+    except _AgentGoneError:
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

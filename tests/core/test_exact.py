@@ -1,0 +1,275 @@
+"""The exact sum against rational arithmetic, in any order and any chunks, and what it costs."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedge.exact import BLOCK, MAX_WEIGHT, ExactSum
+from fedge.vector import Array
+
+FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
+EXTREMES = st.sampled_from(
+    [0.0, -0.0, 1e-45, -1e-45, 1.1754942e-38, 1e-30, 1e-7, 1.0, -1.0, 1 / 3, 16777215.0, 1e38, -1e38]
+    + [float(np.finfo(np.float32).max), float(np.finfo(np.float32).min)]
+)
+VALUES = (FINITE | EXTREMES).map(np.float32)
+WEIGHTS = st.sampled_from([1, 2, 3, 255, 10**6, MAX_WEIGHT - 1]) | st.integers(1, MAX_WEIGHT - 1)
+Term = tuple[int, Array]
+
+
+def reference(terms: list[Term], total: int) -> Array:
+    """The exact sum, rounded once to float64, divided by the weight, rounded to float32."""
+    size = len(terms[0][1])
+    sums = [sum(w * Fraction(float(v[i])) for w, v in terms) for i in range(size)]
+    return np.array([np.float32(float(exact) / float(total)) for exact in sums], np.float32)
+
+
+def mean(terms: list[Term]) -> Array:
+    total = ExactSum(len(terms[0][1]))
+    for weight, values in terms:
+        total.add(values, weight=weight)
+    return total.mean(sum(weight for weight, _ in terms))
+
+
+def assert_same_bits(one: Array, two: Array) -> None:
+    np.testing.assert_array_equal(one.view(np.uint32), two.view(np.uint32))
+
+
+@st.composite
+def several_terms(draw: st.DrawFn) -> list[Term]:
+    size = draw(st.integers(1, 6))
+    vector = st.lists(VALUES, min_size=size, max_size=size).map(lambda v: np.array(v, np.float32))
+    return draw(st.lists(st.tuples(WEIGHTS, vector), min_size=1, max_size=12))
+
+
+# Exactness.
+
+
+@settings(max_examples=250, deadline=None)
+@given(several_terms())
+def test_the_mean_is_the_exact_sum_rounded_once(terms):
+    assert_same_bits(mean(terms), reference(terms, sum(w for w, _ in terms)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(several_terms(), st.randoms(use_true_random=False))
+def test_no_order_of_arrival_changes_a_bit(terms, random):
+    shuffled = terms[:]
+    random.shuffle(shuffled)
+    assert_same_bits(mean(shuffled), mean(terms))
+
+
+@settings(max_examples=100, deadline=None)
+@given(several_terms())
+def test_what_cancels_leaves_nothing_behind(terms):
+    rest = np.array([1e-45] * len(terms[0][1]), np.float32)
+    cancelled = [(1, rest), *terms, *((w, -v) for w, v in reversed(terms))]
+    total = ExactSum(len(rest))
+    for weight, values in cancelled:
+        total.add(values, weight=weight)
+    assert_same_bits(total.mean(1), rest)
+
+
+def test_a_bit_is_found_again_under_six_levels_of_cancellation():
+    """Found by design: each level is 2^53 below the one above, so that every component is in use."""
+    levels = [float(2.0**e) for e in (127, 74, 21, -32, -85, -138)]
+    up = [(1, np.array([level], np.float32)) for level in levels]
+    down = [(1, -values) for _, values in up]
+    least = np.array([1e-45], np.float32)
+    total = ExactSum(1)
+    for weight, values in [*up, (1, least), *down]:
+        total.add(values, weight=weight)
+    assert_same_bits(total.mean(1), least)
+
+
+def test_a_sum_of_three_components_is_rounded_to_nearest_once():
+    """2^53 + 1 + tiny: half to even would round down, the tiny third component decides upwards."""
+    terms = [(MAX_WEIGHT // 2, 2.0**25), (1, 1.0), (1, 2.0**-60)]  # 2^28 * 2^25 = 2^53
+    for sign in (1, -1):
+        signed = [(w, np.array([sign * v], np.float32)) for w, v in terms]
+        total = ExactSum(1)
+        for weight, values in signed:
+            total.add(values, weight=weight)
+        big = 2**53 + 2  # not the even neighbour 2^53
+        # Divided by 2^30, float32 cannot show one part in 2^53; subtract the bulk first.
+        again = ExactSum(1)
+        for weight, values in [*signed, (MAX_WEIGHT // 2, -signed[0][1])]:
+            again.add(values, weight=weight)
+        assert again.mean(1)[0] == np.float32(sign * 1.0)
+        assert total.mean(1)[0] == np.float32(sign * big)
+
+
+def test_the_rounding_to_float64_uses_every_component():
+    """2^24 + 1 lies between two float32; the components below decide to which side it goes."""
+    bulk, half = 2.0**24, 1.0
+    for tiny, expected in ((2.0**-100, 2.0**24 + 2), (-(2.0**-100), 2.0**24)):
+        terms = [(1, np.array([v], np.float32)) for v in (bulk, half, tiny)]
+        exact = reference(terms, 1)
+        total = ExactSum(1)
+        for weight, values in terms:
+            total.add(values, weight=weight)
+        found = total.mean(1)
+        assert_same_bits(found, exact)
+        # Rounded twice (to float64, where tiny is lost, then half to even) both give 2^24.
+        assert exact[0] == 2.0**24
+        assert expected >= exact[0]
+
+
+def test_zero_has_one_sign_whatever_came_first():
+    """Found by review: a negative zero stayed negative unless another element of its block spilled."""
+    terms = [(1, np.array(v, np.float32)) for v in ([1e20, -0.0], [1, -0.0], [-1e20, -0.0])]
+    assert_same_bits(mean(terms), mean([terms[0], terms[2], terms[1]]))
+    assert not np.signbit(mean([(1, np.array([-0.0], np.float32))])[0])
+
+
+@pytest.mark.parametrize("value", [np.finfo(np.float32).max, np.finfo(np.float32).min])
+def test_the_largest_float_times_the_largest_weight_does_not_overflow(value):
+    terms = [(MAX_WEIGHT - 1, np.array([value], np.float32))] * 50
+    assert mean(terms)[0] == value
+
+
+def test_a_mean_of_equal_vectors_is_that_vector():
+    values = np.random.default_rng(0).normal(size=1000).astype(np.float32)
+    assert_same_bits(mean([(w, values) for w in (1, 7, 123_456, MAX_WEIGHT - 1)]), values)
+
+
+def test_a_sum_of_nothing_is_zero():
+    np.testing.assert_array_equal(ExactSum(3).mean(1), np.zeros(3, np.float32))
+    assert ExactSum(0).mean(1).shape == (0,)
+
+
+# Blocks and chunks.
+
+SIZES = [1, 2, 3, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 2 * BLOCK + 5, 3 * BLOCK - 1]
+
+
+def random_terms(size: int, count: int, seed: int = 0) -> list[Term]:
+    """Vectors whose elements span 60 powers of two: most sums need several components."""
+    random = np.random.default_rng(seed)
+    return [
+        (
+            int(random.integers(1, MAX_WEIGHT)),
+            np.ldexp(random.normal(size=size), random.integers(-30, 30, size)).astype(np.float32),
+        )
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_sum_of_any_size_is_exact_in_every_block(size):
+    terms = random_terms(size, 6)
+    found = mean(terms)
+    assert found.shape == (size,)
+    assert found.dtype == np.float32
+    assert found.flags.c_contiguous
+    checked = sorted({0, size // 2, size - 1, *range(0, size, BLOCK), *range(7, size, 4001)})
+    part = [(weight, values[checked]) for weight, values in terms]
+    assert_same_bits(found[checked], reference(part, sum(w for w, _ in terms)))
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+def test_chunks_of_whole_blocks_in_any_order_give_the_same_bits(blocks):
+    size = 3 * BLOCK + 17
+    terms = random_terms(size, 5)
+    total = ExactSum(size)
+    random = np.random.default_rng(3)
+    for weight, values in terms:
+        starts = list(range(0, size, blocks * BLOCK))
+        random.shuffle(starts)
+        for start in starts:
+            total.add(values[start : start + blocks * BLOCK], weight=weight, offset=start)
+    assert_same_bits(total.mean(sum(w for w, _ in terms)), mean(terms))
+
+
+def test_strided_and_read_only_values_are_added_by_value():
+    wide = np.arange(20, dtype=np.float32)
+    read_only = wide[::2].copy()
+    read_only.setflags(write=False)
+    assert_same_bits(mean([(3, wide[::2])]), mean([(3, read_only)]))
+
+
+def test_adding_leaves_the_values_as_they_were():
+    values = np.arange(10, dtype=np.float32)
+    mean([(5, values), (7, values)])
+    np.testing.assert_array_equal(values, np.arange(10))
+
+
+BAD_SLICES = {
+    "off the grid": (3 * BLOCK, 10, 5),
+    "past the end": (10, 11, 0),
+    "after the end": (BLOCK, 1, BLOCK),
+    "negative": (2 * BLOCK, BLOCK, -BLOCK),
+    "one value for many": (10, 1, 0),
+    "part of a block": (2 * BLOCK, BLOCK // 2, 0),
+    "part of the last block": (BLOCK + 10, 5, BLOCK),
+}
+
+
+@pytest.mark.parametrize(("size", "length", "offset"), BAD_SLICES.values(), ids=BAD_SLICES)
+def test_a_slice_that_does_not_cover_whole_blocks_is_refused_before_it_changes_anything(size, length, offset):
+    total = ExactSum(size)
+    total.add(np.ones(size, np.float32), weight=1)
+    with pytest.raises(ValueError, match="expected a slice"):
+        total.add(np.ones(length, np.float32), weight=1, offset=offset)
+    np.testing.assert_array_equal(total.mean(1), np.ones(size))
+
+
+@pytest.mark.parametrize("weight", [0, -1, MAX_WEIGHT, 2**70])
+def test_a_weight_whose_product_might_be_inexact_is_refused(weight):
+    with pytest.raises(ValueError, match="expected a weight"):
+        ExactSum(3).add(np.ones(3, np.float32), weight=weight)
+
+
+# From sparse errors to dense blocks, and what it costs.
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.12, 0.13, 0.5, 1.0])
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_errors_in_any_share_of_the_elements_are_kept_exactly(share, rounds):
+    size = 800
+    random = np.random.default_rng(5)
+    terms: list[Term] = []
+    for _ in range(rounds):
+        small = random.normal(size=size).astype(np.float32)
+        big = np.where(random.random(size) < share, np.float32(1e30), small).astype(np.float32)
+        terms += [(1, big), (3, small), (1, -big), (MAX_WEIGHT - 1, small[::-1])]
+    found = mean(terms)
+    assert_same_bits(found, reference(terms, sum(w for w, _ in terms)))
+
+
+def cost(terms: list[Term]) -> float:
+    """Bytes of the sum's components after all terms, as a multiple of the float32 vector's."""
+    total = ExactSum(len(terms[0][1]))
+    assert total.nbytes == 0
+    for weight, values in terms:
+        total.add(values, weight=weight)
+    return total.nbytes / terms[0][1].nbytes
+
+
+def test_updates_of_like_magnitude_cost_twice_the_vector():
+    random = np.random.default_rng(0)
+    terms = [
+        (int(random.integers(1, 1000)), random.normal(size=2 * BLOCK + 100).astype(np.float32))
+        for _ in range(100)
+    ]
+    assert 2.0 <= cost(terms) <= 2.02
+
+
+def test_a_few_odd_elements_are_kept_sparsely():
+    random = np.random.default_rng(0)
+    vectors = [random.normal(size=BLOCK).astype(np.float32) for _ in range(20)]
+    vectors[0][:50] = 1e30
+    assert 2.0 < cost([(1, vector) for vector in vectors]) < 2.2
+
+
+def test_hostile_updates_cost_a_bounded_multiple_of_the_vector_however_many_they_are():
+    assert cost(random_terms(BLOCK, 40)) <= 2 * 4
+    spread = [np.ldexp(np.ones(BLOCK), e).astype(np.float32) for e in range(-149, 127, 3)]
+    terms = [(MAX_WEIGHT - 1, values * sign) for sign in (1, -1) for values in spread]
+    assert cost(terms[: len(spread)]) <= 2 * 8
+    assert cost(terms * 2) <= 2 * 8

@@ -10,6 +10,7 @@ import numpy as np
 
 from fedge.config import parse_toml
 from fedge.errors import ConfigError, FedgeError, RemoteProtocolError
+from fedge.history import Row
 from fedge.run import RunConfig
 from fedge.vector import Layout, Model, bytes_of, digest_of
 from fedge.wire import fedge_pb2 as pb
@@ -19,7 +20,6 @@ from fedge.wire.limits import CHUNK_BYTES, check_size
 from fedge_server.callers import Context, answering, caller, refuse
 from fedge_server.coordinator import Coordinator
 from fedge_server.driver import RunDriver
-from fedge_server.history import Row
 from fedge_server.identity import Authority
 
 log = logging.getLogger(__name__)

@@ -13,12 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from fedge import federation
 from fedge.errors import RunError
 from fedge.federation import Finish, Plan, RunEffect, RunEvent
-from fedge.pipeline import MeanState, Pipeline, Update
+from fedge.history import Row
+from fedge.learning import Learning
+from fedge.pipeline import Update
 from fedge.refusal import Refusal, RefusalCode
 from fedge.round import (
     Accept,
@@ -34,11 +34,11 @@ from fedge.round import (
     StartTimer,
 )
 from fedge.run import RunConfig
-from fedge.strategy import AnyStrategy, WorkKind
-from fedge.vector import Array, Model
+from fedge.strategy import AnyStrategy
+from fedge.vector import Model
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire.codec import encode_order_id
-from fedge_server.history import History, Row
+from fedge_server.history import History
 from fedge_server.orders import Orders
 from fedge_server.shelf import Shelf
 from fedge_server.spool import Upload
@@ -78,15 +78,13 @@ class RunDriver:
         self.submitted_at = time.time()
         self.run_toml = ""
         self._outbox = outbox
-        self._pipeline = Pipeline(strategy.reduction)
-        self._state: Any = strategy.init(model)
+        self._learning = Learning.begin(strategy, model)
         self._orders = Orders(run_id, self.shelf)
-        kind = strategy.order(self._state, 1).kind
+        kind = self._learning.order(1).kind
         self.machine, self._first = federation.begin(
             Plan.of(config, kind=kind, max_staleness=strategy.max_staleness)
         )
         self._queue: asyncio.Queue[tuple[RunEvent, Delivery | None]] = asyncio.Queue(MAX_WAITING_EVENTS)
-        self._folds: dict[WorkKind, MeanState] = {}
         self._timers: dict[tuple[OrderId, str], asyncio.TimerHandle] = {}
         self._traffic = _Traffic()
         self._over = False
@@ -94,7 +92,7 @@ class RunDriver:
     @property
     def model(self) -> Model:
         """The model of the last committed round."""
-        return Model(self._state.model, self.layout)
+        return self._learning.model
 
     @property
     def strategy_repr(self) -> str:
@@ -157,7 +155,6 @@ class RunDriver:
         for timer in self._timers.values():
             timer.cancel()
         self._timers.clear()
-        self._folds.clear()
         self.shelf.clear()
         self._over = True
         while not self._queue.empty():
@@ -219,7 +216,7 @@ class RunDriver:
                     await self._close(order)
                 case GiveUp(order, reason):
                     log.warning("round_given_up run=%s order=%s reason=%s", self.run_id, order, reason)
-                    self._folds.pop(order.kind, None)
+                    self._learning = self._learning.abandon(order)
                     self._drop_timers(order)
                 case Finish():
                     pass  # `run` sees the machine's status
@@ -233,14 +230,10 @@ class RunDriver:
 
     async def _fold(self, client: str, order: OrderId, staleness: int, delivery: Delivery) -> None:
         upload = delivery.upload
-        state = self._folds.get(order.kind)
-        if state is None:
-            state = self._pipeline.start(upload.size // 4 if upload else 0)
-        update = Update(
-            client, upload.chunks() if upload else (), delivery.num_examples, delivery.metrics, staleness
-        )
+        chunks = upload.chunks() if upload else ()
+        update = Update(client, chunks, delivery.num_examples, delivery.metrics, staleness)
         size = upload.size if upload else 0
-        self._folds[order.kind] = await _off_loop(size, self._pipeline.fold, state, update)
+        self._learning = await _off_loop(size, self._learning.fold, order, update)
         self._traffic.up += size
         self.shelf.withdraw(client)
         self.history.refusals.pop(client, None)
@@ -248,16 +241,11 @@ class RunDriver:
 
     async def _close(self, order: OrderId) -> None:
         self._drop_timers(order)
-        aggregate = await _off_loop(self.layout.nbytes, self._pipeline.finish, self._folds.pop(order.kind))
+        size = 0 if order.kind == "evaluate" else self.layout.nbytes
+        self._learning, aggregate = await _off_loop(size, self._learning.close, order)
         if order.kind == "evaluate":
             self.history.add_metrics(order.round, aggregate.metrics)
             return
-        self._state = await _off_loop(self.layout.nbytes, self.strategy.step, self._state, aggregate)
-        if not np.isfinite(self._state.model).all():
-            raise RunError(
-                f"round {order.round} made a model with NaN or infinity: "
-                "lower the learning rate or clip the updates"
-            )
         await self._publish()
         traffic = self._traffic.end(order)
         self.history.add(
@@ -277,9 +265,9 @@ class RunDriver:
 
     async def _publish(self) -> None:
         """Encode and hash the new model once, for all who will fetch it."""
-        order = self.strategy.order(self._state, len(self.history.rows) + 1)
-        model: Array = self._state.model
-        await _off_loop(model.nbytes, self._orders.publish, model, order)
+        order = self._learning.order(len(self.history.rows) + 1)
+        vector = self._learning.model.vector
+        await _off_loop(vector.nbytes, self._orders.publish, vector, order)
 
     def _start_timer(self, event: DeadlinePassed, seconds: float) -> None:
         key = (event.order, event.phase)

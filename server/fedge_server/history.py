@@ -5,25 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 
+from fedge.history import Row
 from fedge.refusal import Refusal
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One committed round. `metrics` holds the clients' training metrics and, once there, the evaluation's."""
-
-    round: int
-    attempt: int
-    clients: tuple[str, ...]
-    num_examples: int
-    seconds: float
-    bytes_down: int
-    bytes_up: int
-    refused: int
-    staleness: int = 0
-    metrics: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
 
 
 @dataclass(slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import namedtuple
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -118,8 +119,10 @@ def test_the_steps_of_an_epoch_visit_every_example_once_and_only_the_last_batch_
     size: int, batch_size: int, epoch: int, seed: int
 ) -> None:
     batches = Batches([(0, 0)] * size, batch_size)
-    parts = [batches.step(epoch * batches.per_epoch + at, seed=seed).tolist() for at in range(batches.per_epoch)]
-    assert sorted(sum(parts, [])) == list(range(size))
+    parts = [
+        batches.step(epoch * batches.per_epoch + at, seed=seed).tolist() for at in range(batches.per_epoch)
+    ]
+    assert sorted(chain(*parts)) == list(range(size))
     assert {len(part) for part in parts[:-1]} <= {batches.batch_size}
     assert 0 < len(parts[-1]) <= batches.batch_size
 
@@ -158,7 +161,8 @@ def test_batches_in_order_cover_the_set_within_the_memory_they_are_given(columns
 
 
 @pytest.mark.parametrize(
-    ("make", "size"), [(lambda i: ({"x": torch.ones(3), "y": [torch.ones(2), torch.ones(1)]}, 1), 32), (pair, 20)]
+    ("make", "size"),
+    [(lambda i: ({"x": torch.ones(3), "y": [torch.ones(2), torch.ones(1)]}, 1), 32), (pair, 20)],
 )
 def test_an_example_is_measured_through_any_structure(make: Callable[[int], Any], size: int) -> None:
     assert Batches(Rows(3, make), 2).bytes_per_example() == size
@@ -203,7 +207,10 @@ def ragged(index: int) -> Any:
 UNREADABLE: dict[str, tuple[Callable[[], Any], str]] = {
     "raises": (lambda: Rows(3, failing), "Rows.*KeyError"),
     "__getitems__ raises": (lambda: Many(3, failing), "Many.*KeyError"),
-    "not a pair": (lambda: Rows(3, lambda i: torch.full((2,), 4711.0)), r"\(input, target\).*Tensor of float32\[2\]"),
+    "not a pair": (
+        lambda: Rows(3, lambda i: torch.full((2,), 4711.0)),
+        r"\(input, target\).*Tensor of float32\[2\]",
+    ),
     "a triple": (lambda: Rows(3, lambda i: (4711, 1, 2)), "tuple of 3"),
     "a dict": (lambda: Rows(3, lambda i: {"x": 4711, "y": 1}), "dict"),
     "ragged": (lambda: Rows(3, ragged), r"float32\[1\].*float32\[2\]"),
@@ -216,7 +223,9 @@ UNREADABLE: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 @pytest.mark.parametrize(("make", "message"), UNREADABLE.values(), ids=UNREADABLE.keys())
-def test_an_error_in_the_data_names_types_and_shapes_and_no_value(make: Callable[[], Any], message: str) -> None:
+def test_an_error_in_the_data_names_types_and_shapes_and_no_value(
+    make: Callable[[], Any], message: str
+) -> None:
     with pytest.raises(TaskError, match=message) as caught:
         Batches(make(), 3).gather(torch.arange(3))
     assert "4711" not in str(caught.value)
@@ -227,7 +236,7 @@ def test_too_few_examples_from_getitems_are_noticed() -> None:
         def __getitems__(self, indices: list[int]) -> list[Any]:
             return super().__getitems__(indices)[1:]
 
-    with pytest.raises(TaskError, match="3 examples.*found 2"):
+    with pytest.raises(TaskError, match=r"3 examples.*found 2"):
         Batches(Short(3, pair), 3).gather(torch.arange(3))
 
 

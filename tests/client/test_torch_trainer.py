@@ -50,7 +50,10 @@ def noisy() -> nn.Module:
 
 def rows(size: int = 21, seed: int = 0) -> TensorDataset:
     generator = torch.Generator().manual_seed(seed)
-    inputs, targets = torch.randn(size, 6, generator=generator), torch.randint(3, (size,), generator=generator)
+    inputs, targets = (
+        torch.randn(size, 6, generator=generator),
+        torch.randint(3, (size,), generator=generator),
+    )
     return TensorDataset(inputs, targets)
 
 
@@ -58,7 +61,9 @@ def start_of(task: Task) -> Array:
     return framework.initial_model(task, seed=SEED).vector
 
 
-def train(trainer: Trainer, model: Array, work: Work, *, data: Any = None, seed: int = 5) -> tuple[Array, Outcome]:
+def train(
+    trainer: Trainer, model: Array, work: Work, *, data: Any = None, seed: int = 5
+) -> tuple[Array, Outcome]:
     out = np.empty_like(model)
     outcome = trainer.train(model, rows() if data is None else data, work, seed=seed, out=out)
     return out, outcome
@@ -117,7 +122,9 @@ def test_training_by_steps_counts_across_epochs_and_averages_over_all_of_them() 
     assert np.array_equal(by_epochs, by_steps)
     still = Work(steps=6, batch_size=8, learning_rate=1e-12)
     _, unmoved = train(trainer, model, still)
-    assert unmoved.metrics["train_loss"] == pytest.approx(trainer.evaluate(model, rows()).metrics["loss"], rel=1e-5)
+    assert unmoved.metrics["train_loss"] == pytest.approx(
+        trainer.evaluate(model, rows()).metrics["loss"], rel=1e-5
+    )
     assert outcome.num_examples == 21
 
 
@@ -191,7 +198,9 @@ def cancelled(done: int, total: int) -> None:
 
 def cancel(trainer: Trainer, model: Array) -> None:
     with pytest.raises(KeyboardInterrupt):
-        trainer.train(model, rows(), Work(epochs=2, batch_size=8), seed=1, out=model.copy(), progress=cancelled)
+        trainer.train(
+            model, rows(), Work(epochs=2, batch_size=8), seed=1, out=model.copy(), progress=cancelled
+        )
 
 
 def fail_in_the_data(trainer: Trainer, model: Array) -> None:
@@ -216,7 +225,9 @@ def spoil_the_module(trainer: Trainer, model: Array) -> None:
 
 ACTIONS: list[Action] = [
     lambda trainer, model: train(trainer, model, Work(batch_size=6, optimizer="momentum"), seed=99),
-    lambda trainer, model: train(trainer, model + 1, Work(steps=2, optimizer="adam", l1=0.1), data=rows(30, 4)),
+    lambda trainer, model: train(
+        trainer, model + 1, Work(steps=2, optimizer="adam", l1=0.1), data=rows(30, 4)
+    ),
     lambda trainer, model: gradient(trainer, model, Work(batch_size=6), step=17),
     lambda trainer, model: trainer.evaluate(model * 2, rows(9)),
     cancel,
@@ -370,7 +381,9 @@ class Sum(nn.Linear):
         return super().forward(x + y)
 
 
-@pytest.mark.parametrize("shape", [lambda x: (x, 2 * x), lambda x: [x, 2 * x], lambda x: {"y": x, "x": 2 * x}])
+@pytest.mark.parametrize(
+    "shape", [lambda x: (x, 2 * x), lambda x: [x, 2 * x], lambda x: {"y": x, "x": 2 * x}]
+)
 def test_inputs_in_tuples_and_dicts_become_arguments_of_the_model(shape: Callable[[Any], Any]) -> None:
     single, several = task_of(lambda: nn.Linear(6, 3)), task_of(lambda: Sum(6, 3))
     model = start_of(single)
@@ -488,7 +501,10 @@ BROKEN: dict[str, tuple[Task, str]] = {
     ),
     "not a scalar": (task_of(linear, lambda o, t: o.sum(1)), r"scalar.*Tensor of float32\[21\]"),
     "a number": (task_of(linear, lambda o, t: o.sum().item()), "scalar.*float"),
-    "detached": (task_of(linear, lambda o, t: F.cross_entropy(o.detach(), t)), "depends on the model's parameters"),
+    "detached": (
+        task_of(linear, lambda o, t: F.cross_entropy(o.detach(), t)),
+        "depends on the model's parameters",
+    ),
     "wrong width": (task_of(lambda: nn.Linear(7, 3)), "model's forward failed: RuntimeError"),
 }
 

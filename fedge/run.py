@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from fedge.config import Config, parse_toml, read_toml, shown
+from fedge.config import Config, build, parse_toml, read_toml, shown
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -173,3 +173,8 @@ class RunConfig(Config):
             ConfigError: naming the file, the key and the nearest valid key.
         """
         return parse_toml(read_toml(path), cls, source=str(path))
+
+    @classmethod
+    def from_table(cls, table: dict[str, Any], *, source: str) -> RunConfig:
+        """Check a table of values, as `load` checks a file's; `source` begins every error message."""
+        return build(cls, table, source=source)

@@ -1,0 +1,100 @@
+"""`fedge simulate`: what a researcher types."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from fedge.cli import INTERRUPTED
+from fedge.errors import RunError
+from fedge.history import Row
+from fedge.run import RunConfig
+
+Callback = Callable[[Row], None]
+
+
+def simulate(
+    path: Annotated[Path, typer.Argument(metavar="RUN.toml")],
+    clients: Annotated[int | None, typer.Option(help="Clients, instead of [simulation] clients.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Rounds, instead of the file's.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed, instead of the file's.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Results folder; results/NAME-TIME unless given.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
+) -> None:
+    """Simulate a run on this machine: the deployed rounds, strategies and trainers, no network.
+
+    Example: fedge simulate run.toml --clients 50 --rounds 20 --out results/first
+    """
+    # torch takes seconds to import: mistakes in the file or the flags are reported before it.
+    config = RunConfig.load(path)
+    from fedge_sim.engine import simulate as run_simulation
+    from fedge_sim.report import prepare_folder, write_results
+
+    folder = out or Path("results") / f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}"  # noqa: DTZ005  # local, for people
+    prepare_folder(folder)
+    console = Console(stderr=True)
+    for note in config.notes():
+        console.print(f"note: {note}", highlight=False)
+    with _progress(console, config.name, rounds or config.rounds, quiet=as_json) as show:
+        result = run_simulation(
+            path, clients=clients, rounds=rounds, seed=seed, callbacks=() if as_json else (show,)
+        )
+    write_results(folder, result)
+    if as_json:
+        typer.echo(json.dumps(result.summary() | {"out": str(folder)}))
+    else:
+        metrics = "  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
+        console.print(
+            f"{result.status}: {len(result.history)} rounds, {result.clients} clients  {metrics}",
+            highlight=False,
+        )
+        typer.echo(f"results in {folder}")
+    if result.status == "stopped":
+        raise typer.Exit(INTERRUPTED)
+    if result.status != "done":
+        raise RunError(f"run {config.name} {result.status} at round {len(result.history)}: {result.reason}")
+
+
+@contextmanager
+def _progress(console: Console, name: str, rounds: int, *, quiet: bool) -> Iterator[Callback]:
+    """A bar where a person looks on; a line per round elsewhere."""
+    live = console.is_terminal and not quiet
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, disable=not live) as progress:
+        bar = progress.add_task(name, total=rounds, note="")
+
+        def show(row: Row) -> None:
+            progress.update(bar, completed=row.round, note=_line(row))
+            if not live and not quiet:
+                console.print(f"round {row.round}/{rounds}  {_line(row)}", highlight=False)
+
+        yield show
+
+
+def _line(row: Row) -> str:
+    metrics = "  ".join(f"{name} {value:.4f}" for name, value in row.metrics.items())
+    return f"{len(row.clients)} clients  {metrics}"

@@ -1,0 +1,102 @@
+"""The simulated clients: their names and, when they are needed, their data."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from fedge_client.torch.batches import examples
+from torch.utils.data import Subset, TensorDataset
+
+from fedge.errors import ConfigError, TaskError
+from fedge.run import RunConfig
+from fedge.seeds import derive_seed
+from fedge.task import Site, Task
+from fedge_sim import partition
+
+KEPT_CLIENTS = 4096
+"""Clients whose data is kept between rounds; the least recently used is dropped and made again."""
+
+Data = tuple[Any, Any]
+
+
+class Population:
+    """`count` clients by name. Data is made when a client is first asked, and kept for the next time."""
+
+    def __init__(self, count: int, make: Callable[[int], Data]) -> None:
+        self.names = tuple(client_name(index, count) for index in range(count))
+        self._index = {name: index for index, name in enumerate(self.names)}
+        self._make = make
+        self._kept: OrderedDict[str, Data] = OrderedDict()
+
+    @classmethod
+    def of(cls, run: RunConfig, task: Task, *, count: int) -> Population:
+        """The population that `[simulation]` describes.
+
+        Raises:
+            ConfigError, TaskError: the data cannot be divided so, or the task cannot give it.
+        """
+        if run.simulation.partition == "task":
+            return cls(count, lambda index: _data(task, client_name(index, count), index, count))
+        train, test = _data(task, "population", 0, 1)
+        generator = np.random.default_rng(derive_seed(run.seed, "partition"))
+        train_size, test_size = examples(train), examples(test)
+        if run.simulation.partition == "iid":
+            parts = partition.iid(train_size, count, generator=generator)
+        else:
+            labels = labels_of(train, train_size)
+            parts = partition.dirichlet(labels, count, alpha=run.simulation.alpha, generator=generator)
+        # With fewer test examples than clients each judges by all of them, instead of some by none.
+        tests = (
+            partition.iid(test_size, count, generator=generator)
+            if test_size >= count
+            else [np.arange(test_size)] * count
+        )
+        return cls(
+            count, lambda index: (Subset(train, parts[index].tolist()), Subset(test, tests[index].tolist()))
+        )
+
+    def data(self, name: str) -> Data:
+        """`(train, test)` of a client."""
+        if name in self._kept:
+            self._kept.move_to_end(name)
+            return self._kept[name]
+        data = self._make(self._index[name])
+        self._kept[name] = data
+        if len(self._kept) > KEPT_CLIENTS:
+            self._kept.popitem(last=False)
+        return data
+
+
+def client_name(index: int, count: int) -> str:
+    """The simulated name of a client: its index, padded so that names sort as numbers do."""
+    return f"client-{index:0{len(str(count - 1))}d}"
+
+
+def labels_of(dataset: Any, size: int) -> npt.NDArray[np.int64]:
+    """The class of every example, which a Dirichlet partition needs.
+
+    Raises:
+        ConfigError: the targets are not whole numbers.
+    """
+    if type(dataset) is TensorDataset:
+        labels = dataset.tensors[1].numpy()
+    else:
+        labels = np.asarray([np.asarray(dataset[index][1]) for index in range(size)])
+    if labels.shape != (size,) or not np.issubdtype(labels.dtype, np.integer):
+        raise ConfigError(
+            f"simulation.partition: 'dirichlet' divides by class and needs integer targets, "
+            f"found {labels.dtype} of shape {labels.shape}; use 'iid', or divide in the task's data(site)"
+        )
+    return labels.astype(np.int64)
+
+
+def _data(task: Task, name: str, index: int, count: int) -> Data:
+    try:
+        train, test = task.data(Site(name, index=index, count=count))
+    except Exception as error:  # user code may raise anything
+        raise TaskError(f"{name}: data(site) failed: {type(error).__name__}: {error}") from error
+    return train, test

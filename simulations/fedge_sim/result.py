@@ -1,0 +1,54 @@
+"""What a simulation gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fedge.federation import Status
+from fedge.history import Row
+from fedge.run import Privacy, RunConfig
+from fedge.vector import Model, digest_of
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """A finished (or interrupted) simulation: a `Row` per committed round, and the model they made."""
+
+    run: RunConfig
+    clients: int
+    history: tuple[Row, ...]
+    model: Model
+    status: Status
+    reason: str = ""
+    strategy: str = ""
+
+    @property
+    def privacy(self) -> Privacy:
+        """The privacy that was in force: what the run's `[privacy]` says."""
+        return self.run.privacy
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """The metrics of the last round that has any."""
+        return next((row.metrics for row in reversed(self.history) if row.metrics), {})
+
+    def summary(self) -> dict[str, Any]:
+        """The result as one JSON object, without the history and the model themselves."""
+        return {
+            "name": self.run.name,
+            "status": self.status,
+            "reason": self.reason,
+            "rounds": len(self.history),
+            "clients": self.clients,
+            "seed": self.run.seed,
+            "strategy": self.strategy,
+            "privacy_unit": self.run.privacy.unit,
+            "metrics": dict(self.metrics),
+            "parameters": self.model.layout.size,
+            "model_sha256": digest_of(self.model.vector).hex(),
+            "seconds": sum(row.seconds for row in self.history),
+            "bytes_up": sum(row.bytes_up for row in self.history),
+            "bytes_down": sum(row.bytes_down for row in self.history),
+        }

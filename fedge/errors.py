@@ -2,6 +2,7 @@
 
     FedgeError
     ├── ConfigError             a file, key, flag or combination of them is wrong
+    │   └── StorageError        a file or folder of ours cannot be written
     ├── TaskError               the task code cannot be imported, has no data or fails
     ├── LayoutError             a model, vector or checkpoint does not fit a layout
     ├── ProtocolError
@@ -35,6 +36,10 @@ class ConfigError(FedgeError):
     """A file, key, flag or combination of them is wrong."""
 
     exit_code = 2
+
+
+class StorageError(ConfigError):
+    """A file or folder of ours cannot be written: read-only, full, or not there."""
 
 
 class TaskError(FedgeError):

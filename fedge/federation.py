@@ -165,7 +165,7 @@ def fail(run: Federation, reason: str) -> RunStep:
 def _everywhere(run: Federation, event: Joined | Left) -> RunStep:
     """A client came or went: both open rounds, or the stream of arrivals, hear of it."""
     effects: tuple[RunEffect, ...] = ()
-    if run.evaluation is not None:
+    if run.evaluation is not None and not (_is_past(run, run.evaluation) and isinstance(event, Joined)):
         run, effects = _in_evaluation(run, event)
     if run.status != "running":
         return run, effects
@@ -209,7 +209,14 @@ def _in_evaluation(run: Federation, event: Event) -> RunStep:
     return run, (*effects, *more)
 
 
+def _is_past(run: Federation, evaluation: Round) -> bool:
+    """Whether the model has moved on since the evaluation began: nobody else can be asked to judge it."""
+    return evaluation.order.round < run.committed
+
+
 def _after_commit(run: Federation) -> RunStep:
+    if run.evaluation is not None:  # without rounds, the model moves on while it is judged
+        run = replace(run, evaluation=rounds.seal(run.evaluation))
     if run.plan.evaluates(run.committed):
         if run.evaluation is not None:
             run = replace(run, owed=run.committed)
@@ -316,7 +323,7 @@ def _on_arrival(run: Federation, event: Event) -> RunStep:
                 return run, ()
             return _end(run, "failed", f"every client failed; the last one said: {refusal}")
         case DeadlinePassed(order, _):
-            if order.round != run.committed + 1 or run.committed >= run.plan.rounds:
+            if order != OrderId(run.plan.kind, run.committed + 1) or run.committed >= run.plan.rounds:
                 return run, ()  # there was progress since that timer was started
             return _end(run, "failed", f"no update in time for round {order.round}")
         case Arrived(client, order):

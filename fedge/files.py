@@ -6,7 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from fedge.errors import ConfigError
+from fedge.errors import ConfigError, StorageError
 
 
 def read_capped(path: Path, *, max_bytes: int) -> bytes:
@@ -32,7 +32,7 @@ def write_private(path: Path, data: bytes | str) -> None:
     """Write a file that only its owner can read (0600), all or nothing, durable when it returns.
 
     Raises:
-        ConfigError: the folder is missing, read-only or full.
+        StorageError: the folder is missing, read-only or full.
     """
     _write(path, data.encode() if isinstance(data, str) else data, mode=0o600)
 
@@ -50,7 +50,7 @@ def private_folder(path: Path) -> Path:
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
         path.chmod(0o700)
     except OSError as error:
-        raise ConfigError(f"{path}: cannot make a private folder there: {error.strerror}") from None
+        raise StorageError(f"{path}: cannot make a private folder there: {error.strerror}") from None
     return path
 
 
@@ -73,4 +73,4 @@ def _write(path: Path, data: bytes, *, mode: int) -> None:
         finally:
             os.close(folder)
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
+        raise StorageError(f"{path}: cannot be written: {error.strerror}") from None

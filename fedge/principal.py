@@ -101,7 +101,9 @@ def check_name(name: str, *, what: str = "site") -> str:
 
 def principal_uri(federation: str, role: Role, name: str = "") -> str:
     """The URI that a certificate of this holder carries."""
-    tail = "" if role == "coordinator" else f"/{check_name(name)}"
+    tail = (
+        "" if role == "coordinator" else f"/{check_name(name, what='admin' if role == 'admin' else 'site')}"
+    )
     return f"fedge://{federation}/{role}{tail}"
 
 

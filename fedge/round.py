@@ -221,6 +221,11 @@ def step(round: Round, event: Event) -> Step:
     return round, ()
 
 
+def seal(round: Round) -> Round:
+    """Ask nobody else from now on: the model that this round's orders carry is no longer the current one."""
+    return replace(round, candidates=round.candidates[: round.cursor], away=frozenset())
+
+
 def _open(round: Round) -> Step:
     round = replace(round, phase="open")
     round, sends = _ask(round)

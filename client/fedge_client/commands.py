@@ -4,36 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
-import tomlkit
 import typer
 from rich.console import Console
 
 from fedge.cli import configure_logging
-from fedge.errors import ConfigError, FedgeError
-from fedge.files import private_folder, read_capped, write_private
-from fedge.wire.address import check_address
+from fedge.errors import FedgeError
+from fedge.files import read_capped
 from fedge_client.agent import Agent
 from fedge_client.check import run_checks
-from fedge_client.identity import accept_certificate, make_csr, open_token, save_identity
-from fedge_client.link import Link
+from fedge_client.enrolment import MAX_PEM_BYTES, enrol_site
 from fedge_client.settings import load_client
 
 app = typer.Typer(help="Run a site's client.", no_args_is_help=True)
 
-_MAX_PEM_BYTES = 64 << 10
 ClientToml = Annotated[Path, typer.Argument(metavar="CLIENT.toml", help="Written by `fedge client enrol`.")]
-
-_HEADER = """\
-This site's client. `fedge client start` reads this file; `fedge client check` says whether it is right.
-
-[task]    path = "."           the folder of the task code that you installed here
-[policy]  tasks = ["app:task"] which tasks may run; without it, those in the task folder
-[worker]  memory_mb, hang_s, threads
-[data]    any keys: your task gets them as `site.config`"""
 
 
 @app.command()
@@ -49,31 +36,10 @@ def enrol(
 
     Example: fedge client enrol --server fl.example.org:8443 --token "$TOKEN" --ca ca.pem --dir site
     """
-    try:
-        check_address(server)
-    except ValueError as error:
-        raise ConfigError(f"--server: {error}") from None
-    ca_pem = read_capped(ca, max_bytes=_MAX_PEM_BYTES)
-    now = datetime.now(UTC)
-    opened = open_token(token, ca_pem=ca_pem, now=now)
-    private_folder(folder)  # before the token is spent: a folder that cannot be made must not cost it
-    key_pem, csr = make_csr()
-
-    async def ask() -> bytes:
-        link = Link(server, ca_pem=ca_pem, key_pem=opened.key_pem, certificate_pem=opened.certificate_pem)
-        try:
-            return await link.enrol(csr)
-        finally:
-            await link.close()
-
-    certificate = asyncio.run(ask())
-    identity = accept_certificate(certificate, key_pem=key_pem, ca_pem=ca_pem, site=opened.site, now=now)
-    save_identity(folder, identity)
+    identity = asyncio.run(
+        enrol_site(server, token, ca_pem=read_capped(ca, max_bytes=MAX_PEM_BYTES), folder=folder)
+    )
     path = folder / "client.toml"
-    if path.exists():
-        typer.echo(f"{path} is kept as it is", err=True)
-    else:
-        _write_client_toml(path, server)
     console = Console()
     console.print(
         f"site {identity.site} is enrolled until {identity.principal.not_after:%Y-%m-%d}", highlight=False
@@ -126,11 +92,3 @@ def check(
             console.print(f"[green]ok[/]      {name}: {outcome}", highlight=False)
     if failed is not None:
         raise failed
-
-
-def _write_client_toml(path: Path, server: str) -> None:
-    document = tomlkit.document()
-    for line in _HEADER.splitlines():
-        document.add(tomlkit.comment(line) if line else tomlkit.nl())
-    document.add("server", server)
-    write_private(path, tomlkit.dumps(document))

@@ -30,7 +30,7 @@ from fedge.principal import (
 )
 
 _KEY, _CERTIFICATE, _CA = "client.key", "client.pem", "ca.pem"
-_ENROL = "enrol again with a new token (`fedge client enrol`)"
+_ENROL = "enrol this site with a new token (`fedge client enrol`)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,19 +130,17 @@ def load_identity(folder: Path, *, now: datetime) -> Identity:
             certificate has expired.
     """
     try:
-        mode = (folder / _KEY).stat().st_mode & 0o777
-        if mode & 0o077:
-            raise IdentityError(
-                f"{folder / _KEY}: expected a file that only its owner can read (600), found {mode:o}: "
-                f"run chmod 600 {folder / _KEY}"
-            )
         key, certificate, ca = (
             read_capped(folder / name, max_bytes=MAX_CERTIFICATE_BYTES) for name in (_KEY, _CERTIFICATE, _CA)
         )
-    except FileNotFoundError:
-        raise IdentityError(f"{folder}: expected an identity, found no {_KEY}: {_ENROL}") from None
-    except (ConfigError, OSError) as error:
-        raise IdentityError(f"{folder}: expected a readable identity: {error}: {_ENROL}") from None
+    except ConfigError as error:
+        raise IdentityError(f"{error}: {_ENROL}") from None
+    mode = (folder / _KEY).stat().st_mode & 0o777
+    if mode & 0o077:
+        raise IdentityError(
+            f"{folder / _KEY}: expected a file that only its owner can read (600), found {mode:o}: "
+            f"run chmod 600 {folder / _KEY}"
+        )
     try:
         identity = _identity(certificate, key_pem=key, ca_pem=ca)
         identity.principal.check(now=now)

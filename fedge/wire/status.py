@@ -10,10 +10,12 @@ from fedge.errors import (
     LinkError,
     RemoteProtocolError,
     RunError,
+    StorageError,
 )
 from fedge.wire.codec import printable
 
 _STATUS: tuple[tuple[type[FedgeError], str], ...] = (
+    (StorageError, "INTERNAL"),
     (IdentityError, "PERMISSION_DENIED"),
     (LimitError, "RESOURCE_EXHAUSTED"),
     (RemoteProtocolError, "INVALID_ARGUMENT"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Any, NoReturn, TypeVar
@@ -15,6 +16,8 @@ from fedge.principal import Principal, Role, principal_of
 from fedge.wire.codec import shorten
 from fedge.wire.status import status_of
 from fedge_server.identity import Authority
+
+log = logging.getLogger(__name__)
 
 S = TypeVar("S")
 Q = TypeVar("Q")
@@ -51,6 +54,10 @@ def caller(context: Context, authority: Authority, *, role: Role) -> Principal:
 
 async def refuse(context: Context, error: FedgeError) -> NoReturn:
     """End a call with the status that this kind of error has on the wire."""
+    if isinstance(error, StorageError):
+        # A file of ours that cannot be written: the operator's to know, with its path, not the peer's.
+        log.error("store_failed reason=%s", error)
+        await context.abort(grpc.StatusCode.INTERNAL, "the coordinator cannot write its records; see its log")
     await context.abort(grpc.StatusCode[status_of(error)], shorten(str(error)))
 
 

@@ -31,6 +31,10 @@ class Orders:
         if order.advance is not None:
             vectors.append(order.advance.gradient)
         self._model, *others = self._shelf.replace(vectors)
+        if order.advance is not None:
+            # Mirrors need only the gradient: the model and the slots are there for those who fetch them.
+            for blob in (self._model, others[0]):
+                blob.ClearField("inline")
         self._mirror = None
         if order.optimizer is not None and order.slots is not None:
             self._mirror = pb.Mirror(

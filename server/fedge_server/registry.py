@@ -7,8 +7,8 @@
 
 Several processes work on one folder: the coordinator enrols while `fedge server token` writes. Changes
 are made one at a time under the lock; a token is spent by one atomic rename that only one caller can win.
-Reading takes no lock, since every record is replaced in one piece, and no cache, since a read costs
-microseconds and is never stale. Who may do what is decided in identity.py, not here.
+Reading takes no lock, since every record is replaced in one piece, and no cache, since a small file is
+cheap beside the call that asks and is never stale. Who may do what is decided in identity.py, not here.
 """
 
 from __future__ import annotations
@@ -161,7 +161,11 @@ class Registry:
     @contextmanager
     def _changing(self) -> Iterator[None]:
         """The lock, between processes and between threads; the kernel frees it if its holder dies."""
-        handle = os.open(self.folder / "tokens" / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        path = self.folder / "tokens" / ".lock"
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be opened: {error.strerror}") from None
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield

@@ -13,9 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from fedge_client.gate import Released, layers_of, release
-from fedge_client.torch.framework import framework
-from fedge_client.torch.trainer import Trainer
 
 from fedge import federation
 from fedge.errors import ConfigError, RefusedError, RunError, TaskError
@@ -41,6 +38,9 @@ from fedge.seeds import work_seed
 from fedge.strategy import load_strategy
 from fedge.task import Task, load_task
 from fedge.vector import Array
+from fedge_client.gate import Released, layers_of, release
+from fedge_client.torch.framework import framework
+from fedge_client.torch.trainer import Trainer
 from fedge_sim.population import Population
 from fedge_sim.result import Result
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from fedge_client.torch.batches import examples
 from torch.utils.data import Subset, TensorDataset
 
 from fedge.errors import ConfigError, TaskError
 from fedge.run import RunConfig
 from fedge.seeds import derive_seed
 from fedge.task import Site, Task
+from fedge_client.torch.batches import examples
 from fedge_sim import partition
 
 KEPT_CLIENTS = 4096

@@ -10,6 +10,10 @@ import grpc
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
+
+from fedge import files
+from fedge.errors import ConfigError, IdentityError
+from fedge.principal import Token, key_of_pem, key_to_pem
 from fedge_client import identity as client_identity
 from fedge_client.identity import (
     Identity,
@@ -20,10 +24,6 @@ from fedge_client.identity import (
     save_identity,
 )
 from fedge_server.identity import Authority
-
-from fedge import files
-from fedge.errors import ConfigError, IdentityError
-from fedge.principal import Token, key_of_pem, key_to_pem
 
 NOW = datetime.now(UTC).replace(microsecond=0)
 DAY = timedelta(days=1)

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fedge_client.torch.batches import Batches, Order, describe, examples, joined
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from fedge.errors import TaskError
+from fedge_client.torch.batches import Batches, Order, describe, examples, joined
 
 SEEDS = st.integers(0, 2**63 - 1)
 
@@ -111,6 +111,15 @@ def test_a_gathered_batch_may_be_written_to_without_harm_to_the_data(make: Calla
     for tensor in [targets, *([inputs] if isinstance(inputs, torch.Tensor) else [])]:
         tensor.fill_(-1)
     assert_same(list(Batches(dataset, "full").gather(everything)), list(expected))
+
+
+@pytest.mark.parametrize("name", [name for name in DATASETS if "subset" in name or name == "tensors"])
+def test_tensors_are_never_read_row_by_row(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(dataset: Any, index: int) -> Any:
+        raise AssertionError("a TensorDataset is indexed as a whole")
+
+    monkeypatch.setattr(TensorDataset, "__getitem__", refuse)
+    assert len(Batches(DATASETS[name](), 4).gather(torch.tensor([7, 0, 11]))[0]) == 3
 
 
 @settings(deadline=None)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from fedge_client.torch.flat import FlatModule, layout_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -16,6 +15,7 @@ from torch import nn
 from fedge.checkpoint import from_safetensors, to_safetensors
 from fedge.errors import LayoutError
 from fedge.vector import Model
+from fedge_client.torch.flat import FlatModule, layout_of
 
 FLOAT_DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
@@ -245,6 +245,7 @@ class Restless(nn.Module):
         self.register_buffer("replaced_half", torch.zeros(2, dtype=torch.float16))
         self.register_buffer("wide", torch.zeros(2, dtype=torch.float64))
         self.register_buffer("steps", torch.tensor(4))
+        self.register_buffer("rehoused_steps", torch.tensor(4))
         self.register_buffer("transient", torch.zeros(2), persistent=False)
         self.register_buffer("lazily", None)
 
@@ -255,6 +256,7 @@ class Restless(nn.Module):
         self.replaced_half = self.replaced_half + 4
         self.wide += 5
         self.steps = self.steps + 1
+        self.rehoused_steps.data = self.rehoused_steps.data + 1
         self.transient += 6
         self.lazily = torch.ones(1) if self.lazily is None else self.lazily + 1
         self.weight.data = self.weight.data.clamp(max=0.5)

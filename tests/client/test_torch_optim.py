@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from fedge_client.torch.optim import InPlaceOptimizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedge import optimizer as reference
 from fedge.optimizer import Optimizer
+from fedge_client.torch.optim import InPlaceOptimizer
 
 OPTIMIZERS = st.builds(
     Optimizer,

@@ -6,6 +6,7 @@ import base64
 import contextlib
 import hashlib
 import re
+import string
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -185,6 +186,18 @@ def test_a_token_with_one_other_character_is_refused(place: int, value: str) -> 
 
 
 TOKEN = token().encode()
+
+
+def test_a_token_has_one_spelling() -> None:
+    texts = [token("x" * length).encode() for length in range(1, 40)]
+    text = next(text for text in texts if (len(text) - len("fedge1.")) % 4)  # has spare bits at its end
+    data = base64.urlsafe_b64decode(text[7:] + "==")
+    others = [text[:-1] + last for last in string.ascii_letters + string.digits + "-_" if last != text[-1]]
+    same = [other for other in others if base64.urlsafe_b64decode(other[7:] + "==") == data]
+    assert same
+    for other in same:
+        with pytest.raises(IdentityError, match="damaged"):
+            Token.decode(other)
 
 
 @pytest.mark.parametrize(

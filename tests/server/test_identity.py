@@ -12,11 +12,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-from fedge_server import registry
-from fedge_server.identity import DAY_S, Authority
 
 from fedge.errors import ConfigError, IdentityError, LimitError, RemoteProtocolError
 from fedge.principal import Principal, Token, load_certificate, principal_of
+from fedge_server import registry
+from fedge_server.identity import DAY_S, Authority
 
 NOW = datetime.now(UTC).replace(microsecond=0)
 DAY = timedelta(days=1)

@@ -14,10 +14,10 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from fedge_server.identity import Authority
 
 from fedge.errors import ConfigError, IdentityError
 from fedge.principal import Principal, Token, principal_of
+from fedge_server.identity import Authority
 
 NOW = datetime.now(UTC).replace(microsecond=0)
 DAY = timedelta(days=1)
@@ -57,6 +57,18 @@ def test_of_many_threads_with_one_token_exactly_one_wins(authority: Authority) -
         for turn in range(10):
             token = bootstrap(authority, f"icu-{turn}")
             assert sum(pool.map(attempt, [token] * 8)) == 1
+
+
+def test_renewals_at_once_are_all_remembered(authority: Authority) -> None:
+    def renew(site: Principal) -> Principal:
+        gate.wait()
+        return principal_of(Authority.load(authority.folder).renew(site, csr(), now=NOW))
+
+    gate = Barrier(8)
+    site = enrolled(authority)
+    with ThreadPoolExecutor(8) as pool:
+        for principal in [site, *pool.map(renew, [site] * 8)]:
+            authority.check(principal, now=NOW)
 
 
 RACER = """
@@ -227,5 +239,9 @@ def test_a_certificate_that_the_ca_signed_but_nobody_recorded_is_refused(authori
 def test_a_damaged_record_lets_nobody_in(authority: Authority) -> None:
     site = enrolled(authority)
     (authority.folder / "sites" / "icu-1.json").write_text('{"name": "icu-1"')
-    with pytest.raises(ConfigError, match=r"icu-1\.json: damaged record"):
+    assert authority.is_revoked(site)
+    with pytest.raises(IdentityError, match="record of site 'icu-1' is damaged") as caught:
         authority.check(site, now=NOW)
+    assert str(authority.folder) not in str(caught.value), "the caller learns nothing about our files"
+    with pytest.raises(ConfigError, match=r"icu-1\.json: damaged record"):
+        authority.sites()

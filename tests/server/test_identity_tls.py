@@ -14,9 +14,9 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from fedge_server.identity import Authority, Credential
 
 from fedge.principal import Token, key_to_pem, principal_of
+from fedge_server.identity import Authority, Credential
 
 NOW = datetime.now(UTC).replace(microsecond=0)
 DAY = timedelta(days=1)

@@ -48,25 +48,39 @@ def submit(
 
     Example: fedge run submit run.toml --admin coordinator/admin.toml --watch
     """
-    text = read_toml(path)
     config = RunConfig.load(path)
     console = Console(stderr=True)
+    for note in config.notes():
+        console.print(f"note: {note}", highlight=False)
+    model = initial_model(config, folder=path.parent.resolve())
+    with admin_link(admin) as link:
+        run_id = begin_run(link, read_toml(path), model)
+        if watch:
+            console.print(
+                f"run {run_id}: {model.layout.size} parameters, {config.rounds} rounds", highlight=False
+            )
+            summary = watch_run(link, run_id)
+    typer.echo(run_id)
+    if watch:
+        _fail_unless_done(summary)
+
+
+def initial_model(config: RunConfig, *, folder: Path) -> Model:
+    """The seeded model of a run's task, whose code is searched in `folder` first.
+
+    Raises:
+        ConfigError, TaskError: the strategy's settings are wrong, or the task cannot be had here.
+    """
     # Only what is not installed here is left to the coordinator's own list of strategies.
     if ":" not in config.strategy.name:
         load_strategy(config.strategy, config.work)
-    for note in config.notes():
-        console.print(f"note: {note}", highlight=False)
-    task = load_task(config.task, path=path.parent.resolve())
-    model = load_framework().initial_model(task, seed=config.seed)
-    with admin_link(admin) as link:
-        reply = link.Submit(_submission(text, model), timeout=_BULK_S)
-        if watch:
-            console.print(f"run {reply.run_id}: {model.layout.size} parameters, {config.rounds} rounds")
-            summary = watch_run(link, reply.run_id)
-            typer.echo(reply.run_id)
-            _fail_unless_done(summary)
-            return
-    typer.echo(reply.run_id)
+    task = load_task(config.task, path=folder)
+    return load_framework().initial_model(task, seed=config.seed)
+
+
+def begin_run(link: services.AdminStub, run_toml: str, model: Model) -> str:
+    """Submit a run and return its id."""
+    return link.Submit(_submission(run_toml, model), timeout=_BULK_S).run_id
 
 
 @app.command("list")
@@ -159,7 +173,7 @@ def export(
     Example: fedge run export icu-vitals-1f2e3d4c --admin coordinator/admin.toml --out model.safetensors
     """
     with admin_link(admin) as link:
-        model = _receive(link, run_id)
+        model = fetch_model(link, run_id)
     write_atomic(out, to_safetensors(model, metadata={"fedge_run": run_id}))
     typer.echo(f"wrote {out}: {model.layout.size} parameters", err=True)
 
@@ -174,7 +188,8 @@ def _submission(text: str, model: Model) -> Iterator[pb.SubmitRequest]:
         yield pb.SubmitRequest(data=bytes(view[start : start + CHUNK_BYTES]))
 
 
-def _receive(link: services.AdminStub, run_id: str) -> Model:
+def fetch_model(link: services.AdminStub, run_id: str) -> Model:
+    """The model of a run's last committed round."""
     replies = iter(link.Export(pb.RunRef(run_id=run_id), timeout=_BULK_S))
     layout = decode_layout(next(replies).layout)
     data = bytearray(Limits(max_model_bytes=1 << 40).check_model(layout.nbytes))

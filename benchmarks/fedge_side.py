@@ -1,0 +1,245 @@
+"""fedge's side: simulations in a process of their own, and deployments of real processes through the CLI.
+
+As a program (`python -m benchmarks.fedge_side RUN.toml --clients N`) it is one simulation, and prints
+{"seconds": [...], "wall_seconds": S}: the history's seconds of each round, and what one more round costs
+by the clock outside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import tomlkit
+
+from benchmarks.measure import Options, Sample, after_warm_up, wait_until
+from benchmarks.processes import (
+    ROOT,
+    CrashError,
+    check_running,
+    free_port,
+    listens,
+    module,
+    run_json,
+    run_text,
+    settle,
+    started,
+)
+from benchmarks.tasks.marks import read_marks
+
+FEDGE = str(Path(sys.executable).parent / "fedge")
+_COMMAND_S = 60.0
+_STATUS_EVERY_S = 20.0
+_FEW = 2
+
+
+def run_toml(
+    task: str, *, rounds: int, cohort: int, work: dict[str, Any], strategy: str = "fedavg", name: str = ""
+) -> str:
+    """A run.toml with evaluation and protection off."""
+    return tomlkit.dumps(
+        {
+            "name": name or task.partition(":")[0].rpartition(".")[2],
+            "task": task,
+            "rounds": rounds,
+            "seed": 7,
+            "strategy": {"name": strategy},
+            "work": work,
+            "cohort": {"size": cohort, "deadline_s": 300},
+            "evaluation": {"every": 0},
+            "privacy": {"unit": "none"},
+        }
+    )
+
+
+def simulate(run: str, *, name: str, clients: int, options: Options) -> Sample:
+    """One simulation in a fresh process: seconds a round without the first, and the peak of its memory."""
+    path = options.scratch / f"{name}.toml"
+    path.write_text(run)
+    began = time.monotonic()
+    found, peak = run_json(
+        module("benchmarks.fedge_side", path, "--clients", clients),
+        log=options.scratch / f"{name}.log",
+        deadline_s=900,
+    )
+    return Sample(
+        {
+            "seconds": after_warm_up(found["seconds"]),
+            "wall_seconds": float(found["wall_seconds"]),
+            "process_seconds": time.monotonic() - began,
+            "peak_rss_bytes": float(peak),
+        },
+        rounds=len(found["seconds"]) - 1,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A run that is done. `history_seconds` is the coordinator's own time for each round, `period_seconds`
+    the time between one training step and the next on a site, which misses nothing between rounds."""
+
+    history_seconds: list[float]
+    period_seconds: list[float]
+    first_step_s: float
+
+    def values(self) -> dict[str, float]:
+        """Medians without the first round. `seconds`, which the goals are about, is the longer of the two."""
+        history, period = after_warm_up(self.history_seconds), after_warm_up(self.period_seconds)
+        return {
+            "seconds": max(history, period),
+            "history_seconds": history,
+            "period_seconds": period,
+            "submit_to_first_step_seconds": self.first_step_s,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """A coordinator and its sites, each a real process, over mTLS on loopback."""
+
+    folder: Path
+    server: subprocess.Popen[bytes]
+    agents: list[subprocess.Popen[bytes]]
+    processes: dict[Path, subprocess.Popen[bytes]]
+
+    def run(self, run: str, *, rounds: int, deadline_s: float) -> Finished:
+        """Submit a run and wait until it is done. Meanwhile nothing else runs: a site's marks are watched,
+        and the coordinator is asked only now and then.
+
+        Raises:
+            CrashError: the run failed, or one of the processes ended.
+        """
+        path, marks = self.folder / "run.toml", self.folder / "marks-0"
+        path.write_text(run)
+        before = len(read_marks(marks))
+        line = run_text(
+            [FEDGE, "run", "submit", str(path), *self._admin],
+            log=self.folder / "submit.log",
+            deadline_s=_COMMAND_S,
+        )
+        submitted = time.monotonic()
+        asked = submitted
+
+        def trained() -> bool:
+            nonlocal asked
+            check_running(self.processes)
+            if time.monotonic() - asked > _STATUS_EVERY_S:
+                self.show(line)
+                asked = time.monotonic()
+            return marks.exists() and marks.stat().st_size >= 8 * (before + rounds)
+
+        wait_until(trained, deadline_s=deadline_s, every_s=0.1, what=f"{rounds} training steps at a site")
+        wait_until(
+            lambda: len(self.show(line)["history"]) == rounds,
+            deadline_s=deadline_s,
+            every_s=1.0,
+            what=f"a history of {rounds} rounds",
+        )
+        steps = read_marks(marks)[before:]
+        return Finished(
+            [float(row["seconds"]) for row in self.show(line)["history"]],
+            [later - earlier for earlier, later in pairwise(steps)],
+            max(0.0, steps[0] - submitted),
+        )
+
+    def show(self, run_id: str) -> dict[str, Any]:
+        """What the coordinator says about a run.
+
+        Raises:
+            CrashError: the run has failed or was stopped.
+        """
+        log = self.folder / "show.log"
+        arguments = [FEDGE, "run", "show", run_id, *self._admin, "--json"]
+        body: dict[str, Any] = json.loads(run_text(arguments, log=log, deadline_s=_COMMAND_S))
+        if body["status"] not in ("running", "done"):
+            raise CrashError(
+                f"run {run_id} is {body['status']} at round {body['round']}: {body.get('reason')}"
+            )
+        return body
+
+    @property
+    def _admin(self) -> list[str]:
+        return ["--admin", str(self.folder / "server" / "admin.toml")]
+
+
+@contextmanager
+def deployment(name: str, *, clients: int, options: Options) -> Iterator[Deployment]:
+    """Start a coordinator and `clients` sites, each with one training thread; end them all."""
+    folder = Path(options.scratch) / f"{name}-{time.monotonic_ns()}"
+    folder.mkdir()
+    port, home = free_port(), folder / "server"
+    address, settings = f"127.0.0.1:{port}", str(home / "server.toml")
+
+    def fedge(*arguments: str) -> str:
+        return run_text([FEDGE, *arguments], log=folder / "command.log", deadline_s=_COMMAND_S)
+
+    fedge("server", "init", str(home), "--listen", address)
+    with ExitStack() as stack:
+        log = folder / "server.log"
+        server = stack.enter_context(started([FEDGE, "server", "start", settings], log=log))
+        processes = {log: server}
+
+        def ready() -> bool:
+            check_running(processes)
+            return listens(port)
+
+        wait_until(ready, deadline_s=_COMMAND_S, what="a coordinator that listens")
+        agents = []
+        for index in range(clients):
+            site = folder / f"site-{index}"
+            token = fedge("server", "token", settings, "--site", f"site-{index}")
+            ca = str(home / "ca.pem")
+            fedge("client", "enrol", "--server", address, "--token", token, "--ca", ca, "--dir", str(site))
+            _configure(site / "client.toml", index=index, marks=folder / f"marks-{index}")
+            log = folder / f"site-{index}.log"
+            arguments = [FEDGE, "client", "start", str(site / "client.toml")]
+            agents.append(stack.enter_context(started(arguments, log=log)))
+            processes[log] = agents[-1]
+        settle(1.0 if options.quick else 3.0)
+        check_running(processes)
+        yield Deployment(folder, server, agents, processes)
+
+
+def _configure(path: Path, *, index: int, marks: Path) -> None:
+    """What a site's engineer adds to the client.toml that `enrol` wrote."""
+    document = tomlkit.parse(path.read_text())
+    document["task"] = {"path": str(ROOT)}
+    document["worker"] = {"threads": 1}
+    document["data"] = {"index": index, "marks": str(marks)}
+    path.write_text(tomlkit.dumps(document))
+
+
+def main() -> None:
+    """One simulation; see the top of this file."""
+    from fedge import RunConfig
+    from fedge.task import load_task
+    from fedge_sim import simulate as simulated
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--clients", type=int, required=True)
+    given = parser.parse_args()
+    run = RunConfig.load(given.run)
+    task = load_task(run.task)
+    # A short one first: the difference of the two is rounds alone, without what starts and ends a run.
+    few = run.model_copy(update={"rounds": _FEW})
+    began = time.perf_counter()
+    simulated(few, task=task, clients=given.clients)
+    between = time.perf_counter()
+    result = simulated(run, task=task, clients=given.clients)
+    ended = time.perf_counter()
+    wall = ((ended - between) - (between - began)) / (run.rounds - _FEW)
+    print(json.dumps({"seconds": [float(row.seconds) for row in result.history], "wall_seconds": wall}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The tasks of the workloads: what floors and fedge train alike."""

@@ -1,0 +1,31 @@
+"""W1: simulating a small CNN. The floor is the bare loop as two processes with one thread each."""
+
+from __future__ import annotations
+
+from benchmarks import fedge_side
+from benchmarks.loops import loop
+from benchmarks.measure import FEDGE, FLOOR, Case, Goal, Options, Sample, Side
+from benchmarks.tasks.workload import W1
+
+
+def cases(options: Options) -> list[Case]:
+    rounds = 3 if options.quick else 6
+
+    def fedge() -> Sample:
+        work = {"epochs": 1, "batch_size": W1.batch_size, "learning_rate": W1.learning_rate}
+        run = fedge_side.run_toml("benchmarks.tasks.w1:task", rounds=rounds, cohort=W1.cohort, work=work)
+        return fedge_side.simulate(run, name="w1", clients=W1.clients, options=options)
+
+    return [
+        Case(
+            "W1",
+            "simulate 100 clients, CNN of 1.63M parameters, 20 a round",
+            (
+                Side.of(FLOOR, lambda: loop("w1", rounds=rounds, processes=2, options=options)),
+                Side.of(FEDGE, fedge),
+                Side.of("loop, 1 thread", lambda: loop("w1", rounds=rounds, options=options)),
+                Side.of("loop, 2 threads", lambda: loop("w1", rounds=rounds, threads=2, options=options)),
+            ),
+            (Goal("a round, of the two-process loop's", 1.05, lambda found: found.ratio(FLOOR)),),
+        )
+    ]

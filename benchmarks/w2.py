@@ -1,0 +1,30 @@
+"""W2: simulating a small MLP. The floor is the bare loop in one process with one thread."""
+
+from __future__ import annotations
+
+from benchmarks import fedge_side
+from benchmarks.loops import loop, stacked
+from benchmarks.measure import FEDGE, FLOOR, Case, Goal, Options, Sample, Side
+from benchmarks.tasks.workload import W2
+
+
+def cases(options: Options) -> list[Case]:
+    rounds = 20 if options.quick else 100
+
+    def fedge() -> Sample:
+        work = {"epochs": 1, "batch_size": W2.batch_size, "learning_rate": W2.learning_rate}
+        run = fedge_side.run_toml("benchmarks.tasks.w2:task", rounds=rounds, cohort=W2.cohort, work=work)
+        return fedge_side.simulate(run, name="w2", clients=W2.clients, options=options)
+
+    return [
+        Case(
+            "W2",
+            "simulate 1000 clients, MLP 60-64-10, 100 a round",
+            (
+                Side.of(FLOOR, lambda: loop("w2", rounds=rounds, options=options)),
+                Side.of(FEDGE, fedge),
+                Side.of("stacked by hand", lambda: stacked(rounds=rounds, options=options)),
+            ),
+            (Goal("a round, of the bare loop's", 0.15, lambda found: found.ratio(FLOOR)),),
+        )
+    ]

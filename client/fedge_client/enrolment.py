@@ -1,0 +1,63 @@
+"""Enrolment: a one-time token and a fresh key in, an identity and a client.toml in a private folder out."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import tomlkit
+
+from fedge.errors import ConfigError
+from fedge.files import private_folder, write_private
+from fedge.wire.address import check_address
+from fedge_client.identity import Identity, accept_certificate, make_csr, open_token, save_identity
+from fedge_client.link import Link
+
+MAX_PEM_BYTES = 64 << 10
+
+_HEADER = """\
+This site's client. `fedge client start` reads this file; `fedge client check` says whether it is right.
+
+[task]    path = "."            the folder of the task code that you installed here
+[policy]  tasks = ["app:task"]  which tasks may run; without it, those in the task folder
+[worker]  memory_mb, hang_s, threads
+[data]    any keys: your task gets them as `site.config`"""
+
+
+async def enrol_site(server: str, token: str, *, ca_pem: bytes, folder: Path) -> Identity:
+    """Have a new key certified and write it, the certificate, the CA and a client.toml into `folder`.
+
+    An existing client.toml is kept as it is: a site that enrols again keeps its settings.
+
+    Raises:
+        ConfigError: the address is malformed, or the folder cannot be written (found before the token
+            is spent).
+        IdentityError: the token is used, expired or of another coordinator.
+        LinkError: the coordinator cannot be reached.
+    """
+    try:
+        check_address(server)
+    except ValueError as error:
+        raise ConfigError(f"--server: {error}") from None
+    now = datetime.now(UTC)
+    opened = open_token(token, ca_pem=ca_pem, now=now)
+    private_folder(folder)
+    key_pem, csr = make_csr()
+    link = Link(server, ca_pem=ca_pem, key_pem=opened.key_pem, certificate_pem=opened.certificate_pem)
+    try:
+        certificate = await link.enrol(csr)
+    finally:
+        await link.close()
+    identity = accept_certificate(certificate, key_pem=key_pem, ca_pem=ca_pem, site=opened.site, now=now)
+    save_identity(folder, identity)
+    if not (folder / "client.toml").exists():
+        _write_client_toml(folder / "client.toml", server)
+    return identity
+
+
+def _write_client_toml(path: Path, server: str) -> None:
+    document = tomlkit.document()
+    for line in _HEADER.splitlines():
+        document.add(tomlkit.comment(line) if line else tomlkit.nl())
+    document.add("server", tomlkit.item(server))
+    write_private(path, tomlkit.dumps(document))

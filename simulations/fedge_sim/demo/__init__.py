@@ -1,0 +1,1 @@
+"""`fedge demo`: five hospitals and a coordinator as separate processes on this machine."""

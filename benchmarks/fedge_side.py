@@ -34,10 +34,10 @@ from benchmarks.processes import (
     settle,
     started,
 )
-from benchmarks.tasks.marks import read_marks
+from benchmarks.tasks.marks import SUBMITTED, read_marks
 
 FEDGE = str(Path(sys.executable).parent / "fedge")
-_COMMAND_S = 60.0
+_COMMAND_S, _CONNECT_S = 60.0, 120.0
 _STATUS_EVERY_S = 20.0
 _FEW = 2
 
@@ -85,21 +85,24 @@ def simulate(run: str, *, name: str, clients: int, options: Options) -> Sample:
 @dataclass(frozen=True, slots=True)
 class Finished:
     """A run that is done. `history_seconds` is the coordinator's own time for each round, `period_seconds`
-    the time between one training step and the next on a site, which misses nothing between rounds."""
+    the time between one training step and the next on a site, which misses nothing between rounds.
+    `first_step_s` is from just before the submission to the first step, if the task notes the former."""
 
     history_seconds: list[float]
     period_seconds: list[float]
-    first_step_s: float
+    first_step_s: float | None
 
     def values(self) -> dict[str, float]:
         """Medians without the first round. `seconds`, which the goals are about, is the longer of the two."""
         history, period = after_warm_up(self.history_seconds), after_warm_up(self.period_seconds)
-        return {
+        values = {
             "seconds": max(history, period),
             "history_seconds": history,
             "period_seconds": period,
-            "submit_to_first_step_seconds": self.first_step_s,
         }
+        if self.first_step_s is not None:
+            values["submit_to_first_step_seconds"] = self.first_step_s
+        return values
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,15 +122,16 @@ class Deployment:
             CrashError: the run failed, or one of the processes ended.
         """
         path, marks = self.folder / "run.toml", self.folder / "marks-0"
+        submitted = self.folder / "submitted"
         path.write_text(run)
         before = len(read_marks(marks))
         line = run_text(
             [FEDGE, "run", "submit", str(path), *self._admin],
             log=self.folder / "submit.log",
             deadline_s=_COMMAND_S,
+            env={SUBMITTED: str(submitted)},
         )
-        submitted = time.monotonic()
-        asked = submitted
+        asked = time.monotonic()
 
         def trained() -> bool:
             nonlocal asked
@@ -148,8 +152,15 @@ class Deployment:
         return Finished(
             [float(row["seconds"]) for row in self.show(line)["history"]],
             [later - earlier for earlier, later in pairwise(steps)],
-            max(0.0, steps[0] - submitted),
+            steps[0] - read_marks(submitted)[0] if submitted.exists() else None,
         )
+
+    def connected(self) -> bool:
+        """Whether every site has a session with the coordinator."""
+        check_running(self.processes)
+        arguments = [FEDGE, "site", "list", *self._admin, "--json"]
+        found = run_text(arguments, log=self.folder / "sites.log", deadline_s=_COMMAND_S)
+        return [site["state"] for site in json.loads(found)].count("connected") == len(self.agents)
 
     def show(self, run_id: str) -> dict[str, Any]:
         """What the coordinator says about a run.
@@ -204,9 +215,10 @@ def deployment(name: str, *, clients: int, options: Options) -> Iterator[Deploym
             arguments = [FEDGE, "client", "start", str(site / "client.toml")]
             agents.append(stack.enter_context(started(arguments, log=log)))
             processes[log] = agents[-1]
+        deployed = Deployment(folder, server, agents, processes)
+        wait_until(deployed.connected, deadline_s=_CONNECT_S, every_s=1.0, what="sites that are connected")
         settle(1.0 if options.quick else 3.0)
-        check_running(processes)
-        yield Deployment(folder, server, agents, processes)
+        yield deployed
 
 
 def _configure(path: Path, *, index: int, marks: Path) -> None:

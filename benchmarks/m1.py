@@ -43,9 +43,15 @@ def cases(options: Options) -> list[Case]:
             (Side.of(FLOOR, floor), Side.of(FEDGE, fedge)),
             (
                 Goal(
-                    "resident memory",
+                    "resident memory before any run",
                     _LIMIT_MB,
                     lambda found: found.spread(FEDGE, "rss_bytes", per=1e6),
+                    "MB",
+                ),
+                Goal(
+                    "resident memory after a run",
+                    _LIMIT_MB,
+                    lambda found: found.spread(FEDGE, "after_run_rss_bytes", per=1e6),
                     "MB",
                 ),
             ),

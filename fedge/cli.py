@@ -5,7 +5,6 @@ A role whose extras are not installed still shows up in `--help`, and says what 
 
 from __future__ import annotations
 
-import logging
 import sys
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -80,16 +79,6 @@ def main() -> None:
     except BrokenPipeError:
         code = 1
     sys.exit(code if isinstance(code, int) else 0)
-
-
-def configure_logging(*, verbose: bool = False) -> None:
-    """Log lines `time LEVEL event key=value ...` to standard error; for commands that stay running."""
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO,
-        format="%(asctime)s %(levelname)s %(message)s",
-        stream=sys.stderr,
-    )
-    logging.getLogger("grpc").setLevel(logging.ERROR)
 
 
 def _escape(text: str) -> str:

@@ -15,6 +15,7 @@ _marks = Marks()
 
 
 def model() -> nn.Module:
+    _marks.submitting()
     return nn.Linear(50, 50, bias=False)
 
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import signal
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from fedge.cli import configure_logging
 from fedge.errors import FedgeError
 from fedge.files import read_capped
-from fedge_client.agent import Agent
 from fedge_client.check import run_checks
 from fedge_client.enrolment import MAX_PEM_BYTES, enrol_site
 from fedge_client.settings import load_client
@@ -54,21 +53,14 @@ def start(path: ClientToml, verbose: Annotated[bool, typer.Option(help="Log more
 
     Example: fedge client start site/client.toml
     """
-    settings = load_client(path)
-    configure_logging(verbose=verbose)
-
-    async def serve() -> None:
-        agent = Agent(settings, path)
-        task = asyncio.ensure_future(agent.run())
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, task.cancel)
-        try:
-            await task
-        except asyncio.CancelledError:
-            Console(stderr=True).print(f"site {agent.site} stopped", highlight=False)
-
-    asyncio.run(serve())
+    load_client(path)  # a mistake in the file is told here, in colour
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # The same process goes on as the agent alone, without what only the command line needed.
+    os.execv(  # noqa: S606  # our own interpreter and module
+        sys.executable,
+        [sys.executable, "-m", "fedge_client", *(["--verbose"] if verbose else []), "--", str(path)],
+    )
 
 
 @app.command()

@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TypeVar
 import grpc
 from grpc import aio
 
-from fedge.errors import FedgeError, IdentityError
+from fedge.errors import FedgeError, IdentityError, StorageError
 from fedge.principal import Principal, Role, principal_of
 from fedge.wire.codec import shorten
 from fedge.wire.status import status_of

@@ -160,11 +160,13 @@ def test_a_gradient_has_zeros_for_frozen_parameters_and_the_change_of_each_float
         def forward(self, inputs: torch.Tensor) -> torch.Tensor:
             output = super().forward(inputs)
             self.weight.data.mul_(0.5)  # frozen, but a forward can do what it likes
+            self.seen = self.seen + 1
             return output
 
     def model() -> nn.Module:
         module = nn.Sequential(Decaying(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
         module[0].weight.requires_grad_(False)
+        module[0].register_buffer("seen", torch.zeros(()))
         return module
 
     task = task_of(model)
@@ -173,9 +175,17 @@ def test_a_gradient_has_zeros_for_frozen_parameters_and_the_change_of_each_float
     parts = trainer.layout.views(found)
     hidden = build_module(task, seed=SEED)[0](rows()[Batches(rows(), 8).step(0, seed=5)][0])
     assert not parts["0.weight"].any()
+    assert parts["0.seen"] == 1
     np.testing.assert_allclose(parts["1.running_mean"], 0.1 * hidden.mean(0).detach(), atol=1e-6)
     np.testing.assert_allclose(parts["1.running_var"], 0.1 * (hidden.var(0).detach() - 1), atol=1e-6)
     assert parts["2.weight"].any()
+
+
+def test_a_gradient_includes_its_regularisation() -> None:
+    task = task_of(mlp)
+    trainer, model = Trainer(task, seed=0), start_of(task)
+    plain, with_both = (gradient(trainer, model, work)[0] for work in (Work(), Work(l1=0.1, l2=0.3)))
+    np.testing.assert_allclose(with_both - plain, 0.1 * np.sign(model) + 0.3 * model, atol=1e-6)
 
 
 def test_regularisation_leaves_the_frozen_and_the_buffers_alone() -> None:
@@ -281,7 +291,8 @@ def test_another_seed_gives_another_result(what: Callable[..., tuple[Array, Outc
 def test_dropout_differs_from_step_to_step_of_a_gradient_strategy() -> None:
     task = task_of(lambda: nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 3)))
     trainer, model = Trainer(task, seed=0), start_of(task)
-    one, other = (gradient(trainer, model, Work(batch_size="full"), step=step)[0] for step in (0, 1))
+    alike = [rows(1)[0]] * 8  # so that only the dropped inputs can make a difference
+    one, other = (gradient(trainer, model, Work(), data=alike, step=step)[0] for step in (0, 1))
     assert not np.allclose(one, other)
 
 
@@ -355,8 +366,8 @@ def test_a_tensor_that_a_module_keeps_from_evaluation_serves_training() -> None:
 
         def forward(self, inputs: torch.Tensor) -> torch.Tensor:
             if self.table is None:
-                self.table = torch.linspace(0, 1, 6)
-            return super().forward(inputs * self.table)
+                self.table = torch.linspace(0, 1, 3)
+            return super().forward(inputs) * self.table
 
     task = task_of(lambda: Cached(6, 3))
     trainer, model = Trainer(task, seed=0), start_of(task)

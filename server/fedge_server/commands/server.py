@@ -10,9 +10,9 @@ import tomlkit
 import typer
 from rich.console import Console
 
-from fedge.cli import configure_logging
 from fedge.errors import ConfigError
 from fedge.files import write_private
+from fedge.logs import configure_logging
 from fedge.wire.address import split_address
 from fedge_server.app import serve
 from fedge_server.callers import now

@@ -31,7 +31,7 @@ def cases(options: Options) -> list[Case]:
 
 
 def _case(attribute: str, payload: int, options: Options) -> Case:
-    rounds = 3 if options.quick else 6
+    rounds = 4 if options.quick else 6
     work = {"steps": 1, "batch_size": D2.batch_size, "learning_rate": D2.learning_rate}
     task = f"benchmarks.tasks.d2:{attribute}"
     run = fedge_side.run_toml(task, rounds=rounds, cohort=D2.clients, work=work)

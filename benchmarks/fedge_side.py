@@ -1,13 +1,7 @@
-"""fedge's side: simulations in a process of their own, and deployments of real processes through the CLI.
-
-As a program (`python -m benchmarks.fedge_side RUN.toml --clients N`) it is one simulation, and prints
-{"seconds": [...], "wall_seconds": S}: the history's seconds of each round, and what one more round costs
-by the clock outside.
-"""
+"""fedge's side of a deployment: a coordinator and its sites as real processes, through the command line."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -21,15 +15,13 @@ from typing import Any
 
 import tomlkit
 
-from benchmarks.measure import Options, Sample, after_warm_up, wait_until
+from benchmarks.measure import Options, round_seconds, wait_until
 from benchmarks.processes import (
     ROOT,
     CrashError,
     check_running,
     free_port,
     listens,
-    module,
-    run_json,
     run_text,
     settle,
     started,
@@ -39,16 +31,13 @@ from benchmarks.tasks.marks import SUBMITTED, read_marks
 FEDGE = str(Path(sys.executable).parent / "fedge")
 _COMMAND_S, _CONNECT_S = 60.0, 120.0
 _STATUS_EVERY_S = 20.0
-_FEW = 2
 
 
-def run_toml(
-    task: str, *, rounds: int, cohort: int, work: dict[str, Any], strategy: str = "fedavg", name: str = ""
-) -> str:
+def run_toml(task: str, *, rounds: int, cohort: int, work: dict[str, Any], strategy: str = "fedavg") -> str:
     """A run.toml with evaluation and protection off."""
     return tomlkit.dumps(
         {
-            "name": name or task.partition(":")[0].rpartition(".")[2],
+            "name": task.partition(":")[0].rpartition(".")[2],
             "task": task,
             "rounds": rounds,
             "seed": 7,
@@ -58,27 +47,6 @@ def run_toml(
             "evaluation": {"every": 0},
             "privacy": {"unit": "none"},
         }
-    )
-
-
-def simulate(run: str, *, name: str, clients: int, options: Options) -> Sample:
-    """One simulation in a fresh process: seconds a round without the first, and the peak of its memory."""
-    path = options.scratch / f"{name}.toml"
-    path.write_text(run)
-    began = time.monotonic()
-    found, peak = run_json(
-        module("benchmarks.fedge_side", path, "--clients", clients),
-        log=options.scratch / f"{name}.log",
-        deadline_s=900,
-    )
-    return Sample(
-        {
-            "seconds": after_warm_up(found["seconds"]),
-            "wall_seconds": float(found["wall_seconds"]),
-            "process_seconds": time.monotonic() - began,
-            "peak_rss_bytes": float(peak),
-        },
-        rounds=len(found["seconds"]) - 1,
     )
 
 
@@ -93,13 +61,7 @@ class Finished:
     first_step_s: float | None
 
     def values(self) -> dict[str, float]:
-        """Medians without the first round. `seconds`, which the goals are about, is the longer of the two."""
-        history, period = after_warm_up(self.history_seconds), after_warm_up(self.period_seconds)
-        values = {
-            "seconds": max(history, period),
-            "history_seconds": history,
-            "period_seconds": period,
-        }
+        values = round_seconds(self.history_seconds, self.period_seconds)
         if self.first_step_s is not None:
             values["submit_to_first_step_seconds"] = self.first_step_s
         return values
@@ -228,30 +190,3 @@ def _configure(path: Path, *, index: int, marks: Path) -> None:
     document["worker"] = {"threads": 1}
     document["data"] = {"index": index, "marks": str(marks)}
     path.write_text(tomlkit.dumps(document))
-
-
-def main() -> None:
-    """One simulation; see the top of this file."""
-    from fedge import RunConfig
-    from fedge.task import load_task
-    from fedge_sim import simulate as simulated
-
-    parser = argparse.ArgumentParser()
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--clients", type=int, required=True)
-    given = parser.parse_args()
-    run = RunConfig.load(given.run)
-    task = load_task(run.task)
-    # A short one first: the difference of the two is rounds alone, without what starts and ends a run.
-    few = run.model_copy(update={"rounds": _FEW})
-    began = time.perf_counter()
-    simulated(few, task=task, clients=given.clients)
-    between = time.perf_counter()
-    result = simulated(run, task=task, clients=given.clients)
-    ended = time.perf_counter()
-    wall = ((ended - between) - (between - began)) / (run.rounds - _FEW)
-    print(json.dumps({"seconds": [float(row.seconds) for row in result.history], "wall_seconds": wall}))
-
-
-if __name__ == "__main__":
-    main()

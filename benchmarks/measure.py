@@ -173,6 +173,13 @@ def after_warm_up(seconds: Sequence[float], *, warm_up: int = 1) -> float:
     return statistics.median(seconds[warm_up:])
 
 
+def round_seconds(history: Sequence[float], period: Sequence[float]) -> dict[str, float]:
+    """Medians after the first of what fedge told and of what was seen from outside. `seconds`, which the
+    goals are about, is the longer of the two."""
+    told, seen = after_warm_up(history), after_warm_up(period)
+    return {"seconds": max(told, seen), "history_seconds": told, "period_seconds": seen}
+
+
 def memory(pid: int, key: str) -> int:
     """`VmRSS` (now) or `VmHWM` (peak) of one process, in bytes."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
@@ -190,7 +197,8 @@ def forget_peak(pid: int) -> None:
 class PeakOfTree:
     """The largest sum of resident memory of a process and its descendants, sampled while open.
 
-    Pages that processes share are counted once in each.
+    Pages that processes share are counted once in each, so a child counts only from the second time that
+    it is seen: just forked, it is its parent again.
     """
 
     def __init__(self, pid: int, *, every_s: float = 0.25) -> None:
@@ -208,13 +216,15 @@ class PeakOfTree:
         self._thread.join()
 
     def _watch(self) -> None:
+        seen = {self._pid}
         while not self._done.wait(self._every_s):
             try:
                 root = psutil.Process(self._pid)
                 found = [root, *root.children(recursive=True)]
-                total = sum(process.memory_info().rss for process in found)
+                total = sum(process.memory_info().rss for process in found if process.pid in seen)
             except psutil.Error:  # one ended between being listed and being read
                 continue
+            seen = {process.pid for process in found}
             self.peak_bytes = max(self.peak_bytes, total)
 
 

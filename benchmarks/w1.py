@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from benchmarks import fedge_side
+from benchmarks.fedge_side import run_toml
 from benchmarks.loops import loop
 from benchmarks.measure import FEDGE, FLOOR, Case, Goal, Options, Sample, Side
+from benchmarks.simulation import simulate
 from benchmarks.tasks.workload import W1
 
 
 def cases(options: Options) -> list[Case]:
-    rounds = 3 if options.quick else 6
+    rounds = 4 if options.quick else 6
 
     def fedge() -> Sample:
         work = {"epochs": 1, "batch_size": W1.batch_size, "learning_rate": W1.learning_rate}
-        run = fedge_side.run_toml("benchmarks.tasks.w1:task", rounds=rounds, cohort=W1.cohort, work=work)
-        return fedge_side.simulate(run, name="w1", clients=W1.clients, options=options)
+        run = run_toml("benchmarks.tasks.w1:task", rounds=rounds, cohort=W1.cohort, work=work)
+        return simulate(run, name="w1", clients=W1.clients, options=options)
 
     return [
         Case(

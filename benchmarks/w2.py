@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from benchmarks import fedge_side
+from benchmarks.fedge_side import run_toml
 from benchmarks.loops import loop, stacked
 from benchmarks.measure import FEDGE, FLOOR, Case, Goal, Options, Sample, Side
+from benchmarks.simulation import simulate
 from benchmarks.tasks.workload import W2
 
 
@@ -13,8 +14,8 @@ def cases(options: Options) -> list[Case]:
 
     def fedge() -> Sample:
         work = {"epochs": 1, "batch_size": W2.batch_size, "learning_rate": W2.learning_rate}
-        run = fedge_side.run_toml("benchmarks.tasks.w2:task", rounds=rounds, cohort=W2.cohort, work=work)
-        return fedge_side.simulate(run, name="w2", clients=W2.clients, options=options)
+        run = run_toml("benchmarks.tasks.w2:task", rounds=rounds, cohort=W2.cohort, work=work)
+        return simulate(run, name="w2", clients=W2.clients, options=options)
 
     return [
         Case(

@@ -12,6 +12,7 @@ from typing import Any
 import click
 import typer
 from rich.console import Console
+from rich.markup import escape
 from typer.core import TyperGroup
 
 from fedge import __version__
@@ -19,6 +20,8 @@ from fedge.errors import FedgeError
 
 INTERRUPTED = 130
 _GROUP = "fedge.commands"
+_EXTRAS = {"torch": "torch", "sklearn": "demo"}
+"""Which extra brings a module that not every installation has."""
 
 
 class _Roles(TyperGroup):
@@ -72,17 +75,21 @@ def main() -> None:
         error.show()
         code = error.exit_code
     except FedgeError as error:
-        Console(stderr=True, soft_wrap=True).print(
-            f"[bold red]error:[/] {_escape(str(error))}", highlight=False
-        )
+        _print_error(str(error))
         code = error.exit_code
+    except ModuleNotFoundError as error:
+        if error.name not in _EXTRAS:
+            raise  # a defect in this program, or in what is installed
+        _print_error(f"this command needs {error.name}: {_remedy(error.name)}")
+        code = 1
     except BrokenPipeError:
         code = 1
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
+def _print_error(text: str) -> None:
+    console = Console(stderr=True, soft_wrap=True)
+    console.print(f"[bold red]error:[/] {escape(text)}", highlight=False, emoji=False)
 
 
 def _commands() -> dict[str, EntryPoint]:
@@ -98,15 +105,17 @@ def _as_app(loaded: Any) -> typer.Typer:
     return single
 
 
-def _missing(name: str, module: str) -> click.Command:
-    extra = {"torch": "torch", "sklearn": "demo", "flwr": "flower"}.get(module, "server")
+def _remedy(module: str) -> str:
+    return f"pip install 'fedge[{_EXTRAS[module]}]'" if module in _EXTRAS else "install fedge again"
 
+
+def _missing(name: str, module: str) -> click.Command:
     def explain() -> None:
-        raise click.ClickException(f"`fedge {name}` needs {module}: pip install 'fedge[{extra}]'")
+        raise click.ClickException(f"`fedge {name}` needs {module}: {_remedy(module)}")
 
     return click.Command(
         name,
         callback=explain,
-        help=f"(not installed: pip install 'fedge[{extra}]')",
+        help=escape(f"(not installed: {_remedy(module)})"),
         context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
     )

@@ -297,8 +297,9 @@ def _put_to_work(run: Federation, clients: frozenset[str], *, new_model: bool = 
     sends: tuple[RunEffect, ...] = tuple(Send(client, order) for client in sorted(clients))
     if not (idle or new_model):
         return run, sends
-    seconds = run.plan.terms.deadline_s if run.at_work else run.plan.terms.wait_s
-    return run, (*sends, StartTimer(order, "open", seconds))
+    if run.at_work:
+        return run, (*sends, StartTimer(order, "open", run.plan.terms.deadline_s))
+    return run, (*sends, StartTimer(order, "waiting", run.plan.terms.wait_s))
 
 
 def _on_arrival(run: Federation, event: Event) -> RunStep:
@@ -322,10 +323,13 @@ def _on_arrival(run: Federation, event: Event) -> RunStep:
             if run.at_work:
                 return run, ()
             return _end(run, "failed", f"every client failed; the last one said: {refusal}")
-        case DeadlinePassed(order, _):
+        case DeadlinePassed(order, phase):
             if order != OrderId(run.plan.kind, run.committed + 1) or run.committed >= run.plan.rounds:
                 return run, ()  # there was progress since that timer was started
-            return _end(run, "failed", f"no update in time for round {order.round}")
+            if phase != ("open" if run.at_work else "waiting"):
+                return run, ()  # somebody came, or everybody left, and another timer runs
+            what = "update" if run.at_work else "client"
+            return _end(run, "failed", f"no {what} in time for round {order.round}")
         case Arrived(client, order):
             return _apply(run, client, order)
 

@@ -128,7 +128,7 @@ def main() -> None:
         for shared in (model, sums):
             shared.share_memory_()  # type: ignore[no-untyped-call]  # torch ships no annotation for it
     context = multiprocessing.get_context("spawn")
-    barrier = context.Barrier(given.processes)
+    barrier = context.Barrier(given.processes) if given.processes > 1 else None
     others = [
         context.Process(
             target=_other,
@@ -139,7 +139,7 @@ def main() -> None:
     ]
     for other in others:
         other.start()
-    wait: Callable[[], object] = (lambda: barrier.wait(_DEADLINE_S)) if others else (lambda: None)
+    wait: Callable[[], object] = (lambda: barrier.wait(_DEADLINE_S)) if barrier else (lambda: None)
     seconds = rounds(given.workload, count=given.rounds, rank=0, model=model, sums=sums, wait=wait)
     for other in others:
         other.join(_DEADLINE_S)

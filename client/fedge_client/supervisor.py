@@ -133,7 +133,8 @@ class Supervisor:
                 str(self._client_toml),
                 pass_fds=(theirs.fileno(), *descriptors),
                 stdin=asyncio.subprocess.DEVNULL,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                # Threads that wait by sleeping leave the cores to whatever else the device does.
+                env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONUNBUFFERED": "1"},
             )
         finally:
             theirs.close()

@@ -67,6 +67,7 @@ class Worker:
         self._slots = slots
         self._site = Site(site, MappingProxyType(settings.data.table))
         self._folder = folder / settings.task.path
+        self._threads = settings.worker.threads
         self._runs: dict[str, _Run] = {}
         self._last_progress = 0.0
 
@@ -117,10 +118,14 @@ class Worker:
                 RefusalCode.TASK_UNAVAILABLE, f"task {load.task!r} cannot be imported on this site"
             )
             return _failure(refusal, str(error))
-        from fedge_client.torch.batches import examples  # torch takes seconds to import: only for real work
+        import torch  # takes seconds: only for real work
+
+        from fedge_client.torch.batches import examples
+        from fedge_client.torch.threads import suitable_threads
         from fedge_client.torch.trainer import Trainer
 
         trainer = Trainer(task, seed=load.seed)
+        torch.set_num_threads(self._threads or suitable_threads(trainer.layout.size))
         difference = decode_layout(load.layout).difference(trainer.layout)
         if difference:
             raise RefusedError(
@@ -218,10 +223,6 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the agent decides
     sys.stdout = sys.stderr  # whatever a task prints is a log
     settings = load_client(arguments.client_toml)
-    if settings.worker.threads is not None:
-        import torch
-
-        torch.set_num_threads(settings.worker.threads)
     segments = [Segment(descriptor) for descriptor in arguments.segments]
     slots = list(zip(segments[::2], segments[1::2], strict=True))
     agent = socket.socket(fileno=arguments.socket)

@@ -54,9 +54,9 @@ def printable(text: str) -> str:
 
 
 def shorten(text: str, *, cap: int = MAX_TEXT_BYTES) -> str:
-    """Text cut to so many UTF-8 bytes."""
-    data = text.encode()
-    return text if len(data) <= cap else data[: cap - 3].decode(errors="ignore") + "..."
+    """Text cut to so many UTF-8 bytes. What is no Unicode (a file's name may not be) becomes "?"."""
+    data = text.encode(errors="replace")
+    return data.decode() if len(data) <= cap else data[: cap - 3].decode(errors="ignore") + "..."
 
 
 def encode_layout(layout: Layout) -> pb.Layout:

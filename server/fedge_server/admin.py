@@ -15,7 +15,7 @@ from fedge.run import RunConfig
 from fedge.vector import Layout, Model, bytes_of, digest_of
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire import fedge_pb2_grpc as services
-from fedge.wire.codec import check_blob, decode_layout, encode_layout, encode_metrics, encode_refusal
+from fedge.wire.codec import check_blob, decode_layout, encode_layout, encode_metrics, shorten
 from fedge.wire.limits import CHUNK_BYTES, check_size
 from fedge_server.callers import Context, answering, caller, refuse
 from fedge_server.coordinator import Coordinator
@@ -142,16 +142,15 @@ class AdminService(services.AdminServicer):
         return pb.Done()
 
     def _clients(self, driver: RunDriver) -> list[pb.RunClient]:
-        """Every site this run knows of: who is ready, who said no and why, who is gone."""
-        clients = [pb.RunClient(name=name, state="ready") for name in sorted(driver.machine.clients)]
-        for name, refusal in sorted(driver.history.refusals.items()):
-            if name not in driver.machine.clients:
-                clients.append(
-                    pb.RunClient(name=name, state="refused", detail=str(encode_refusal(refusal).message))
-                )
-        known = {client.name for client in clients}
+        """Every site this run knows of: who is ready or gone, and why any of them last said no or was refused."""
+        refusals, ready = driver.history.refusals, driver.machine.clients
         took_part = {name for row in driver.history.rows for name in row.clients}
-        clients += [pb.RunClient(name=name, state="gone") for name in sorted(took_part - known)]
+        clients = []
+        for name in sorted({*ready, *refusals, *took_part}):
+            refusal = refusals.get(name)
+            state = "ready" if name in ready else "refused" if refusal is not None else "gone"
+            detail = shorten(str(refusal)) if refusal is not None else ""
+            clients.append(pb.RunClient(name=name, state=state, detail=detail))
         return clients
 
 

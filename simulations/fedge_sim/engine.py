@@ -40,6 +40,7 @@ from fedge.task import Task, load_task
 from fedge.vector import Array
 from fedge_client.gate import Released, layers_of, release
 from fedge_client.torch.framework import framework
+from fedge_client.torch.threads import suitable_threads, using_threads
 from fedge_client.torch.trainer import Trainer
 from fedge_sim.population import Population
 from fedge_sim.result import Result
@@ -75,10 +76,11 @@ def simulate(
     if task is None:
         task = load_task(run.task, path=folder)
     engine = _Engine(run, task, tuple(callbacks))
-    try:
-        engine.run()
-    except KeyboardInterrupt:
-        engine.stop()
+    with using_threads(engine.threads):
+        try:
+            engine.run()
+        except KeyboardInterrupt:
+            engine.stop()
     return engine.result()
 
 
@@ -108,6 +110,7 @@ class _Engine:
         strategy = load_strategy(run.strategy, run.work)
         self._learning = Learning.begin(strategy, framework.initial_model(task, seed=run.seed))
         self._trainer = Trainer(task, seed=run.seed)
+        self.threads = suitable_threads(self._trainer.layout.size)
         self._layers = layers_of(run.privacy.clip)
         kind = self._learning.order(1).kind
         plan = Plan.of(run, kind=kind, max_staleness=strategy.max_staleness)

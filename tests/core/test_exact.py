@@ -238,11 +238,15 @@ def test_updates_of_like_magnitude_cost_twice_the_vector():
     assert 2.0 <= cost(terms) <= 2.02
 
 
-def test_a_few_odd_elements_are_kept_sparsely():
+def test_a_few_odd_elements_are_kept_sparsely_and_exactly():
     random = np.random.default_rng(0)
     vectors = [random.normal(size=BLOCK).astype(np.float32) for _ in range(20)]
     vectors[0][:50] = 1e30
-    assert 2.0 < cost([(1, vector) for vector in vectors]) < 2.2
+    vectors[-1][:50] = -1e30
+    terms = [(1, vector) for vector in vectors]
+    assert 2.0 < cost(terms) < 2.2
+    part = [(1, vector[:100]) for vector in vectors]
+    assert_same_bits(mean(terms)[:100], reference(part, len(part)))
 
 
 def test_hostile_updates_cost_a_bounded_multiple_of_the_vector_however_many_they_are():

@@ -421,7 +421,7 @@ def test_when_the_last_at_work_leaves_those_who_failed_are_asked_again():
 
 def test_when_all_have_left_the_run_waits_for_clients_and_not_for_their_work():
     run, effects = play(begin(ARRIVALS), Left("a"), Left("b"))
-    assert effects == (StartTimer(gradient(1), "open", 90.0),)
+    assert effects == (StartTimer(gradient(1), "waiting", 90.0),)
     assert run.waiting_for == "waiting for clients: none is at work"
     run, effects = play(run, Joined("c"))
     assert effects == (Send("c", gradient(1)), StartTimer(gradient(1), "open", 60.0))
@@ -432,6 +432,18 @@ def test_no_update_in_time_fails_the_run_and_a_timer_of_an_earlier_step_does_not
     assert play(run, DeadlinePassed(gradient(1), "open")) == (run, ())
     run, _ = play(run, DeadlinePassed(gradient(2), "open"))
     assert (run.status, run.reason) == ("failed", "no update in time for round 2")
+
+
+def test_no_client_in_time_fails_the_run_and_the_timer_of_work_that_nobody_does_does_not():
+    """Found by review: both waits had one timer, so a deadline under way ended the wait that replaced it."""
+    run, effects = federation.begin(ARRIVALS)
+    assert effects == (StartTimer(gradient(1), "waiting", 90.0),)
+    busy, _ = play(run, Joined("a"))
+    assert play(busy, DeadlinePassed(gradient(1), "waiting")) == (busy, ())
+    idle, _ = play(busy, Left("a"))
+    assert play(idle, DeadlinePassed(gradient(1), "open")) == (idle, ())
+    run, _ = play(idle, DeadlinePassed(gradient(1), "waiting"))
+    assert (run.status, run.reason) == ("failed", "no client in time for round 1")
 
 
 def test_the_model_moves_on_while_it_is_judged_and_nobody_else_is_asked_to_judge_the_old_one():

@@ -17,18 +17,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedge.errors import FedgeError, LayoutError, RefusedError, TaskError
 from fedge.refusal import Refusal, RefusalCode
+from fedge.round import OrderId
 from fedge.run import Work
 from fedge.seeds import work_seed
 from fedge.task import Site, load_task
+from fedge.vector import Array
 from fedge.wire.codec import decode_layout, decode_order_id, decode_work, encode_metrics, encode_refusal
 from fedge_client import pipe_pb2 as pb
 from fedge_client.framing import HEADER, check_length, frame
 from fedge_client.segment import Segment
 from fedge_client.settings import ClientSettings, load_client
+
+if TYPE_CHECKING:
+    from fedge_client.torch.trainer import Outcome, Trainer
 
 log = logging.getLogger(__name__)
 
@@ -40,12 +45,13 @@ M = TypeVar("M", pb.Load, pb.Perform)
 class _Run:
     """A run's task, loaded and found to fit."""
 
-    trainer: Any
+    trainer: Trainer
     train: Any
     test: Any
     work: Work
     seed: int
     slot: int
+    threads: int
 
 
 class _AgentGoneError(Exception):
@@ -118,14 +124,11 @@ class Worker:
                 RefusalCode.TASK_UNAVAILABLE, f"task {load.task!r} cannot be imported on this site"
             )
             return _failure(refusal, str(error))
-        import torch  # takes seconds: only for real work
-
-        from fedge_client.torch.batches import examples
+        from fedge_client.torch.batches import examples  # torch takes seconds to import: only for real work
         from fedge_client.torch.threads import suitable_threads
         from fedge_client.torch.trainer import Trainer
 
         trainer = Trainer(task, seed=load.seed)
-        torch.set_num_threads(self._threads or suitable_threads(trainer.layout.size))
         difference = decode_layout(load.layout).difference(trainer.layout)
         if difference:
             raise RefusedError(
@@ -139,38 +142,40 @@ class Worker:
         except Exception as error:  # noqa: BLE001  # user code may raise anything
             refusal = Refusal(RefusalCode.NO_DATA, "the task found no usable data on this site")
             return _failure(refusal, "".join(traceback.format_exception(error)))
-        self._runs[load.run_id] = _Run(trainer, train, test, decode_work(load.work), load.seed, load.slot)
+        threads = self._threads or suitable_threads(trainer.layout.size)
+        self._runs[load.run_id] = _Run(
+            trainer, train, test, decode_work(load.work), load.seed, load.slot, threads
+        )
         return pb.FromWorker(
             loaded=pb.Loaded(run_id=load.run_id, train_examples=counts[0], test_examples=counts[1])
         )
 
     def _perform(self, perform: pb.Perform) -> pb.FromWorker:
+        from fedge_client.torch.threads import using_threads
+
         run = self._runs[perform.run_id]
         order = decode_order_id(perform.id)
         size = run.trainer.layout.size
         shared_model, shared_update = self._slots[run.slot]
         model, out = shared_model.vector(size), shared_update.vector(size)
         seed = work_seed(run.seed, site=self._site.name, kind=order.kind, round=order.round)
-        match order.kind:
-            case "train":
-                done = run.trainer.train(
-                    model, run.train, run.work, seed=seed, out=out, progress=self._progress
-                )
-            case "gradient":
-                done = run.trainer.gradient(
-                    model,
-                    run.train,
-                    run.work,
-                    seed=seed,
-                    step=order.round - 1,
-                    out=out,
-                    progress=self._progress,
-                )
-            case "evaluate":
-                done = run.trainer.evaluate(model, run.test, progress=self._progress)
+        with using_threads(run.threads):
+            done = self._train(run, order, seed=seed, model=model, out=out)
         return pb.FromWorker(
             finished=pb.Finished(num_examples=done.num_examples, metrics=encode_metrics(done.metrics))
         )
+
+    def _train(self, run: _Run, order: OrderId, *, seed: int, model: Array, out: Array) -> Outcome:
+        trainer, work = run.trainer, run.work
+        match order.kind:
+            case "train":
+                return trainer.train(model, run.train, work, seed=seed, out=out, progress=self._progress)
+            case "gradient":
+                return trainer.gradient(
+                    model, run.train, work, seed=seed, step=order.round - 1, out=out, progress=self._progress
+                )
+            case "evaluate":
+                return trainer.evaluate(model, run.test, progress=self._progress)
 
     def _progress(self, done: int, total: int) -> None:
         """Called after every step: look for a cancel, and tell the agent now and then."""

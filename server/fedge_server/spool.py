@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedge.errors import RefusedError
+from fedge.errors import RefusedError, StorageError
 from fedge.refusal import Refusal, RefusalCode
 from fedge.vector import Array
 from fedge.wire.limits import CHUNK_BYTES
@@ -37,6 +37,7 @@ class Upload:
 
         Raises:
             RefusedError: they are more than was announced, cut an element, or hold NaN or infinity.
+            StorageError: the disk cannot take them.
         """
         if self._received + len(data) > self.size:
             raise _refused(
@@ -51,7 +52,10 @@ class Upload:
             raise _refused(RefusalCode.NOT_FINITE, "expected finite numbers, found NaN or infinity")
         self._hash.update(data)
         self._received += len(data)
-        self._file.write(data)
+        try:
+            self._file.write(data)
+        except OSError as error:
+            raise StorageError(f"spool: an update cannot be kept: {error.strerror}") from None
 
     def finish(self) -> None:
         """Check that everything is here and is what was announced.

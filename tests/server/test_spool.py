@@ -1,0 +1,160 @@
+"""An arriving update is checked chunk by chunk, and waits in little memory and in no file with a name."""
+
+from __future__ import annotations
+
+import hashlib
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fedge.errors import RefusedError, StorageError
+from fedge.exact import BLOCK
+from fedge.refusal import RefusalCode
+from fedge.vector import Array
+from fedge.wire.limits import CHUNK_BYTES
+from fedge_server.spool import Upload
+
+MEBI = 1 << 20
+LARGE = 16 * MEBI
+"""More than is kept in memory."""
+
+
+def vector(size: int, seed: int = 0) -> Array:
+    return np.random.default_rng(seed).normal(size=size).astype(np.float32)
+
+
+def upload_of(folder: Path, data: bytes, *, size: int | None = None, digest: bytes | None = None) -> Upload:
+    return Upload(
+        folder,
+        size=len(data) if size is None else size,
+        digest=hashlib.sha256(data).digest() if digest is None else digest,
+    )
+
+
+def held(upload: Upload) -> bytes:
+    return b"".join(values.tobytes() for _, values in upload.chunks())
+
+
+def refusal(call, *arguments) -> RefusalCode:
+    with pytest.raises(RefusedError) as refused:
+        call(*arguments)
+    return refused.value.refusal.code
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.integers(0, 40), max_size=8))
+def test_whatever_chunks_it_comes_in_it_is_the_same_vector(tmp_path: Path, sizes: list[int]):
+    data = vector(sum(sizes)).tobytes()
+    upload = upload_of(tmp_path, data)
+    at = 0
+    for size in sizes:
+        upload.write(data[at : at + 4 * size])
+        at += 4 * size
+    upload.finish()
+    assert held(upload) == data
+    assert held(upload) == data, "and again"
+    upload.close()
+
+
+@pytest.mark.parametrize("size", [100, LARGE // 4 + 3])
+def test_its_chunks_can_be_folded_as_they_are(tmp_path: Path, size: int):
+    """They start at multiples of a block, in order, without gaps."""
+    data = vector(size).tobytes()
+    upload = upload_of(tmp_path, data)
+    for start in range(0, len(data), 3 * MEBI):
+        upload.write(data[start : start + 3 * MEBI])
+    upload.finish()
+    expected = 0
+    for offset, values in upload.chunks():
+        assert offset == expected
+        assert offset % BLOCK == 0
+        expected += len(values)
+    assert expected == size
+    upload.close()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("position", [0, 10, 25, 29])
+def test_nan_or_infinity_in_any_chunk_is_refused(tmp_path: Path, bad: float, position: int):
+    values = vector(30)
+    values[position] = bad
+    data = values.tobytes()
+    upload = upload_of(tmp_path, data)
+    chunks = [data[at : at + 40] for at in range(0, 120, 40)]
+    for chunk in chunks[: position // 10]:
+        upload.write(chunk)
+    assert refusal(upload.write, chunks[position // 10]) == RefusalCode.NOT_FINITE
+    upload.close()
+
+
+def test_more_than_was_announced_is_refused_before_it_is_kept(tmp_path: Path):
+    data = vector(10).tobytes()
+    upload = upload_of(tmp_path, data, size=36)
+    upload.write(data[:20])
+    assert refusal(upload.write, data[20:]) == RefusalCode.WRONG_LENGTH
+    assert held(upload) == data[:20]
+    upload.close()
+
+
+def test_less_than_was_announced_is_refused_at_the_end(tmp_path: Path):
+    data = vector(10).tobytes()
+    upload = upload_of(tmp_path, data, size=44)
+    upload.write(data)
+    assert refusal(upload.finish) == RefusalCode.WRONG_LENGTH
+    upload.close()
+
+
+def test_another_digest_than_was_announced_is_refused(tmp_path: Path):
+    data = vector(10).tobytes()
+    upload = upload_of(tmp_path, data, digest=hashlib.sha256(b"other").digest())
+    upload.write(data)
+    assert refusal(upload.finish) == RefusalCode.WRONG_DIGEST
+    upload.close()
+
+
+def test_a_chunk_that_cuts_an_element_is_refused(tmp_path: Path):
+    upload = upload_of(tmp_path, bytes(40))
+    for length in (1, 2, 3, 5):
+        assert refusal(upload.write, bytes(length)) == RefusalCode.WRONG_LENGTH
+    upload.write(b"")
+    upload.close()
+
+
+def test_a_large_update_waits_in_a_file_without_a_name_and_takes_little_memory(tmp_path: Path):
+    chunk = vector(MEBI // 4).tobytes()
+    count = LARGE // MEBI
+    digest = hashlib.sha256(chunk * count).digest()
+    tracemalloc.start()
+    try:
+        upload = Upload(tmp_path, size=LARGE, digest=digest)
+        for _ in range(count):
+            upload.write(chunk)
+        upload.finish()
+        assert list(tmp_path.iterdir()) == [], "nothing is left behind, however the process ends"
+        assert sum(len(values) for _, values in upload.chunks()) == LARGE // 4
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < LARGE // 2
+    upload.close()
+    upload.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_small_update_never_touches_the_disk(tmp_path: Path):
+    data = vector(1000).tobytes()
+    upload = upload_of(tmp_path / "there is no such folder", data)
+    upload.write(data)
+    upload.finish()
+    assert held(upload) == data
+
+
+def test_a_disk_that_cannot_take_it_is_the_operators_trouble_and_said_in_words(tmp_path: Path):
+    upload = upload_of(tmp_path / "there is no such folder", b"", size=LARGE)
+    with pytest.raises(StorageError, match="an update cannot be kept: No such file or directory"):
+        for _ in range(LARGE // CHUNK_BYTES):
+            upload.write(bytes(CHUNK_BYTES))

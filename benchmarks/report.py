@@ -88,7 +88,7 @@ def _standing(goal: dict[str, Any]) -> str:
     if goal["value"] is None:
         return "not measured"
     share = goal["value"]["median"] / goal["limit"]
-    return f"{'met' if goal['met'] else 'missed'}, {share:.2f} of it"
+    return f"{'met' if goal['met'] else 'missed'}, {share:.3g}x the limit"
 
 
 def _quantity(value: float, unit: str) -> str:

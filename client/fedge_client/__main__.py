@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import signal
 import sys
 from pathlib import Path
@@ -36,13 +37,16 @@ def main() -> None:
     parser.add_argument("--verbose", action="store_true", help="log more")
     arguments = parser.parse_args()
     configure_logging(verbose=arguments.verbose)
+    code = 0
     try:
         asyncio.run(serve(arguments.client_toml))
     except FedgeError as error:
         sys.stderr.write(f"error: {error}\n")
-        sys.exit(error.exit_code)
+        code = error.exit_code
     except KeyboardInterrupt:  # before the signal handlers are in place
-        sys.exit(0)
+        pass
+    gc.collect()  # gRPC waits two seconds at exit for a channel that is still referred to
+    sys.exit(code)
 
 
 if __name__ == "__main__":

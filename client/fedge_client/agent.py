@@ -16,6 +16,7 @@ from pathlib import Path
 
 from fedge.errors import ConfigError, FedgeError, IdentityError, RefusedError, RemoteProtocolError
 from fedge.wire import fedge_pb2 as pb
+from fedge.wire.codec import printable
 from fedge_client import gate
 from fedge_client.identity import Identity, accept_certificate, load_identity, make_csr, save_identity
 from fedge_client.jobs import Jobs, log_receipt
@@ -108,6 +109,8 @@ class Agent:
         gate.check_coordinator(self._settings.policy, welcome.federation, own=self._identity.federation)
         log.info("session_started server=%s federation=%s", self._settings.server, welcome.federation)
         self._was_connected = True
+        self._jobs.new_session()
+        self._queue = deque(message for message in self._queue if not message.HasField("offer"))
         self._outgoing = asyncio.Queue(_MAX_QUEUED_JOBS)
         writer = asyncio.create_task(self._write(call, self._outgoing), name="session writer")
         try:
@@ -146,7 +149,8 @@ class Agent:
                 log_receipt(message.receipt)
             case "ended":
                 ended = message.ended
-                log.info("run_ended run=%s status=%s reason=%s", ended.run_id, ended.status, ended.reason)
+                told = f"run={ended.run_id} status={ended.status} reason={ended.reason}"
+                log.info("run_ended %s", printable(told))
                 self._forget(ended.run_id)
             case other:
                 raise RemoteProtocolError(f"expected a message of a known kind, found {other}")
@@ -154,12 +158,12 @@ class Agent:
     def _cancel(self, cancel: pb.Cancel) -> None:
         doing = self._doing.order if self._doing is not None else None
         if doing is not None and (doing.run_id, doing.id) == (cancel.run_id, cancel.id):
-            self._supervisor.cancel()
+            self._jobs.cancel()
         self._drop(cancel.run_id, cancel.id)
 
     def _forget(self, run_id: str) -> None:
         if self._doing is not None and self._doing.order.run_id == run_id:
-            self._supervisor.cancel()
+            self._jobs.cancel()
         self._drop(run_id, None)
         self._jobs.leave(run_id)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,8 +60,7 @@ def check_task(policy: Policy, task: str, *, folder: Path) -> None:
             RefusalCode.TASK_NOT_ALLOWED,
             f"task {task!r} is not in this site's [policy] tasks: {policy.tasks}",
         )
-    top = task.partition(":")[0].partition(".")[0]
-    if importlib.machinery.PathFinder.find_spec(top, [str(folder)]) is None:
+    if not _is_in(folder, task.partition(":")[0].partition(".")[0]):
         raise _refused(
             RefusalCode.TASK_NOT_ALLOWED,
             f"task {task!r} is not in this site's task folder, and [policy] tasks does not list it",
@@ -78,6 +78,16 @@ def check_layout(policy: Policy, layout: Layout) -> None:
             RefusalCode.TOO_LARGE,
             f"a model of {layout.nbytes} bytes; this site's policy allows {policy.max_model_bytes}",
         )
+
+
+def _is_in(folder: Path, module: str) -> bool:
+    """Whether `import module` would find it directly in the folder, and no part of it elsewhere."""
+    spec = importlib.machinery.PathFinder.find_spec(module, [str(folder), *sys.path])
+    if spec is None:
+        return False
+    # A folder without __init__ gives way to any package of its name on the path, and joins its namesakes.
+    places = list(spec.submodule_search_locations or [spec.origin or ""])
+    return all(Path(place).parent == folder for place in places)
 
 
 def layers_of(clip: float | None) -> tuple[Layer, ...]:
@@ -103,12 +113,20 @@ def release(
         raise _refused(
             RefusalCode.BAD_WEIGHT, f"expected 1 to {MAX_WEIGHT - 1} examples, found {num_examples}"
         )
+    if layout is not None:
+        _check_vector(vector, layout)  # before the metrics: a model that diverges shows in both
     try:
         checked = decode_metrics(encode_metrics(metrics))
-    except RemoteProtocolError as error:
+    except (RemoteProtocolError, TypeError, ValueError) as error:
         raise _refused(RefusalCode.BAD_METRICS, str(error)) from None
     if layout is None:
         return Released(vector[:0], num_examples, checked)
+    for layer in layers:
+        vector = layer.encode(vector)
+    return Released(vector, num_examples, checked)
+
+
+def _check_vector(vector: Array, layout: Layout) -> None:
     if vector.dtype != np.float32 or vector.shape != (layout.size,):
         raise _refused(
             RefusalCode.WRONG_LENGTH,
@@ -119,9 +137,6 @@ def release(
         raise _refused(
             RefusalCode.NOT_FINITE, "training made an update with NaN or infinity: lower the learning rate"
         )
-    for layer in layers:
-        vector = layer.encode(vector)
-    return Released(vector, num_examples, checked)
 
 
 def _refused(code: RefusalCode, message: str) -> RefusedError:

@@ -62,20 +62,29 @@ class Jobs:
         self._supervisor = supervisor
         self._send = send
         self.runs: dict[str, Participation] = {}
+        self._offered: set[str] = set()
+        self._unwanted = False
+
+    def new_session(self) -> None:
+        """From now on the coordinator offers every open run again: one that it does not is over."""
+        self._offered.clear()
 
     async def consider(self, offer: pb.Offer) -> None:
         """Accept or refuse a run; to accept is to have its task, data and model ready."""
         if offer.run_id in self.runs:
+            self._offered.add(offer.run_id)
             self._send(pb.ClientMessage(accept=pb.Accept(run_id=offer.run_id)))
             return
         try:
             participation = await self._join(offer)
-        except RefusedError as error:
-            log.warning("run_refused run=%s reason=%s", printable(offer.run_id)[:100], error.refusal)
-            refuse = pb.Refuse(run_id=offer.run_id, refusal=encode_refusal(error.refusal))
+        except FedgeError as error:
+            refusal = _refusal_of(error, RefusalCode.TASK_UNAVAILABLE)
+            log.warning("run_refused run=%s reason=%s", printable(offer.run_id)[:100], error)
+            refuse = pb.Refuse(run_id=offer.run_id, refusal=encode_refusal(refusal))
             self._send(pb.ClientMessage(refuse=refuse))
             return
         self.runs[offer.run_id] = participation
+        self._offered.add(offer.run_id)
         log.info(
             "run_joined run=%s task=%s parameters=%d", offer.run_id, offer.task, participation.layout.size
         )
@@ -89,6 +98,10 @@ class Jobs:
         layout = decode_layout(offer.layout)
         gate.check_layout(policy, layout)
         slot = self._supervisor.free_slot()
+        if slot is None:  # nobody told this site that a run ended while it was not connected
+            for other in self.runs.keys() - self._offered:
+                self.leave(other)
+            slot = self._supervisor.free_slot()
         if slot is None:
             raise RefusedError(
                 Refusal(
@@ -111,16 +124,24 @@ class Jobs:
         if self.runs.pop(run_id, None) is not None:
             self._supervisor.release(run_id)
 
+    def cancel(self) -> None:
+        """The order under way is no longer wanted, whether or not the worker has begun with it."""
+        self._unwanted = True
+        self._supervisor.cancel()
+
     async def do(self, message: pb.Order, link: Link) -> None:
         """Do an order and hand in what comes of it. A re-sent order is answered with the same bytes."""
         run = self.runs.get(message.run_id)
         if run is None:
             return
         order = decode_order_id(message.id)
+        self._unwanted = False
         try:
             if run.prepared is None or run.prepared[0] != order:
                 run.prepared = None
                 await run.holding.reach(message, link)
+                if self._unwanted:
+                    raise RefusedError(Refusal(RefusalCode.CANCELLED, "cancelled before the work began"))
                 run.prepared = await self._perform(run, order)
             await self._hand_in(run, order, link)
         except RefusedError as error:
@@ -134,9 +155,7 @@ class Jobs:
             log.error(
                 "order_failed run=%s order=%s reason=%s", run.run_id, order, error
             )  # no traceback needed
-            self._fail(
-                run, order, Refusal(RefusalCode.TASK_FAILED, f"{type(error).__name__}: see the site's log")
-            )
+            self._fail(run, order, _refusal_of(error, RefusalCode.TASK_FAILED))
 
     def _fail(self, run: Participation, order: OrderId, refusal: Refusal) -> None:
         failed = pb.Failed(run_id=run.run_id, id=encode_order_id(order), refusal=encode_refusal(refusal))
@@ -185,6 +204,13 @@ class Jobs:
                     raise
                 await asyncio.sleep(_RETRY_S * attempt)
         log_receipt(receipt)
+
+
+def _refusal_of(error: FedgeError, code: RefusalCode) -> Refusal:
+    """What the coordinator is told of an error: its own refusal, or no more than its kind."""
+    if isinstance(error, RefusedError):
+        return error.refusal
+    return Refusal(code, f"{type(error).__name__}: see the site's log")
 
 
 def log_receipt(receipt: pb.Receipt) -> None:

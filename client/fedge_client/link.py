@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ import grpc
 from grpc import aio
 
 import fedge
-from fedge.errors import RemoteProtocolError
+from fedge.errors import LinkError, RemoteProtocolError
 from fedge.vector import Array, bytes_of
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire import fedge_pb2_grpc as services
@@ -132,3 +133,12 @@ class Link:
             yield
         except aio.AioRpcError as error:
             raise error_of(error.code().name, error.details() or "", peer=self.server) from None
+        except aio.UsageError:
+            raise LinkError(f"the link to {self.server} was closed before the call") from None
+        except asyncio.CancelledError:
+            # gRPC cancels a call whose channel is closed under it. That is a broken link, unless it is
+            # this task that is cancelled.
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            raise LinkError(f"the link to {self.server} was closed during the call") from None

@@ -58,7 +58,7 @@ class Policy(Config):
 class WorkerSettings(Config):
     """`[worker]`: the child process that runs task code. It is restarted when it breaks one of these."""
 
-    hang_s: Annotated[float, Field(gt=0, strict=False)] = 900.0
+    hang_s: Annotated[float, Field(gt=0)] = 900.0
     memory_mb: Annotated[int, Field(ge=64)] | None = None
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
 

@@ -82,8 +82,11 @@ class Supervisor:
             RefusedError: the task failed, was cancelled, or the worker broke.
         """
         async with self._turn:
+            load = self._loads.get(message.run_id)
+            if load is None:
+                raise RefusedError(Refusal(RefusalCode.CANCELLED, "the run was released meanwhile"))
             if self.pid is None or message.run_id not in self._loaded:
-                await self._load(self._loads[message.run_id])
+                await self._load(load)
             reply = await self._ask(pb.ToWorker(perform=message), progress=progress)
             if reply.WhichOneof("kind") != "finished":
                 raise RemoteProtocolError(f"expected a finished order, found {reply.WhichOneof('kind')}")

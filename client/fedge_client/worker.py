@@ -214,7 +214,8 @@ class Worker:
 
 
 def _failure(refusal: Refusal, detail: str) -> pb.FromWorker:
-    return pb.FromWorker(failed=pb.Failed(refusal=encode_refusal(refusal), detail=detail[-16_000:]))
+    printable = detail[-16_000:].encode(errors="replace").decode()  # a file's name may be no Unicode
+    return pb.FromWorker(failed=pb.Failed(refusal=encode_refusal(refusal), detail=printable))
 
 
 def main() -> None:

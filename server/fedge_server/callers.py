@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Any, NoReturn, TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc import aio
 
-from fedge.errors import FedgeError, IdentityError, StorageError
+from fedge.errors import FedgeError, IdentityError, RemoteProtocolError, StorageError
 from fedge.principal import Principal, Role, principal_of
 from fedge.wire.codec import shorten
 from fedge.wire.status import status_of
@@ -50,6 +51,19 @@ def caller(context: Context, authority: Authority, *, role: Role) -> Principal:
         raise IdentityError(f"expected a certificate of the role {role!r}, found {principal.uri}")
     authority.check(principal, now=now())
     return principal
+
+
+async def messages(requests: AsyncIterator[Q]) -> AsyncIterator[Q]:
+    """A stream's messages as they arrive.
+
+    Raises:
+        RemoteProtocolError: the peer sent bytes that are no message.
+    """
+    try:
+        async for request in requests:
+            yield request
+    except DecodeError:
+        raise RemoteProtocolError("expected a message of this service, found other bytes") from None
 
 
 async def refuse(context: Context, error: FedgeError) -> NoReturn:

@@ -28,6 +28,7 @@ from fedge.round import (
     DeadlinePassed,
     Failed,
     GiveUp,
+    Joined,
     OrderId,
     Reject,
     Send,
@@ -84,7 +85,7 @@ class RunDriver:
         self.machine, self._first = federation.begin(
             Plan.of(config, kind=kind, max_staleness=strategy.max_staleness)
         )
-        self._queue: asyncio.Queue[tuple[RunEvent, Delivery | None]] = asyncio.Queue(MAX_WAITING_EVENTS)
+        self._queue: asyncio.Queue[tuple[RunEvent, Delivery | None]] = asyncio.Queue()
         self._timers: dict[tuple[OrderId, str], asyncio.TimerHandle] = {}
         self._traffic = _Traffic()
         self._over = False
@@ -104,13 +105,13 @@ class RunDriver:
             if delivery is not None:
                 _answer(delivery, _ENDED)
             return
-        try:
-            self._queue.put_nowait((event, delivery))
-        except asyncio.QueueFull:
-            # Only a flood of peers can do this; the flood's events are what is lost.
+        # Only a flood of peers fills the queue; what is lost is the flood's, never a timer or its owner's stop.
+        if isinstance(event, Arrived | Failed) and self._queue.qsize() >= MAX_WAITING_EVENTS:
             log.error("run_queue_full run=%s event=%s", self.run_id, type(event).__name__)
             if delivery is not None:
                 _answer(delivery, Refusal(RefusalCode.LATE, "the coordinator is overloaded"))
+            return
+        self._queue.put_nowait((event, delivery))
 
     async def deliver(
         self, client: str, order: OrderId, update: pb.Update, upload: Upload | None
@@ -134,7 +135,7 @@ class RunDriver:
     async def run(self) -> None:
         """Drive the run to its end. Returns when it is done, failed or stopped."""
         try:
-            await self._publish()
+            await self._publish(1)
             await self._execute(self._first, None)
             while self.machine.status == "running":
                 event, delivery = await self._queue.get()
@@ -157,11 +158,14 @@ class RunDriver:
         self._timers.clear()
         self.shelf.clear()
         self._over = True
+        clients = set(self.machine.clients)
         while not self._queue.empty():
-            _, delivery = self._queue.get_nowait()
+            event, delivery = self._queue.get_nowait()
             if delivery is not None:
                 _answer(delivery, _ENDED)
-        for client in self.machine.clients:
+            if isinstance(event, Joined):  # ready a moment too late
+                clients.add(event.client)
+        for client in sorted(clients):
             self._outbox(client, self.ended_message())
         self.history.touch()
         log.info(
@@ -209,7 +213,7 @@ class RunDriver:
                 case Cancel(client, order):
                     cancel = pb.Cancel(run_id=self.run_id, id=encode_order_id(order))
                     self._outbox(client, pb.ServerMessage(cancel=cancel))
-                    self.shelf.withdraw(client)
+                    self.shelf.withdraw(client, order.kind)
                 case StartTimer(order, phase, seconds):
                     self._start_timer(DeadlinePassed(order, phase), seconds)
                 case Close(order, _):
@@ -225,7 +229,7 @@ class RunDriver:
         message = self._orders.message(order, deadline_s=self.config.cohort.deadline_s)
         self._traffic.begin(order)
         self._traffic.down += self._orders.inline_bytes
-        self.shelf.grant(client)
+        self.shelf.grant(client, order.kind)
         self._outbox(client, message)
 
     async def _fold(self, client: str, order: OrderId, staleness: int, delivery: Delivery) -> None:
@@ -235,7 +239,7 @@ class RunDriver:
         size = upload.size if upload else 0
         self._learning = await _off_loop(size, self._learning.fold, order, update)
         self._traffic.up += size
-        self.shelf.withdraw(client)
+        self.shelf.withdraw(client, order.kind)
         self.history.refusals.pop(client, None)
         _answer(delivery, None)
 
@@ -246,7 +250,7 @@ class RunDriver:
         if order.kind == "evaluate":
             self.history.add_metrics(order.round, aggregate.metrics)
             return
-        await self._publish()
+        await self._publish(order.round + 1)
         traffic = self._traffic.end(order)
         self.history.add(
             Row(
@@ -263,9 +267,9 @@ class RunDriver:
             )
         )
 
-    async def _publish(self) -> None:
-        """Encode and hash the new model once, for all who will fetch it."""
-        order = self._learning.order(len(self.history.rows) + 1)
+    async def _publish(self, round: int) -> None:
+        """Encode and hash the model that `round` begins with once, for all who will fetch it."""
+        order = self._learning.order(round)
         vector = self._learning.model.vector
         await _off_loop(vector.nbytes, self._orders.publish, vector, order)
 

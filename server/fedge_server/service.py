@@ -21,10 +21,12 @@ from fedge.wire.codec import (
     decode_refusal,
     encode_order_id,
     encode_refusal,
+    printable,
+    shorten,
 )
 from fedge.wire.limits import CHUNK_BYTES, MAX_MESSAGE_BYTES, PROTOCOL
 from fedge_server import sessions
-from fedge_server.callers import Context, answering, caller, now, refuse
+from fedge_server.callers import Context, answering, caller, messages, now, refuse
 from fedge_server.coordinator import Coordinator
 from fedge_server.driver import RunDriver
 from fedge_server.identity import Authority
@@ -52,12 +54,13 @@ class FederationService(services.FederationServicer):
         """The site's stream: orders go out the moment they exist, small updates come in."""
         try:
             principal = caller(context, self._authority, role="site")
-            await self._greet(request_iterator)
+            requests = messages(request_iterator)
+            await self._greet(requests)
             session = sessions.Session(principal)
             self._coordinator.connect(session)
         except FedgeError as error:
             await refuse(context, error)
-        reader = asyncio.create_task(self._read(session, request_iterator), name=f"session {session.site}")
+        reader = asyncio.create_task(self._read(session, requests), name=f"session {session.site}")
         expiry = asyncio.get_running_loop().call_later(
             max(0.0, (principal.not_after - now()).total_seconds()),
             session.close,
@@ -77,6 +80,8 @@ class FederationService(services.FederationServicer):
             reader.cancel()
             with suppress(asyncio.CancelledError):
                 await reader
+        if session.error is not None:
+            await refuse(context, session.error)
 
     async def _greet(self, requests: AsyncIterator[pb.ClientMessage]) -> None:
         try:
@@ -96,7 +101,11 @@ class FederationService(services.FederationServicer):
                 self._authority.check(session.principal, now=now())
                 await self._handle(session, message)
             session.close("the site ended its stream")
-        except FedgeError as error:
+        except RemoteProtocolError as error:
+            log.warning("session_refused site=%s reason=%s", session.site, error)
+            session.error = error
+            session.close(str(error))
+        except FedgeError as error:  # the site's next session is told by `caller`
             log.warning("session_refused site=%s reason=%s", session.site, error)
             session.close(str(error))
         except Exception:
@@ -164,10 +173,11 @@ class FederationService(services.FederationServicer):
         """A large update, chunk by chunk. An update that cannot count is answered before it is read."""
         try:
             site = caller(context, self._authority, role="site").name
-            first = await asyncio.wait_for(anext(request_iterator), FIRST_MESSAGE_S)
+            requests = messages(request_iterator)
+            first = await asyncio.wait_for(anext(requests), FIRST_MESSAGE_S)
             if first.WhichOneof("kind") != "update":
                 raise RemoteProtocolError("expected an update's description first, found bytes")
-            return await self._receive(site, first.update, request_iterator)
+            return await self._receive(site, first.update, requests)
         except (TimeoutError, StopAsyncIteration):
             await refuse(context, RemoteProtocolError("expected more of the update, found nothing in time"))
         except FedgeError as error:
@@ -186,6 +196,9 @@ class FederationService(services.FederationServicer):
                     if request.WhichOneof("kind") != "data":
                         raise RemoteProtocolError("expected bytes of the update, found something else")
                     await _write(upload, request.data)
+                if upload.missing:
+                    # A link that broke looks like this, too: it is not held against the site, which may retry.
+                    raise RemoteProtocolError(f"expected {upload.missing} more bytes, found the end")
                 upload.finish()
             except BaseException:
                 upload.close()
@@ -228,7 +241,8 @@ class FederationService(services.FederationServicer):
 
     def _count_refusal(self, site: str, run_id: str, order: OrderId, refusal: Refusal) -> None:
         """A refused update costs the site its part in this round, unless it merely came late or twice."""
-        log.warning("update_refused run=%s site=%s order=%s reason=%s", run_id, site, order, refusal)
+        named = printable(shorten(run_id, cap=100))  # the site's words: it may be no run's id at all
+        log.warning("update_refused run=%s site=%s order=%s reason=%s", named, site, order, refusal)
         session = self._coordinator.sessions.get(site)
         if session is not None and refusal.code not in _HARMLESS:
             self._coordinator.fail(session, run_id, order, refusal)

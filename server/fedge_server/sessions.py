@@ -6,6 +6,7 @@ import asyncio
 import itertools
 from collections.abc import AsyncIterator
 
+from fedge.errors import RemoteProtocolError
 from fedge.principal import Principal
 from fedge.wire import fedge_pb2 as pb
 
@@ -23,6 +24,8 @@ class Session:
         self.joined: set[str] = set()
         """Runs that this session has accepted."""
         self.ended_because = ""
+        self.error: RemoteProtocolError | None = None
+        """How the site broke the protocol; its stream then ends with the status that says so."""
         self._queue: asyncio.Queue[pb.ServerMessage] = asyncio.Queue(MAX_QUEUED_MESSAGES)
         self._closed = asyncio.Event()
 

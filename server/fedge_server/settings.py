@@ -29,7 +29,7 @@ class ServerSettings(Config):
     max_finished_runs: Annotated[int, Field(ge=1, le=1000)] = 16
     max_sessions: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000
     max_model_bytes: Annotated[int, Field(ge=1, le=1 << 40)] = 4 << 30
-    shutdown_grace_s: Annotated[float, Field(ge=0, le=3600, strict=False)] = 5.0
+    shutdown_grace_s: Annotated[float, Field(ge=0, le=3600)] = 5.0
 
     @property
     def limits(self) -> Limits:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from fedge.strategy import WorkKind
 from fedge.vector import Array, bytes_of
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire.codec import encode_blob
 
 
 class Shelf:
-    """Published vectors. One lives while it is current or while a client's latest order names it.
+    """Published vectors. One lives while it is current or while a client's latest order of a kind names it.
 
-    A vector is encoded and hashed once, however many clients fetch it; its memory is the strategy's own.
+    A client may hold an order to train and one to evaluate, on models of different rounds. A vector is
+    encoded and hashed once, however many clients fetch it; its memory is the strategy's own.
     """
 
     def __init__(self) -> None:
         self._current: dict[bytes, memoryview] = {}
-        self._granted: dict[str, dict[bytes, memoryview]] = {}
+        self._granted: dict[str, dict[WorkKind, dict[bytes, memoryview]]] = {}
 
     def replace(self, vectors: list[Array]) -> list[pb.Blob]:
         """Make these the current vectors; returns what orders say of them, in the same order."""
@@ -24,13 +26,13 @@ class Shelf:
         self._current = {blob.digest: view for blob, view in zip(blobs, views, strict=True)}
         return blobs
 
-    def grant(self, client: str) -> None:
-        """The client was sent an order for the current vectors; its earlier grant ends."""
-        self._granted[client] = self._current
+    def grant(self, client: str, kind: WorkKind) -> None:
+        """The client was sent an order for the current vectors; its earlier grant for that kind ends."""
+        self._granted.setdefault(client, {})[kind] = self._current
 
-    def withdraw(self, client: str) -> None:
-        """The client has nothing to fetch any more."""
-        self._granted.pop(client, None)
+    def withdraw(self, client: str, kind: WorkKind) -> None:
+        """The client has nothing to fetch any more for its order of that kind."""
+        self._granted.get(client, {}).pop(kind, None)
 
     def clear(self) -> None:
         self._current = {}
@@ -38,4 +40,5 @@ class Shelf:
 
     def find(self, client: str, digest: bytes) -> memoryview | None:
         """The bytes, if this client was granted them."""
-        return self._granted.get(client, {}).get(digest)
+        granted = self._granted.get(client, {}).values()
+        return next((vectors[digest] for vectors in granted if digest in vectors), None)

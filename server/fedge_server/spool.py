@@ -57,6 +57,11 @@ class Upload:
         except OSError as error:
             raise StorageError(f"spool: an update cannot be kept: {error.strerror}") from None
 
+    @property
+    def missing(self) -> int:
+        """Bytes that have not arrived yet."""
+        return self.size - self._received
+
     def finish(self) -> None:
         """Check that everything is here and is what was announced.
 

@@ -169,6 +169,7 @@ class World:
                 assert (ORDER, "open") in self.timers
                 assert len(round.accepted) < terms.size
                 assert round.pending <= self.here
+                assert not round.lost & self.here, "one who came back was not sent its order again"
                 self.check_work()
             case "closed":
                 assert ends == [Close]

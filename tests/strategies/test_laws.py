@@ -271,12 +271,12 @@ def test_sgd_bounds_staleness_and_the_others_work_in_rounds():
 
 
 def test_sgd_does_not_weigh_a_gradient_by_the_examples_its_client_claims():
-    gradient = np.ones(SIZE, np.float32)
-    models = [
-        Sgd().step(Sgd().init(start()), aggregate_of(Sgd(), [gradient], examples)).model.tobytes()
-        for examples in (1, 10**6)
-    ]
-    assert models[0] == models[1]
+    pipeline = Pipeline(Sgd().reduction)
+    state = pipeline.start(SIZE)
+    for name, value, claim in (("honest", 1.0, 1), ("boastful", 3.0, 10**6)):
+        state = pipeline.fold(state, Update(name, whole(np.full(SIZE, value, np.float32)), claim))
+    moved = Sgd("sgd", 0.5).step(Sgd().init(start()), pipeline.finish(state)).model
+    np.testing.assert_allclose(moved[:TRAINABLE], start().vector[:TRAINABLE] - 1.0, rtol=1e-6)
 
 
 # What every strategy keeps to.

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from threading import Event
 
 import grpc
 import numpy as np
 import pytest
 from harness import Federation, run_toml, simulated, until
-from scripted import Scripted, scripted, update_of
+from scripted import Scripted, channel, scripted, status_of, update_of
 
 from fedge.exact import MAX_WEIGHT
 from fedge.refusal import RefusalCode
 from fedge.vector import digest_of
 from fedge.wire import fedge_pb2 as pb
-from fedge.wire.limits import MAX_METRICS, MAX_NAME_BYTES
+from fedge.wire import fedge_pb2_grpc as services
+from fedge.wire.limits import MAX_MESSAGE_BYTES, MAX_METRICS, MAX_NAME_BYTES
 
 GOOD = np.array([0.25, -0.5, 1.0, 2.0], np.float32)
 Lie = Callable[[Scripted, pb.Order], pb.Receipt]
@@ -83,8 +85,6 @@ LIES: dict[str, tuple[Lie, RefusalCode]] = {
     "a metric twice": (metrics(("loss", 1.0), ("loss", 2.0)), RefusalCode.BAD_METRICS),
     "a metric with an escape in its name": (metrics(("\x1b[2J", 1.0)), RefusalCode.BAD_METRICS),
     "a metric with an endless name": (metrics(("x" * (MAX_NAME_BYTES + 1), 1.0)), RefusalCode.BAD_METRICS),
-    "a delivery that stops half-way": (chunks(BYTES[:8]), RefusalCode.WRONG_LENGTH),
-    "a delivery without bytes": (chunks(), RefusalCode.WRONG_LENGTH),
     "a delivery of more than announced": (chunks(BYTES, BYTES), RefusalCode.WRONG_LENGTH),
     "a delivery that cuts a number": (chunks(BYTES[:6], BYTES[6:]), RefusalCode.WRONG_LENGTH),
     "a delivery of other bytes": (chunks(BYTES[::-1]), RefusalCode.WRONG_DIGEST),
@@ -137,13 +137,55 @@ def test_the_owner_of_the_run_is_told_who_was_refused_last_and_why(
     assert "not_finite" in clients["liar"]["detail"]
 
 
-def test_a_delivery_that_describes_itself_twice_breaks_the_protocol(bare: Federation) -> None:
-    with scripted(bare.address, bare.enrol("twice")) as site:
-        run_id = bare.submit(run_toml("twice", quorum=1, size=1, rounds=1))
+BROKEN_DELIVERIES = {
+    "describes itself twice": (lambda update: [pb.DeliverRequest(update=update)] * 2, "INVALID_ARGUMENT"),
+    "begins with bytes": (lambda update: [pb.DeliverRequest(data=BYTES)], "INVALID_ARGUMENT"),
+    "ends half-way": (
+        lambda update: [pb.DeliverRequest(update=update), pb.DeliverRequest(data=BYTES[:8])],
+        "INVALID_ARGUMENT",
+    ),
+    "is empty": (lambda update: [], "INVALID_ARGUMENT"),
+    "has a chunk above the cap": (
+        lambda update: [pb.DeliverRequest(update=update), pb.DeliverRequest(data=bytes(MAX_MESSAGE_BYTES + 1))],
+        "RESOURCE_EXHAUSTED",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_DELIVERIES)
+def test_a_delivery_that_breaks_the_protocol_ends_with_a_status_and_can_be_repeated(
+    bare: Federation, name: str
+) -> None:
+    requests, status = BROKEN_DELIVERIES[name]
+    with scripted(bare.address, bare.enrol("clumsy")) as site:
+        run_id = bare.submit(run_toml("clumsy", rounds=1, size=1, quorum=1, more="[evaluation]\nevery = 0"))
+        site.join(run_id)
+        order = site.order(run_id)
+        update = update_of(order, GOOD, inline=False)
+        found, _ = status_of(lambda: site.stub.Deliver(iter(requests(update)), timeout=30))
+        assert found == grpc.StatusCode[status]
+        assert not site.deliver(update, BYTES).HasField("refusal")
+        assert bare.finish(run_id).status == "done"
+
+
+def test_a_delivery_whose_link_breaks_half_way_can_be_repeated(bare: Federation) -> None:
+    identity = bare.enrol("cut-off")
+    with scripted(bare.address, identity) as site:
+        run_id = bare.submit(run_toml("cut-off", rounds=1, size=1, quorum=1, more="[evaluation]\nevery = 0"))
         site.join(run_id)
         update = update_of(site.order(run_id), GOOD, inline=False)
-        requests = iter([pb.DeliverRequest(update=update), pb.DeliverRequest(update=update)])
-        with pytest.raises(grpc.RpcError) as raised:
-            site.stub.Deliver(requests, timeout=30)
-        assert raised.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-        bare.admin.Stop(pb.RunRef(run_id=run_id))
+        for break_off in (lambda call, link: call.cancel(), lambda call, link: link.close()):
+            with channel(bare.address, identity) as link:
+                sent = Event()
+
+                def requests() -> Iterator[pb.DeliverRequest]:
+                    yield pb.DeliverRequest(update=update)
+                    yield pb.DeliverRequest(data=BYTES[:8])
+                    sent.set()
+                    Event().wait(1)
+
+                call = services.FederationStub(link).Deliver.future(requests(), timeout=30)
+                assert sent.wait(30)
+                break_off(call, link)
+        assert not site.deliver(update, BYTES).HasField("refusal")
+        assert bare.finish(run_id).status == "done"

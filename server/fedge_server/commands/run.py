@@ -10,6 +10,7 @@ from typing import Annotated
 import numpy as np
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fedge.checkpoint import to_safetensors
@@ -97,7 +98,11 @@ def list_runs(admin: AdminToml, as_json: AsJson = False) -> None:
     table = Table("run", "status", "round", "strategy", "note")
     for run in runs:
         table.add_row(
-            run.run_id, run.status, f"{run.round}/{run.rounds}", run.strategy.split("(")[0], run.reason
+            run.run_id,
+            run.status,
+            f"{run.round}/{run.rounds}",
+            run.strategy.split("(")[0],
+            escape(run.reason),
         )
     Console().print(table)
 

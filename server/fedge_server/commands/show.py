@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
 
+from rich.markup import escape  # sites choose the names of metrics
 from rich.table import Table
 
 from fedge.wire import fedge_pb2 as pb
@@ -45,7 +46,7 @@ def history_table(rows: Iterable[pb.HistoryRow]) -> Table:
     """Rounds, one a line; the metrics' names are the columns."""
     rows = list(rows)
     names = list(dict.fromkeys(metric.name for row in rows for metric in row.metrics))
-    table = Table("round", "clients", "examples", *names, "up", "down", "seconds")
+    table = Table("round", "clients", "examples", *map(escape, names), "up", "down", "seconds")
     for row in rows:
         metrics = {metric.name: f"{metric.value:.4f}" for metric in row.metrics}
         table.add_row(

@@ -34,7 +34,7 @@ def watch_run(link: services.AdminStub, run_id: str, *, as_json: bool = False) -
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),  # sites choose the names of metrics
     )
     with Progress(*columns, console=console, disable=not live) as progress:
         bar = progress.add_task(run_id, total=None, note="")
@@ -44,7 +44,8 @@ def watch_run(link: services.AdminStub, run_id: str, *, as_json: bool = False) -
                 if as_json:
                     typer.echo(json.dumps(row_as_dict(row)))
                 elif not live:
-                    console.print(f"round {row.round}/{summary.rounds}  {_line(row)}", highlight=False)
+                    line = f"round {row.round}/{summary.rounds}  {_line(row)}"
+                    console.print(line, highlight=False, markup=False)
             note = summary.reason or (_line(event.history[-1]) if event.history else "")
             progress.update(bar, total=summary.rounds, completed=summary.round, note=note)
             if not live and not as_json and summary.status == "waiting":

@@ -131,7 +131,8 @@ def l2_norm(vector: Array) -> float:
     total = 0.0
     for start in range(0, len(vector), _PART):
         part = vector[start : start + _PART].astype(np.float64)
-        total += float(part @ part)
+        part *= part
+        total += float(part.sum())  # not a dot product: BLAS would wake its threads for it
     return math.sqrt(total)
 
 

@@ -86,6 +86,8 @@ def blocks(page: Path) -> Iterator[Block]:
     source = page.read_text()
     for match in _FENCE.finditer(source):
         language, info, text = match.groups()
+        if page.suffix == ".template":  # what users are given carries no marks of ours
+            language, info = "bash", "not-run"
         words = (word.partition("=") for word in shlex.split(info))
         line = source.count("\n", 0, match.start()) + 1
         yield Block(page, line, language, {name: value for name, _, value in words}, text)
@@ -269,7 +271,7 @@ def commands_of(text: str) -> list[str]:
 
 def parse_command(line: str) -> None:
     """Parse a whole `fedge ...` command as the shell would hand it over; it is not called."""
-    command, context, rest = command_at(shlex.split(line, comments=True)[1:])
+    command, context, rest = command_at(shlex.split(line.replace("\\\n", " "), comments=True)[1:])
     if not isinstance(command, click.Group):
         command.make_context(command.name, list(rest), parent=context.parent)
 

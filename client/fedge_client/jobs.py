@@ -220,7 +220,7 @@ def log_receipt(receipt: pb.Receipt) -> None:
         refusal = decode_refusal(receipt.refusal)
         log.warning("update_refused run=%s order=%s reason=%s", printable(receipt.run_id), order, refusal)
     else:
-        log.info("update_accepted run=%s order=%s", printable(receipt.run_id), order)
+        log.debug("update_accepted run=%s order=%s", printable(receipt.run_id), order)
 
 
 def _no_progress(done: int, total: int) -> None:

@@ -15,8 +15,9 @@ from fedge.errors import LinkError, RemoteProtocolError
 from fedge.vector import Array, bytes_of
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire import fedge_pb2_grpc as services
+from fedge.wire.chunks import data_of_chunk, frames
 from fedge.wire.codec import check_blob
-from fedge.wire.limits import CHANNEL_OPTIONS, CHUNK_BYTES, PROTOCOL
+from fedge.wire.limits import CHANNEL_OPTIONS, PROTOCOL
 from fedge.wire.status import error_of
 from fedge_client.identity import Identity
 
@@ -46,6 +47,16 @@ class Link:
         credentials = grpc.ssl_channel_credentials(ca_pem, key_pem, certificate_pem)
         self._channel = aio.secure_channel(server, credentials, options=_OPTIONS)
         self._federation: services.FederationAsyncStub = services.FederationStub(self._channel)
+        # Bulk passes as bytes: see fedge.wire.chunks.
+        name = pb.DESCRIPTOR.services_by_name["Federation"].full_name
+        self._fetch: aio.UnaryStreamMultiCallable[pb.FetchRequest, bytes] = self._channel.unary_stream(
+            f"/{name}/Fetch",
+            request_serializer=pb.FetchRequest.SerializeToString,
+            response_deserializer=None,
+        )
+        self._deliver: aio.StreamUnaryMultiCallable[bytes, pb.Receipt] = self._channel.stream_unary(
+            f"/{name}/Deliver", request_serializer=None, response_deserializer=pb.Receipt.FromString
+        )
         self._enrolment: services.EnrolmentAsyncStub = services.EnrolmentStub(self._channel)
 
     @classmethod
@@ -105,12 +116,13 @@ class Link:
         received = 0
         with self._errors():
             request = pb.FetchRequest(run_id=run_id, digest=blob.digest, offset=0)
-            async for chunk in self._federation.Fetch(request):
-                end = received + len(chunk.data)
+            async for message in self._fetch(request):
+                data = data_of_chunk(message)
+                end = received + len(data)
                 if end > len(room):
                     raise RemoteProtocolError(f"expected {len(room)} bytes, found more")
-                room[received:end] = chunk.data
-                digest.update(chunk.data)
+                room[received:end] = data
+                digest.update(data)
                 received = end
         if received != len(room) or digest.digest() != blob.digest:
             raise RemoteProtocolError(f"expected {len(room)} bytes of the announced digest, found others")
@@ -119,13 +131,12 @@ class Link:
         """Send a large update in chunks; the receipt says whether it counts."""
         view = bytes_of(vector)
 
-        def requests() -> Iterator[pb.DeliverRequest]:
-            yield pb.DeliverRequest(update=update)
-            for start in range(0, len(view), CHUNK_BYTES):
-                yield pb.DeliverRequest(data=bytes(view[start : start + CHUNK_BYTES]))
+        def requests() -> Iterator[bytes]:
+            yield pb.DeliverRequest(update=update).SerializeToString()
+            yield from frames(view, deliver=True)
 
         with self._errors():
-            return await self._federation.Deliver(requests())
+            return await self._deliver(requests())
 
     @contextmanager
     def _errors(self) -> Iterator[None]:

@@ -15,12 +15,12 @@ from grpc import aio
 import fedge
 from fedge.errors import ConfigError
 from fedge.files import private_folder
-from fedge.wire import fedge_pb2_grpc as services
 from fedge.wire.address import split_address
 from fedge.wire.limits import CHANNEL_OPTIONS
 from fedge_server.admin import AdminService
 from fedge_server.callers import now
 from fedge_server.coordinator import Coordinator
+from fedge_server.handlers import add_services
 from fedge_server.identity import Authority
 from fedge_server.service import EnrolmentService, FederationService
 from fedge_server.settings import ServerSettings
@@ -52,11 +52,8 @@ async def serve(settings: ServerSettings, folder: Path, *, ready: Callable[[int]
     coordinator = Coordinator(settings)
     server = aio.server(options=_OPTIONS)
     software = f"fedge {fedge.__version__}"
-    services.add_FederationServicer_to_server(
-        FederationService(coordinator, authority, spool, software=software), server
-    )
-    services.add_EnrolmentServicer_to_server(EnrolmentService(authority), server)
-    services.add_AdminServicer_to_server(AdminService(coordinator, authority), server)
+    federation = FederationService(coordinator, authority, spool, software=software)
+    add_services(server, federation, EnrolmentService(authority), AdminService(coordinator, authority))
     credential = authority.server_credential(now=now())
     credentials = grpc.ssl_server_credentials(
         [(credential.key_pem, credential.certificate_pem)],

@@ -124,8 +124,11 @@ class RunDriver:
 
     def unwanted(self, client: str, order: OrderId) -> Refusal | None:
         """Why an update would be refused whatever it holds, known before its bytes are read."""
-        _, effects = federation.step(self.machine, Arrived(client, order))
-        return next((effect.refusal for effect in effects if isinstance(effect, Reject)), None)
+        machine, effects = federation.step(self.machine, Arrived(client, order))
+        refusal = next((effect.refusal for effect in effects if isinstance(effect, Reject)), None)
+        if refusal is not None and machine != self.machine:
+            self.post(Arrived(client, order))  # the sender of a stale gradient is given the current model
+        return refusal
 
     def count(self, *, down: int = 0, up: int = 0) -> None:
         """Account for bytes of vectors on the wire."""

@@ -14,6 +14,7 @@ from fedge.refusal import Refusal, RefusalCode
 from fedge.round import OrderId
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire import fedge_pb2_grpc as services
+from fedge.wire.chunks import Piece, frames, open_deliver_request
 from fedge.wire.codec import (
     check_blob,
     decode_metrics,
@@ -37,10 +38,12 @@ log = logging.getLogger(__name__)
 _INLINE_ON_LOOP_BYTES = 128 << 10
 FIRST_MESSAGE_S = 30.0
 CHUNK_WAIT_S = 120.0
+CHECK_EVERY_S = 1.0
+"""How long a session's messages ride on the last look at the site's standing; it is a read of a file."""
 
 
-class FederationService(services.FederationServicer):
-    """What enrolled sites may call."""
+class FederationService:
+    """What enrolled sites may call; `handlers` says which method answers which call."""
 
     def __init__(self, coordinator: Coordinator, authority: Authority, spool: Path, *, software: str) -> None:
         self._coordinator = coordinator
@@ -97,8 +100,12 @@ class FederationService(services.FederationServicer):
     async def _read(self, session: sessions.Session, requests: AsyncIterator[pb.ClientMessage]) -> None:
         """Handle what the site sends until it stops; a message that breaks the protocol ends the session."""
         try:
+            checked = -CHECK_EVERY_S
+            loop = asyncio.get_running_loop()
             async for message in requests:
-                self._authority.check(session.principal, now=now())
+                if loop.time() - checked >= CHECK_EVERY_S:
+                    self._authority.check(session.principal, now=now())
+                    checked = loop.time()
                 await self._handle(session, message)
             session.close("the site ended its stream")
         except RemoteProtocolError as error:
@@ -150,8 +157,8 @@ class FederationService(services.FederationServicer):
             outcome = error.refusal
         return _receipt(update, outcome)
 
-    async def Fetch(self, request: pb.FetchRequest, context: Context) -> AsyncIterator[pb.Chunk]:
-        """Bytes that the caller's order named, from any offset."""
+    async def Fetch(self, request: pb.FetchRequest, context: Context) -> AsyncIterator[bytes]:
+        """Bytes that the caller's order named, from any offset, as encoded Chunks."""
         try:
             site = caller(context, self._authority, role="site").name
             driver = self._coordinator.find(request.run_id)
@@ -162,40 +169,40 @@ class FederationService(services.FederationServicer):
                 raise RemoteProtocolError(f"expected an offset up to {len(view)}, found {request.offset}")
         except FedgeError as error:
             await refuse(context, error)
-        for start in range(request.offset, len(view), CHUNK_BYTES):
-            data = bytes(view[start : start + CHUNK_BYTES])
-            driver.count(down=len(data))
-            yield pb.Chunk(data=data)
+        for frame in frames(view, offset=request.offset):
+            driver.count(down=min(len(frame), CHUNK_BYTES))
+            yield frame
 
-    async def Deliver(
-        self, request_iterator: AsyncIterator[pb.DeliverRequest], context: Context
-    ) -> pb.Receipt:
-        """A large update, chunk by chunk. An update that cannot count is answered before it is read."""
+    async def Deliver(self, request_iterator: AsyncIterator[bytes], context: Context) -> pb.Receipt:
+        """A large update, as encoded DeliverRequests. One that cannot count is answered before it is read."""
         try:
             site = caller(context, self._authority, role="site").name
-            requests = messages(request_iterator)
-            first = await asyncio.wait_for(anext(requests), FIRST_MESSAGE_S)
-            if first.WhichOneof("kind") != "update":
+            async with asyncio.timeout(FIRST_MESSAGE_S):
+                update = open_deliver_request(await anext(request_iterator))
+            if not isinstance(update, pb.Update):
                 raise RemoteProtocolError("expected an update's description first, found bytes")
-            return await self._receive(site, first.update, requests)
+            return await self._receive(site, update, request_iterator)
         except (TimeoutError, StopAsyncIteration):
             await refuse(context, RemoteProtocolError("expected more of the update, found nothing in time"))
         except FedgeError as error:
             await refuse(context, error)
 
-    async def _receive(
-        self, site: str, update: pb.Update, requests: AsyncIterator[pb.DeliverRequest]
-    ) -> pb.Receipt:
+    async def _receive(self, site: str, update: pb.Update, requests: AsyncIterator[bytes]) -> pb.Receipt:
         order = decode_order_id(update.id)
         try:
             driver, upload = self._begin(site, order, update)
             if upload is None:
                 raise _refused(RefusalCode.WRONG_LENGTH, "expected an update with a vector")
             try:
-                while (request := await asyncio.wait_for(anext(requests, None), CHUNK_WAIT_S)) is not None:
-                    if request.WhichOneof("kind") != "data":
-                        raise RemoteProtocolError("expected bytes of the update, found something else")
-                    await _write(upload, request.data)
+                while True:
+                    async with asyncio.timeout(CHUNK_WAIT_S):
+                        request = await anext(requests, None)
+                    if request is None:
+                        break
+                    data = open_deliver_request(request)
+                    if isinstance(data, pb.Update):
+                        raise RemoteProtocolError("expected bytes of the update, found another update")
+                    await _write(upload, data)
                 if upload.missing:
                     # A link that broke looks like this, too: it is not held against the site, which may retry.
                     raise RemoteProtocolError(f"expected {upload.missing} more bytes, found the end")
@@ -283,7 +290,7 @@ _HARMLESS = frozenset(
 )
 
 
-async def _write(upload: Upload, data: bytes) -> None:
+async def _write(upload: Upload, data: Piece) -> None:
     """Hash, check and keep a chunk; on a thread when it is large, so that the loop stays free."""
     if len(data) > MAX_MESSAGE_BYTES:
         raise _refused(RefusalCode.TOO_LARGE, f"expected chunks of at most {MAX_MESSAGE_BYTES} bytes")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections import deque
 from collections.abc import AsyncIterator
 
 from fedge.errors import RemoteProtocolError
@@ -26,44 +27,33 @@ class Session:
         self.ended_because = ""
         self.error: RemoteProtocolError | None = None
         """How the site broke the protocol; its stream then ends with the status that says so."""
-        self._queue: asyncio.Queue[pb.ServerMessage] = asyncio.Queue(MAX_QUEUED_MESSAGES)
-        self._closed = asyncio.Event()
-
-    @property
-    def closed(self) -> bool:
-        return self._closed.is_set()
+        self.closed = False
+        self._queue: deque[pb.ServerMessage] = deque()
+        self._news = asyncio.Event()
 
     def send(self, message: pb.ServerMessage) -> None:
         """Queue a message; a full queue closes the session."""
         if self.closed:
             return
-        try:
-            self._queue.put_nowait(message)
-        except asyncio.QueueFull:
+        if len(self._queue) == MAX_QUEUED_MESSAGES:
             self.close(f"{MAX_QUEUED_MESSAGES} messages were waiting to be read")
+            return
+        self._queue.append(message)
+        self._news.set()
 
     def close(self, because: str) -> None:
         """End the session; what is queued is still sent if the peer reads."""
         if not self.closed:
+            self.closed = True
             self.ended_because = because
-            self._closed.set()
+            self._news.set()
 
     async def outgoing(self) -> AsyncIterator[pb.ServerMessage]:
         """Messages as they are queued, until the session is closed."""
-        closed = asyncio.ensure_future(self._closed.wait())
-        try:
-            while True:
-                while not self._queue.empty():
-                    yield self._queue.get_nowait()
-                if self.closed:
-                    return
-                item = asyncio.ensure_future(self._queue.get())
-                try:
-                    await asyncio.wait({item, closed}, return_when=asyncio.FIRST_COMPLETED)
-                finally:
-                    if not item.done():
-                        item.cancel()
-                if item.done() and not item.cancelled():
-                    yield item.result()
-        finally:
-            closed.cancel()
+        while True:
+            while self._queue:
+                yield self._queue.popleft()
+            if self.closed:
+                return
+            self._news.clear()
+            await self._news.wait()

@@ -32,7 +32,7 @@ class Upload:
         # Unnamed: the file is gone with the process, however it ends.
         self._file = tempfile.SpooledTemporaryFile(max_size=4 * CHUNK_BYTES, dir=str(folder))  # noqa: SIM115  # closed by `close`
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         """Take the next bytes.
 
         Raises:

@@ -20,11 +20,12 @@ from typing import Any
 import psutil
 import tiny
 import tomlkit
+import wide
 
 from fedge.config import parse_toml
 from fedge.files import write_private
 from fedge.run import RunConfig
-from fedge.vector import Model, digest_of
+from fedge.vector import Array, Model, digest_of
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire import fedge_pb2_grpc as services
 from fedge_client.enrolment import enrol_site
@@ -40,7 +41,8 @@ PATIENCE_S = 60.0
 _END_S = 20.0
 _FEDGE = str(Path(sys.executable).with_name("fedge"))
 _ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
-TINY = Path(tiny.__file__)
+_TASKS = {"tiny:task": tiny.task, "wide:task": wide.task}
+_TASK_FILES = (Path(tiny.__file__), Path(wide.__file__))
 
 
 def until(condition: Callable[[], Any], what: str, *, seconds: float = PATIENCE_S) -> Any:
@@ -202,12 +204,13 @@ class Federation:
         until((self.control(name) / "reached").exists, f"{name} is at work")
 
     def enrol(self, name: str, **tables: dict[str, Any]) -> Identity:
-        """Let a site in, with the tiny task in its folder and `tables` in its client.toml."""
+        """Let a site in, with the tasks in its folder and `tables` in its client.toml."""
         authority, folder = self.authority, self.folder / name
         token = authority.issue_token(name, now=now())
         identity = asyncio.run(enrol_site(self.address, token, ca_pem=authority.ca_pem, folder=folder))
         self.control(name).mkdir(exist_ok=True)
-        shutil.copy(TINY, folder)
+        for path in _TASK_FILES:
+            shutil.copy(path, folder)
         defaults = {"worker": {"threads": 1}, "data": {"control": str(self.control(name))}}
         set_tables(folder / "client.toml", defaults | tables)
         return identity
@@ -225,10 +228,19 @@ class Federation:
     def connected(self) -> set[str]:
         return {site.name for site in self.admin.Sites(pb.SitesRequest()).sites if site.connected}
 
-    def submit(self, text: str, *, model: Model | None = None) -> str:
-        """Begin a run of the tiny task (or of what has this model); its id."""
-        config = parse_toml(text, RunConfig, source="run.toml")
-        return begin_run(self.admin, text, model or framework.initial_model(tiny.task, seed=config.seed))
+    def submit(self, text: str) -> str:
+        """Begin a run; its id."""
+        return begin_run(self.admin, text, initial_model(text))
+
+    @contextlib.contextmanager
+    def submitted(self, text: str) -> Iterator[str]:
+        """A run that is stopped when the block is left, if it is not over by then; its id."""
+        run_id = self.submit(text)
+        try:
+            yield run_id
+        finally:
+            self.admin.Stop(pb.RunRef(run_id=run_id))
+            self.finish(run_id)
 
     def finish(self, run_id: str) -> pb.RunSummary:
         """Follow a run until it is over."""
@@ -256,9 +268,13 @@ class Federation:
         out = fedge_ok("run", "show", run_id, "--json", "--admin", self.admin_toml)
         return dict(json.loads(out))
 
+    def model(self, run_id: str) -> Array:
+        """The vector of a run's last committed round."""
+        return fetch_model(self.admin, run_id).vector
+
     def digest(self, run_id: str) -> str:
         """The digest of a run's model, as `fedge simulate` reports it."""
-        return digest_of(fetch_model(self.admin, run_id).vector).hex()
+        return digest_of(self.model(run_id)).hex()
 
 
 @contextlib.contextmanager
@@ -280,11 +296,13 @@ def coordinator(folder: Path) -> Iterator[Federation]:
         server.end()
 
 
-def run_toml(name: str, *, rounds: int = 3, quorum: int = 2, size: int = 2, more: str = "") -> str:
-    """A run of the tiny task; `more` is TOML that follows."""
+def run_toml(
+    name: str, *, task: str = "tiny:task", rounds: int = 3, quorum: int = 2, size: int = 2, more: str = ""
+) -> str:
+    """A run of one of the tasks here; `more` is TOML that follows."""
     return f"""\
 name = "{name}"
-task = "tiny:task"
+task = "{task}"
 rounds = {rounds}
 seed = 7
 
@@ -302,10 +320,16 @@ wait_s = 60
 """
 
 
+def initial_model(text: str) -> Model:
+    """The seeded model with which a run begins; a task of another name has the tiny one's."""
+    config = parse_toml(text, RunConfig, source="run.toml")
+    return framework.initial_model(_TASKS.get(config.task, tiny.task), seed=config.seed)
+
+
 def simulated(text: str, *, clients: int = 2) -> str:
     """The digest of the model that the same run makes in a simulation."""
     config = parse_toml(text, RunConfig, source="run.toml")
-    result = simulate(config, task=tiny.task, clients=clients)
+    result = simulate(config, task=_TASKS[config.task], clients=clients)
     assert result.status == "done", result.reason
     return digest_of(result.model.vector).hex()
 

@@ -31,9 +31,7 @@ _UNLIMITED = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_l
 @contextmanager
 def channel(server: str, identity: Identity) -> Iterator[grpc.Channel]:
     """A connection under an identity, without the caps that our own client puts on itself."""
-    credentials = grpc.ssl_channel_credentials(
-        identity.ca_pem, identity.key_pem, identity.certificate_pem
-    )
+    credentials = grpc.ssl_channel_credentials(identity.ca_pem, identity.key_pem, identity.certificate_pem)
     with grpc.secure_channel(server, credentials, options=_UNLIMITED) as opened:
         yield opened
 
@@ -47,6 +45,7 @@ class Stream:
         if first is not None:
             self.send(first)
         self._call = stub.Session(iter(self._outgoing.get, None))
+        self._kept: list[pb.ServerMessage] = []
         self.status: grpc.StatusCode | None = None
         self.details = ""
         threading.Thread(target=self._read, daemon=True).start()
@@ -63,18 +62,25 @@ class Stream:
         self._call.cancel()
 
     def next(self, kind: str, *, run_id: str | None = None) -> Any:
-        """The body of the next message of this kind (of this run); what comes before it is dropped."""
-        while True:
-            message = self._incoming.get(timeout=WAIT_S)
-            assert message is not None, f"the stream ended before any {kind}: {self.status} {self.details}"
+        """The body of the next message of this kind (of this run); others are kept for later."""
+        for message in self._messages():
             if message.WhichOneof("kind") == kind:
                 body = getattr(message, kind)
                 if run_id is None or body.run_id == run_id:
+                    self._kept.remove(message)
                     return body
+        raise AssertionError(f"the stream ended before any {kind}: {self.status} {self.details}")
+
+    def _messages(self) -> Iterator[pb.ServerMessage]:
+        """What was kept, then what arrives, which is kept, until the stream ends."""
+        yield from list(self._kept)
+        while (message := self._incoming.get(timeout=WAIT_S)) is not None:
+            self._kept.append(message)
+            yield message
 
     def end(self) -> tuple[grpc.StatusCode | None, str]:
         """Wait until the coordinator ends the stream; with which status and words."""
-        while self._incoming.get(timeout=WAIT_S) is not None:
+        for _ in self._messages():
             pass
         return self.status, self.details
 

@@ -146,7 +146,10 @@ BROKEN_DELIVERIES = {
     ),
     "is empty": (lambda update: [], "INVALID_ARGUMENT"),
     "has a chunk above the cap": (
-        lambda update: [pb.DeliverRequest(update=update), pb.DeliverRequest(data=bytes(MAX_MESSAGE_BYTES + 1))],
+        lambda update: [
+            pb.DeliverRequest(update=update),
+            pb.DeliverRequest(data=bytes(MAX_MESSAGE_BYTES + 1)),
+        ],
         "RESOURCE_EXHAUSTED",
     ),
 }

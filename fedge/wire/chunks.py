@@ -1,0 +1,88 @@
+"""Bulk messages without copies: a chunk's bytes are put into and taken out of its frame directly.
+
+On the wire these are ordinary `Chunk` and `DeliverRequest` messages of fedge.proto; protobuf's own
+objects would copy each chunk twice more on each side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TypeVar
+
+from google.protobuf.message import DecodeError
+
+from fedge.errors import RemoteProtocolError
+from fedge.wire import fedge_pb2 as pb
+from fedge.wire.limits import CHUNK_BYTES
+
+_CHUNK_TAG = 0x0A  # Chunk.data: field 1, length-delimited
+_DELIVER_TAG = 0x12  # DeliverRequest.data: field 2, length-delimited
+
+Piece = bytes | memoryview
+M = TypeVar("M", pb.Chunk, pb.DeliverRequest)
+
+
+def frames(view: memoryview, *, offset: int = 0, deliver: bool = False) -> Iterator[bytes]:
+    """Encoded messages that carry `view[offset:]`: Chunks, or the data of DeliverRequests."""
+    tag = bytes([_DELIVER_TAG if deliver else _CHUNK_TAG])
+    for start in range(offset, len(view), CHUNK_BYTES):
+        piece = view[start : start + CHUNK_BYTES]
+        yield b"".join((tag, _varint(len(piece)), piece))
+
+
+def data_of_chunk(message: bytes) -> Piece:
+    """The bytes that an encoded Chunk carries.
+
+    Raises:
+        RemoteProtocolError: it is not one.
+    """
+    data = _data(message, _CHUNK_TAG)
+    return data if data is not None else _parse(pb.Chunk, message).data
+
+
+def open_deliver_request(message: bytes) -> pb.Update | Piece:
+    """What an encoded DeliverRequest carries: an update's description, or bytes of its vector.
+
+    Raises:
+        RemoteProtocolError: it is not one, or is empty.
+    """
+    data = _data(message, _DELIVER_TAG)
+    if data is not None:
+        return data
+    request = _parse(pb.DeliverRequest, message)
+    match request.WhichOneof("kind"):
+        case "update":
+            return request.update
+        case "data":
+            return request.data
+        case other:
+            raise RemoteProtocolError(f"expected an update or its bytes, found {other}")
+
+
+def _data(message: bytes, tag: int) -> memoryview | None:
+    """The payload, if the message is exactly one field of this tag; None leaves it to protobuf."""
+    if not message or message[0] != tag:
+        return None
+    length = shift = 0
+    for at in range(1, min(len(message), 6)):
+        length |= (message[at] & 0x7F) << shift
+        shift += 7
+        if not message[at] & 0x80:
+            return memoryview(message)[at + 1 :] if len(message) == at + 1 + length else None
+    return None
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _parse(kind: type[M], message: bytes) -> M:
+    try:
+        return kind.FromString(message)
+    except DecodeError:
+        raise RemoteProtocolError(f"expected a {kind.__name__}, found bytes that are not one") from None

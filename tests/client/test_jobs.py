@@ -1,0 +1,319 @@
+"""What the agent answers to offers and orders, with a worker and a link that are a few lines each."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedge.errors import LinkError, RefusedError, RemoteProtocolError
+from fedge.refusal import Refusal, RefusalCode
+from fedge.round import OrderId
+from fedge.run import Work
+from fedge.strategy import WorkKind
+from fedge.vector import Array, Layout, Tensor, bytes_of, digest_of
+from fedge.wire import fedge_pb2 as pb
+from fedge.wire.codec import encode_blob, encode_layout, encode_order_id, encode_work
+from fedge.wire.limits import INLINE_BYTES
+from fedge_client import jobs as jobs_module
+from fedge_client import pipe_pb2 as pipe
+from fedge_client.jobs import Jobs
+from fedge_client.settings import ClientSettings, Policy
+
+SLOTS = 2
+SIZE, LARGE = 4, INLINE_BYTES // 4 + 1
+
+
+@dataclass
+class Worker:
+    """The supervisor's surface: leaves `result` in the slot, or refuses."""
+
+    loads: dict[str, pipe.Load] = field(default_factory=dict)
+    segments: dict[int, tuple[Array, Array]] = field(default_factory=dict)
+    performed: list[pipe.Perform] = field(default_factory=list)
+    cancels: int = 0
+    result: float = 1.0
+    metrics: dict[str, float] = field(default_factory=lambda: {"train_loss": 0.5})
+    refusal: Refusal | None = None
+    trouble: Exception | None = None
+
+    def free_slot(self) -> int | None:
+        used = {load.slot for load in self.loads.values()}
+        return next((slot for slot in range(SLOTS) if slot not in used), None)
+
+    def vectors(self, slot: int, size: int) -> tuple[Array, Array]:
+        return self.segments.setdefault(slot, (np.zeros(size, np.float32), np.zeros(size, np.float32)))
+
+    async def load(self, load: pipe.Load) -> pipe.Loaded:
+        self._behave()
+        self.loads[load.run_id] = load
+        return pipe.Loaded(run_id=load.run_id, train_examples=3, test_examples=2)
+
+    async def perform(self, message: pipe.Perform, *, progress: Callable[[int, int], None]) -> pipe.Finished:
+        self.performed.append(message)
+        self._behave()
+        model, update = self.segments[self.loads[message.run_id].slot]
+        update[:] = model + np.float32(self.result)
+        metrics = [pb.Metric(name=name, value=value) for name, value in self.metrics.items()]
+        return pipe.Finished(num_examples=3, metrics=metrics)
+
+    def cancel(self) -> None:
+        self.cancels += 1
+
+    def release(self, run_id: str) -> None:
+        self.loads.pop(run_id)
+
+    def _behave(self) -> None:
+        if self.refusal is not None:
+            raise RefusedError(self.refusal)
+        if self.trouble is not None:
+            raise self.trouble
+
+
+@dataclass
+class Link:
+    """Fetches what rides inline; keeps what is delivered; breaks `breaks` times first."""
+
+    delivered: list[tuple[bytes, bytes]] = field(default_factory=list)
+    breaks: int = 0
+    on_fetch: Callable[[], None] = lambda: None
+
+    async def fetch(self, run_id: str, blob: pb.Blob, out: Array) -> None:
+        self.on_fetch()
+        self._break()
+        bytes_of(out)[:] = blob.inline
+
+    async def deliver(self, update: pb.Update, vector: Array) -> pb.Receipt:
+        self._break()
+        self.delivered.append((update.SerializeToString(), vector.tobytes()))
+        return pb.Receipt(run_id=update.run_id, id=update.id)
+
+    def _break(self) -> None:
+        if self.breaks:
+            self.breaks -= 1
+            raise LinkError("broken")
+
+
+@dataclass
+class Site:
+    folder: Path
+    policy: Policy = field(default_factory=lambda: Policy(max_runs=SLOTS))
+
+    def __post_init__(self) -> None:
+        (self.folder / "app.py").write_text("raise SystemExit('never imported here')")
+        self.worker, self.link = Worker(), Link()
+        self.sent: list[pb.ClientMessage] = []
+        settings = ClientSettings(server="h:1", policy=self.policy)
+        worker: Any = self.worker
+        self.jobs = Jobs(settings, self.folder, worker, self.sent.append)
+
+    def consider(self, offer: pb.Offer) -> pb.ClientMessage:
+        """The one answer to an offer."""
+        asyncio.run(self.jobs.consider(offer))
+        (answer,) = self.sent
+        self.sent.clear()
+        return answer
+
+    def refuses(self, offer: pb.Offer) -> Refusal:
+        refusal = self.consider(offer).refuse.refusal
+        assert self.worker.free_slot() is not None or len(self.worker.loads) == SLOTS
+        assert offer.run_id not in self.jobs.runs
+        return Refusal(RefusalCode(refusal.code), refusal.message)
+
+    def do(self, order: pb.Order) -> list[pb.ClientMessage]:
+        link: Any = self.link
+        asyncio.run(self.jobs.do(order, link))
+        answers, self.sent[:] = list(self.sent), []
+        return answers
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return Site(tmp_path)
+
+
+def offer(run_id: str = "run", *, task: str = "app:task", size: int = SIZE, **fields: Any) -> pb.Offer:
+    layout = encode_layout(Layout((Tensor("w", (size,)),)))
+    return pb.Offer(run_id=run_id, task=task, layout=layout, work=encode_work(Work()), **fields)
+
+
+def order(round: int = 1, *, kind: WorkKind = "train", model: float = 0.0, size: int = SIZE) -> pb.Order:
+    blob = encode_blob(bytes_of(np.full(size, model, np.float32)), inline_bytes=1 << 30)
+    return pb.Order(run_id="run", id=encode_order_id(OrderId(kind, round)), model=blob)
+
+
+# Offers.
+
+
+def test_a_run_is_joined_once_its_task_is_loaded_and_offered_again_it_is_just_accepted(site: Site):
+    for _ in range(2):
+        assert site.consider(offer(seed=9)).accept.run_id == "run"
+        (load,) = site.worker.loads.values()
+        assert (load.task, load.seed, load.slot) == ("app:task", 9, 0)
+        assert load.layout == offer().layout
+
+
+@pytest.mark.parametrize(
+    ("bad", "code", "says"),
+    [
+        (offer(task="os:system"), RefusalCode.TASK_NOT_ALLOWED, "not in this site's task folder"),
+        (offer(size=1 << 40), RefusalCode.TOO_LARGE, "this site's policy allows"),
+        (offer(run_id="a\nb"), RefusalCode.TASK_UNAVAILABLE, "LimitError: see the site's log"),
+        (offer(task="t" * 5000), RefusalCode.TASK_UNAVAILABLE, "LimitError: see the site's log"),
+        (
+            pb.Offer(run_id="run", task="app:task", layout=pb.Layout(tensors=[pb.Tensor(name="w")])),
+            RefusalCode.TASK_UNAVAILABLE,
+            "RemoteProtocolError: see the site's log",
+        ),
+        (
+            pb.Offer(run_id="run", task="app:task", layout=offer().layout, work=pb.Work(optimizer="newton")),
+            RefusalCode.TASK_UNAVAILABLE,
+            "RemoteProtocolError: see the site's log",
+        ),
+    ],
+    ids=["task", "size", "id", "long name", "layout", "work"],
+)
+def test_an_offer_that_cannot_be_is_answered_with_the_reason_before_anything_is_loaded(site, bad, code, says):
+    refusal = site.refuses(bad)
+    assert refusal.code == code
+    assert says in refusal.message
+    assert site.worker.loads == {}
+
+
+def test_what_the_worker_says_of_a_task_is_the_answer(site: Site):
+    site.worker.refusal = Refusal(RefusalCode.NO_DATA, "no data")
+    assert site.refuses(offer()) == site.worker.refusal
+    site.worker.refusal = None
+    assert site.consider(offer()).HasField("accept")
+
+
+def test_more_runs_than_the_policy_allows_are_refused_until_one_is_over(site: Site):
+    for run_id in ("one", "two"):
+        assert site.consider(offer(run_id)).HasField("accept")
+    refusal = site.refuses(offer("three"))
+    assert refusal.code == RefusalCode.TASK_UNAVAILABLE
+    assert "2 runs already" in refusal.message
+    site.jobs.leave("one")
+    site.jobs.leave("one")
+    assert site.consider(offer("three")).HasField("accept")
+
+
+def test_a_run_that_ended_while_the_link_was_down_gives_up_its_place(site: Site):
+    """A coordinator that was restarted offers what it still has; of the rest this site is told nothing."""
+    for run_id in ("one", "two"):
+        site.consider(offer(run_id))
+    site.jobs.new_session()
+    site.consider(offer("two"))
+    assert site.consider(offer("three")).HasField("accept")
+    assert set(site.jobs.runs) == set(site.worker.loads) == {"two", "three"}
+    assert "2 runs already" in site.refuses(offer("four")).message
+
+
+# Orders.
+
+
+def test_an_order_is_done_on_the_model_that_it_names_and_answered_with_what_comes_of_it(site: Site):
+    site.consider(offer())
+    (answer,) = site.do(order(3, model=5.0))
+    update = answer.update
+    vector = np.full(SIZE, 6.0, np.float32)
+    assert (update.run_id, update.num_examples) == ("run", 3)
+    assert update.id == encode_order_id(OrderId("train", 3))
+    assert (update.vector.inline, update.vector.digest) == (vector.tobytes(), digest_of(vector))
+    assert {metric.name: metric.value for metric in update.metrics} == {"train_loss": 0.5}
+
+
+def test_an_evaluation_is_answered_without_a_vector(site: Site):
+    site.consider(offer())
+    (answer,) = site.do(order(kind="evaluate"))
+    assert answer.update.vector.size == 0
+    assert answer.update.vector.HasField("inline")
+
+
+@pytest.mark.parametrize("size", [SIZE, LARGE], ids=["inline", "delivered"])
+def test_an_order_that_is_sent_again_is_answered_with_the_same_bytes_and_not_done_again(site, size):
+    site.consider(offer(size=size))
+    answers = []
+    for _ in range(3):
+        answers += site.do(order(size=size))
+        site.worker.result += 1.0  # what it would be, done again
+    assert len(site.worker.performed) == 1
+    found = [answer.SerializeToString() for answer in answers] or site.link.delivered
+    assert len(found) == 3
+    assert found[0] == found[1] == found[2]
+
+
+def test_the_next_order_is_another_one(site: Site):
+    site.consider(offer())
+    first, second = site.do(order(1))[0], site.do(order(2, model=1.0))[0]
+    assert first.update.vector.digest != second.update.vector.digest
+    assert len(site.worker.performed) == 2
+
+
+def test_a_clip_that_the_run_asks_for_is_applied_here(site: Site):
+    site.consider(offer(clip=1.0))
+    (answer,) = site.do(order(model=99.0))
+    np.testing.assert_allclose(np.frombuffer(answer.update.vector.inline, np.float32), 0.5, rtol=1e-6)
+
+
+def test_an_order_of_a_run_that_was_never_joined_is_nobodys(site: Site):
+    assert site.do(order()) == []
+    assert site.worker.performed == []
+
+
+def failed(site: Site) -> Refusal:
+    (answer,) = site.do(order())
+    assert (answer.failed.run_id, answer.failed.id) == ("run", order().id)
+    return Refusal(RefusalCode(answer.failed.refusal.code), answer.failed.refusal.message)
+
+
+def test_a_refusal_of_the_worker_or_the_gate_goes_up_by_type(site: Site):
+    site.consider(offer())
+    site.worker.refusal = Refusal(RefusalCode.WORKER_HUNG, "hung")
+    assert failed(site) == site.worker.refusal
+    site.worker.refusal, site.worker.result = None, float("nan")
+    assert failed(site).code == RefusalCode.NOT_FINITE
+    site.worker.result = 1.0
+    assert site.do(order())[0].HasField("update"), "the same order, once it can be done"
+
+
+def test_an_error_of_the_agents_own_goes_up_as_its_kind_alone(site: Site):
+    site.consider(offer())
+    site.worker.trouble = RemoteProtocolError("the bytes 4711")
+    assert failed(site) == Refusal(RefusalCode.TASK_FAILED, "RemoteProtocolError: see the site's log")
+
+
+def test_work_that_was_cancelled_is_not_answered(site: Site):
+    site.consider(offer())
+    site.worker.refusal = Refusal(RefusalCode.CANCELLED, "cancelled")
+    assert site.do(order()) == []
+
+
+def test_an_order_cancelled_while_its_model_is_fetched_never_reaches_the_worker(site: Site):
+    site.consider(offer())
+    site.link.on_fetch = site.jobs.cancel
+    assert site.do(order(1)) == []
+    assert site.worker.performed == []
+    site.link.on_fetch = lambda: None
+    assert site.do(order(2))[0].HasField("update"), "the next one is done"
+
+
+def test_a_link_that_breaks_is_no_failure_of_the_order(site: Site, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(jobs_module, "_RETRY_S", 0.0)
+    site.consider(offer(size=LARGE))
+    site.link.breaks = 1  # on the way to the model: the order will be sent again
+    assert site.do(order(size=LARGE)) == []
+    assert site.worker.performed == []
+    assert site.do(order(size=LARGE)) == []
+    assert len(site.link.delivered) == 1
+    site.link.breaks = jobs_module._TRIES - 1  # on the way back: tried again here
+    site.do(order(2, size=LARGE))
+    assert len(site.link.delivered) == 2
+    site.link.breaks = jobs_module._TRIES
+    assert site.do(order(3, model=1.0, size=LARGE)) == []
+    assert len(site.link.delivered) == 2

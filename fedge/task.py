@@ -7,6 +7,7 @@ site, or in the simulator) and never crosses the wire.
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -65,7 +66,8 @@ def load_task(name: str, *, path: Path | None = None) -> Task:
     call it only where the site's owner allowed that name.
 
     Raises:
-        TaskError: the name is malformed, the import fails, or what it names is not a Task.
+        TaskError: the name is malformed, the import fails, what it names is not a Task, or the folder's
+            module is hidden by another of its name that this process has imported before.
     """
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
@@ -75,6 +77,7 @@ def load_task(name: str, *, path: Path | None = None) -> Task:
             raise TaskError(f"expected the folder of the task's code at {path}, found none")
         if str(path) not in sys.path:
             sys.path.insert(0, str(path))
+        _forbid_namesake(module_name.partition(".")[0], path)
     try:
         found = getattr(importlib.import_module(module_name), attribute)
     except Exception as error:  # user code may raise anything while it is imported
@@ -83,6 +86,19 @@ def load_task(name: str, *, path: Path | None = None) -> Task:
     if not isinstance(found, Task):
         raise TaskError(f"expected {name!r} to be a fedge.Task, found a {type(found).__name__}")
     return found
+
+
+def _forbid_namesake(module: str, path: Path) -> None:
+    """A process has one module of a name: a second project's `app` would silently be the first's."""
+    spec = importlib.machinery.PathFinder.find_spec(module, [str(path)])
+    loaded = getattr(sys.modules.get(module), "__file__", None)
+    if spec is None or spec.origin is None or loaded is None:
+        return
+    if Path(spec.origin).resolve() != Path(loaded).resolve():
+        raise TaskError(
+            f"expected module {module!r} of {path}, found that this process has imported {loaded} under "
+            "that name; rename one, or use a process for each"
+        )
 
 
 def load_framework(name: str = "torch") -> Framework:

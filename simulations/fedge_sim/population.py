@@ -81,12 +81,19 @@ def labels_of(dataset: Any, size: int) -> npt.NDArray[np.int64]:
 
     Raises:
         ConfigError: the targets are not whole numbers.
+        TaskError: the dataset cannot be read.
     """
+    odd = None
     if type(dataset) is TensorDataset:
         labels = dataset.tensors[1].numpy()
     else:
-        labels = np.asarray([np.asarray(dataset[index][1]) for index in range(size)])
-    if labels.shape != (size,) or not np.issubdtype(labels.dtype, np.integer):
+        try:
+            targets = [np.asarray(dataset[index][1]) for index in range(size)]
+        except Exception as error:  # user code may raise anything
+            raise TaskError(f"the targets cannot be read: {type(error).__name__}: {error}") from error
+        odd = next((target for target in targets if target.ndim), None)
+        labels = np.asarray(targets) if odd is None else odd
+    if odd is not None or labels.shape != (size,) or not np.issubdtype(labels.dtype, np.integer):
         raise ConfigError(
             f"simulation.partition: 'dirichlet' divides by class and needs integer targets, "
             f"found {labels.dtype} of shape {labels.shape}; use 'iid', or divide in the task's data(site)"

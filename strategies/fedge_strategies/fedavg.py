@@ -17,16 +17,17 @@ from fedge.vector import Array, Model
 
 @dataclass(frozen=True, eq=False)
 class FedAvgState:
-    """The model, float32[n]."""
+    """The model, float32[n]; its first `trainable` elements are what an optimiser moves."""
 
     model: Array
+    trainable: int
 
 
 @dataclass(frozen=True, slots=True)
 class FedAvg:
     """theta <- theta + eta_s * (sum_i w_i (theta_i - theta)) / (sum_i w_i), after local steps.
 
-    `weighting` is by examples or uniform; eta_s is `server_learning_rate`.
+    `weighting` is by examples or uniform; eta_s is `server_learning_rate`, and is 1 for floating-point buffers.
     """
 
     server_learning_rate: Annotated[float, Field(gt=0)] = 1.0
@@ -41,7 +42,7 @@ class FedAvg:
         return None
 
     def init(self, model: Model) -> FedAvgState:
-        return FedAvgState(model.vector)
+        return FedAvgState(model.vector, model.layout.trainable_size)
 
     def order(self, state: FedAvgState, round: int) -> Order:
         return Order("train")
@@ -49,6 +50,7 @@ class FedAvg:
     def step(self, state: FedAvgState, aggregate: Aggregate) -> FedAvgState:
         # The aggregate is consumed, so its memory becomes the new model's: no third vector is needed.
         model = aggregate.vector
-        model *= np.float32(self.server_learning_rate)
+        # The tail (batch statistics) is averaged as it is: a longer step could make a variance negative.
+        model[: state.trainable] *= np.float32(self.server_learning_rate)
         model += state.model
-        return FedAvgState(model)
+        return FedAvgState(model, state.trainable)

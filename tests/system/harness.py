@@ -209,8 +209,7 @@ class Federation:
         token = authority.issue_token(name, now=now())
         identity = asyncio.run(enrol_site(self.address, token, ca_pem=authority.ca_pem, folder=folder))
         self.control(name).mkdir(exist_ok=True)
-        for path in _TASK_FILES:
-            shutil.copy(path, folder)
+        tasks_into(folder)
         defaults = {"worker": {"threads": 1}, "data": {"control": str(self.control(name))}}
         set_tables(folder / "client.toml", defaults | tables)
         return identity
@@ -318,6 +317,12 @@ wait_s = 60
 
 {more}
 """
+
+
+def tasks_into(folder: Path) -> None:
+    """What the engineer of a site, or of a run, installs there."""
+    for path in _TASK_FILES:
+        shutil.copy(path, folder)
 
 
 def initial_model(text: str) -> Model:

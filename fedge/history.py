@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -39,5 +40,10 @@ class Row:
             "bytes_up": self.bytes_up,
             "refused": self.refused,
             "staleness": self.staleness,
-            "metrics": dict(self.metrics),
+            "metrics": plain_metrics(self.metrics),
         }
+
+
+def plain_metrics(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """Metrics for JSON, which has no word for a mean that is NaN: it is null there."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}

@@ -100,8 +100,7 @@ class Agent:
             except FedgeError as error:
                 log.warning("session_failed reason=%s", error)
             failures = 0 if connected else failures + 1
-            ceiling = min(_MAX_BACKOFF_S, _BACKOFF_S * 2**failures)
-            await asyncio.sleep(random.uniform(0, ceiling))  # noqa: S311  # jitter, not a secret
+            await asyncio.sleep(random.uniform(0, backoff_s(failures)))  # noqa: S311  # jitter, not a secret
 
     async def _session(self, link: Link) -> bool:
         """One session from greeting to end; True if it was greeted."""
@@ -147,6 +146,8 @@ class Agent:
                 self._cancel(message.cancel)
             case "receipt":
                 log_receipt(message.receipt)
+            case "closing":
+                self._closing(message.closing)
             case "ended":
                 ended = message.ended
                 told = f"run={ended.run_id} status={ended.status} reason={ended.reason}"
@@ -154,6 +155,15 @@ class Agent:
                 self._forget(ended.run_id)
             case other:
                 raise RemoteProtocolError(f"expected a message of a known kind, found {other}")
+
+    def _closing(self, closing: pb.Closing) -> None:
+        reason = printable(closing.reason)
+        if closing.replaced:
+            # Two that take turns would evict each other for ever; the newer one stays.
+            raise IdentityError(
+                f"another client connected as site {self.site!r}: each site runs one client; stop one of them"
+            )
+        log.warning("session_ending because=%s", reason)
 
     def _cancel(self, cancel: pb.Cancel) -> None:
         doing = self._doing.order if self._doing is not None else None
@@ -224,6 +234,11 @@ class Agent:
         )
         save_identity(self._folder / self._settings.identity, identity)
         return identity
+
+
+def backoff_s(failures: int) -> float:
+    """The longest wait after so many failures in a row, of which there may be any number."""
+    return min(_MAX_BACKOFF_S, _BACKOFF_S * 2.0 ** min(failures, 10))
 
 
 def _for_good(error: FedgeError) -> bool:

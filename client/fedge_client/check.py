@@ -47,7 +47,7 @@ def run_checks(path: Path, task: str | None) -> Iterator[Outcome]:
 async def _greet(settings: ClientSettings, identity: Identity) -> str:
     link = Link.of(settings.server, identity)
     try:
-        call, welcome = await link.open_session()
+        call, welcome = await link.open_session(probe=True)
         call.cancel()
         gate.check_coordinator(settings.policy, welcome.federation, own=identity.federation)
         return f"{settings.server} answers: {welcome.software}, federation {welcome.federation}"

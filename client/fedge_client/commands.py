@@ -17,7 +17,7 @@ from fedge_client.check import run_checks
 from fedge_client.enrolment import MAX_PEM_BYTES, enrol_site
 from fedge_client.settings import load_client
 
-app = typer.Typer(help="Run a site's client.", no_args_is_help=True)
+app = typer.Typer(help="Run a site's client.", no_args_is_help=True, add_completion=False)
 
 ClientToml = Annotated[Path, typer.Argument(metavar="CLIENT.toml", help="Written by `fedge client enrol`.")]
 

@@ -15,13 +15,25 @@ from fedge_client.link import Link
 
 MAX_PEM_BYTES = 64 << 10
 
-_HEADER = """\
-This site's client. `fedge client start` reads this file; `fedge client check` says whether it is right.
+_HINTS = """
 
-[task]    path = "."            the folder of the task code that you installed here
-[policy]  tasks = ["app:task"]  which tasks may run; without it, those in the task folder
-[worker]  memory_mb, hang_s, threads
-[data]    any keys: your task gets them as `site.config`"""
+# The folder of the task code that you installed here; without it, this file's own folder.
+# [task]
+# path = "."
+
+# Which tasks may run here; without it, those in the task folder.
+# [policy]
+# tasks = ["app:task"]
+
+# The process that runs task code is restarted when it outgrows or outlasts these.
+# [worker]
+# memory_mb = 4096
+# hang_s = 900
+
+# Any keys: your task gets them as `site.config`.
+# [data]
+# folder = "/srv/data"
+"""
 
 
 async def enrol_site(server: str, token: str, *, ca_pem: bytes, folder: Path) -> Identity:
@@ -57,7 +69,10 @@ async def enrol_site(server: str, token: str, *, ca_pem: bytes, folder: Path) ->
 
 def _write_client_toml(path: Path, server: str) -> None:
     document = tomlkit.document()
-    for line in _HEADER.splitlines():
-        document.add(tomlkit.comment(line) if line else tomlkit.nl())
+    document.add(
+        tomlkit.comment(
+            "This site's client: `fedge client start` reads this file, `fedge client check` tries it."
+        )
+    )
     document.add("server", tomlkit.item(server))
-    write_private(path, tomlkit.dumps(document))
+    write_private(path, tomlkit.dumps(document) + _HINTS)

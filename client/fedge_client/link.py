@@ -36,7 +36,7 @@ _OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 1_000),
 )
 
-SessionCall = aio.StreamStreamCall[pb.ClientMessage, pb.ServerMessage]
+SessionCall = aio.StreamStreamCall[pb.ClientMessage, pb.ServerMessages]
 
 
 class Link:
@@ -81,24 +81,29 @@ class Link:
             reply = await self._federation.Renew(pb.EnrolRequest(csr=csr_der), timeout=CALL_S)
             return reply.certificate
 
-    async def open_session(self) -> tuple[SessionCall, pb.Welcome]:
-        """A new session, greeted on both sides."""
+    async def open_session(self, *, probe: bool = False) -> tuple[SessionCall, pb.Welcome]:
+        """A new session, greeted on both sides; a probe ends there, and takes over no other session."""
         with self._errors():
             call = self._federation.Session()  # type: ignore[call-arg]  # written to, so no iterator
-            hello = pb.Hello(protocol=PROTOCOL, software=f"fedge {fedge.__version__}")
+            hello = pb.Hello(protocol=PROTOCOL, software=f"fedge {fedge.__version__}", probe=probe)
             await call.write(pb.ClientMessage(hello=hello))
             first = await call.read()
-        if not isinstance(first, pb.ServerMessage) or first.WhichOneof("kind") != "welcome":
+        # The coordinator greets before it sends anything else, so the welcome comes alone.
+        if not isinstance(first, pb.ServerMessages) or len(first.messages) != 1:
             raise RemoteProtocolError("expected a welcome first, found something else")
-        if first.welcome.protocol != PROTOCOL:
-            raise RemoteProtocolError(f"expected protocol {PROTOCOL}, found {first.welcome.protocol}")
-        return call, first.welcome
+        if first.messages[0].WhichOneof("kind") != "welcome":
+            raise RemoteProtocolError("expected a welcome first, found another message")
+        welcome = first.messages[0].welcome
+        if welcome.protocol != PROTOCOL:
+            raise RemoteProtocolError(f"expected protocol {PROTOCOL}, found {welcome.protocol}")
+        return call, welcome
 
     async def read(self, call: SessionCall) -> AsyncIterator[pb.ServerMessage]:
         """The session's messages until the coordinator ends it."""
         with self._errors():
-            while isinstance(message := await call.read(), pb.ServerMessage):
-                yield message
+            while isinstance(batch := await call.read(), pb.ServerMessages):
+                for message in batch.messages:
+                    yield message
 
     async def fetch(self, run_id: str, blob: pb.Blob, out: Array) -> None:
         """Fill `out` with a blob's bytes, which rode inline or are fetched.

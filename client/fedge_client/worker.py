@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import select
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -218,6 +220,14 @@ def _failure(refusal: Refusal, detail: str) -> pb.FromWorker:
     return pb.FromWorker(failed=pb.Failed(refusal=encode_refusal(refusal), detail=printable))
 
 
+def _end_with(agent: socket.socket) -> None:
+    """Wait until the agent is gone, and end at once: the task's code may not look up for hours, or ever."""
+    hung_up = select.poll()
+    hung_up.register(agent, 0)  # not to read: only POLLHUP, which needs no asking
+    hung_up.poll()
+    os._exit(0)
+
+
 def main() -> None:
     """Parse what the agent passes, and serve it."""
     parser = argparse.ArgumentParser(prog="fedge_client.worker", description=__doc__)
@@ -232,6 +242,7 @@ def main() -> None:
     segments = [Segment(descriptor) for descriptor in arguments.segments]
     slots = list(zip(segments[::2], segments[1::2], strict=True))
     agent = socket.socket(fileno=arguments.socket)
+    threading.Thread(target=_end_with, args=(agent,), daemon=True).start()
     worker = Worker(agent, slots, arguments.site, settings, arguments.client_toml.parent.resolve())
     try:
         worker.serve()

@@ -39,7 +39,7 @@ class FederationStub:
         self.Session = channel.stream_stream(
                 '/fedge.v1.Federation/Session',
                 request_serializer=fedge_dot_wire_dot_fedge__pb2.ClientMessage.SerializeToString,
-                response_deserializer=fedge_dot_wire_dot_fedge__pb2.ServerMessage.FromString,
+                response_deserializer=fedge_dot_wire_dot_fedge__pb2.ServerMessages.FromString,
                 _registered_method=True)
         self.Fetch = channel.unary_stream(
                 '/fedge.v1.Federation/Fetch',
@@ -93,7 +93,7 @@ def add_FederationServicer_to_server(servicer, server):
             'Session': grpc.stream_stream_rpc_method_handler(
                     servicer.Session,
                     request_deserializer=fedge_dot_wire_dot_fedge__pb2.ClientMessage.FromString,
-                    response_serializer=fedge_dot_wire_dot_fedge__pb2.ServerMessage.SerializeToString,
+                    response_serializer=fedge_dot_wire_dot_fedge__pb2.ServerMessages.SerializeToString,
             ),
             'Fetch': grpc.unary_stream_rpc_method_handler(
                     servicer.Fetch,
@@ -139,7 +139,7 @@ class Federation:
             target,
             '/fedge.v1.Federation/Session',
             fedge_dot_wire_dot_fedge__pb2.ClientMessage.SerializeToString,
-            fedge_dot_wire_dot_fedge__pb2.ServerMessage.FromString,
+            fedge_dot_wire_dot_fedge__pb2.ServerMessages.FromString,
             options,
             channel_credentials,
             insecure,

@@ -5,24 +5,23 @@ The wire format of fedge. Only these messages and raw little-endian vectors cros
 Field numbers are never reused. Every size is capped by fedge/wire/limits.py before it is believed.
 """
 
+from collections import abc as _abc
+from fedge.wire import fedge_pb2 as _fedge_pb2
+from grpc import aio as _aio
 import abc as _abc_1
+import grpc as _grpc
 import sys
 import typing as _typing
-from collections import abc as _abc
-
-import grpc as _grpc
-from grpc import aio as _aio
-
-from fedge.wire import fedge_pb2 as _fedge_pb2
 
 if sys.version_info >= (3, 11):
     from typing import Self as _Self
 else:
-    from typing import Self as _Self
+    from typing_extensions import Self as _Self
 
 _T = _typing.TypeVar("_T")
 
 class _MaybeAsyncIterator(_abc.AsyncIterator[_T], _abc.Iterator[_T], metaclass=_abc_1.ABCMeta): ...
+
 class _ServicerContext(_grpc.ServicerContext, _aio.ServicerContext):  # type: ignore[misc, type-arg]
     ...
 
@@ -36,7 +35,7 @@ class FederationStub:
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> FederationAsyncStub: ...
-    Session: _grpc.StreamStreamMultiCallable[_fedge_pb2.ClientMessage, _fedge_pb2.ServerMessage]
+    Session: _grpc.StreamStreamMultiCallable[_fedge_pb2.ClientMessage, _fedge_pb2.ServerMessages]
     Fetch: _grpc.UnaryStreamMultiCallable[_fedge_pb2.FetchRequest, _fedge_pb2.Chunk]
     Deliver: _grpc.StreamUnaryMultiCallable[_fedge_pb2.DeliverRequest, _fedge_pb2.Receipt]
     Renew: _grpc.UnaryUnaryMultiCallable[_fedge_pb2.EnrolRequest, _fedge_pb2.EnrolReply]
@@ -46,7 +45,7 @@ class FederationAsyncStub(FederationStub):
     """---- services: one port, mutual TLS; the certificate's role says which of them a peer may call ----"""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
-    Session: _aio.StreamStreamMultiCallable[_fedge_pb2.ClientMessage, _fedge_pb2.ServerMessage]  # type: ignore[assignment]
+    Session: _aio.StreamStreamMultiCallable[_fedge_pb2.ClientMessage, _fedge_pb2.ServerMessages]  # type: ignore[assignment]
     Fetch: _aio.UnaryStreamMultiCallable[_fedge_pb2.FetchRequest, _fedge_pb2.Chunk]  # type: ignore[assignment]
     Deliver: _aio.StreamUnaryMultiCallable[_fedge_pb2.DeliverRequest, _fedge_pb2.Receipt]  # type: ignore[assignment]
     Renew: _aio.UnaryUnaryMultiCallable[_fedge_pb2.EnrolRequest, _fedge_pb2.EnrolReply]  # type: ignore[assignment]
@@ -59,29 +58,30 @@ class FederationServicer(metaclass=_abc_1.ABCMeta):
         self,
         request_iterator: _MaybeAsyncIterator[_fedge_pb2.ClientMessage],
         context: _ServicerContext,
-    ) -> _abc.Iterator[_fedge_pb2.ServerMessage] | _abc.AsyncIterator[_fedge_pb2.ServerMessage]: ...
+    ) -> _typing.Union[_abc.Iterator[_fedge_pb2.ServerMessages], _abc.AsyncIterator[_fedge_pb2.ServerMessages]]: ...
+
     @_abc_1.abstractmethod
     def Fetch(
         self,
         request: _fedge_pb2.FetchRequest,
         context: _ServicerContext,
-    ) -> _abc.Iterator[_fedge_pb2.Chunk] | _abc.AsyncIterator[_fedge_pb2.Chunk]: ...
+    ) -> _typing.Union[_abc.Iterator[_fedge_pb2.Chunk], _abc.AsyncIterator[_fedge_pb2.Chunk]]: ...
+
     @_abc_1.abstractmethod
     def Deliver(
         self,
         request_iterator: _MaybeAsyncIterator[_fedge_pb2.DeliverRequest],
         context: _ServicerContext,
-    ) -> _fedge_pb2.Receipt | _abc.Awaitable[_fedge_pb2.Receipt]: ...
+    ) -> _typing.Union[_fedge_pb2.Receipt, _abc.Awaitable[_fedge_pb2.Receipt]]: ...
+
     @_abc_1.abstractmethod
     def Renew(
         self,
         request: _fedge_pb2.EnrolRequest,
         context: _ServicerContext,
-    ) -> _fedge_pb2.EnrolReply | _abc.Awaitable[_fedge_pb2.EnrolReply]: ...
+    ) -> _typing.Union[_fedge_pb2.EnrolReply, _abc.Awaitable[_fedge_pb2.EnrolReply]]: ...
 
-def add_FederationServicer_to_server(
-    servicer: FederationServicer, server: _grpc.Server | _aio.Server
-) -> None: ...
+def add_FederationServicer_to_server(servicer: FederationServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
 class EnrolmentStub:
     @_typing.overload
@@ -101,11 +101,9 @@ class EnrolmentServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _fedge_pb2.EnrolRequest,
         context: _ServicerContext,
-    ) -> _fedge_pb2.EnrolReply | _abc.Awaitable[_fedge_pb2.EnrolReply]: ...
+    ) -> _typing.Union[_fedge_pb2.EnrolReply, _abc.Awaitable[_fedge_pb2.EnrolReply]]: ...
 
-def add_EnrolmentServicer_to_server(
-    servicer: EnrolmentServicer, server: _grpc.Server | _aio.Server
-) -> None: ...
+def add_EnrolmentServicer_to_server(servicer: EnrolmentServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
 class AdminStub:
     @_typing.overload
@@ -139,48 +137,55 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         self,
         request_iterator: _MaybeAsyncIterator[_fedge_pb2.SubmitRequest],
         context: _ServicerContext,
-    ) -> _fedge_pb2.RunRef | _abc.Awaitable[_fedge_pb2.RunRef]: ...
+    ) -> _typing.Union[_fedge_pb2.RunRef, _abc.Awaitable[_fedge_pb2.RunRef]]: ...
+
     @_abc_1.abstractmethod
     def List(
         self,
         request: _fedge_pb2.ListRequest,
         context: _ServicerContext,
-    ) -> _fedge_pb2.RunList | _abc.Awaitable[_fedge_pb2.RunList]: ...
+    ) -> _typing.Union[_fedge_pb2.RunList, _abc.Awaitable[_fedge_pb2.RunList]]: ...
+
     @_abc_1.abstractmethod
     def Show(
         self,
         request: _fedge_pb2.RunRef,
         context: _ServicerContext,
-    ) -> _fedge_pb2.RunDetail | _abc.Awaitable[_fedge_pb2.RunDetail]: ...
+    ) -> _typing.Union[_fedge_pb2.RunDetail, _abc.Awaitable[_fedge_pb2.RunDetail]]: ...
+
     @_abc_1.abstractmethod
     def Watch(
         self,
         request: _fedge_pb2.RunRef,
         context: _ServicerContext,
-    ) -> _abc.Iterator[_fedge_pb2.WatchEvent] | _abc.AsyncIterator[_fedge_pb2.WatchEvent]: ...
+    ) -> _typing.Union[_abc.Iterator[_fedge_pb2.WatchEvent], _abc.AsyncIterator[_fedge_pb2.WatchEvent]]: ...
+
     @_abc_1.abstractmethod
     def Stop(
         self,
         request: _fedge_pb2.RunRef,
         context: _ServicerContext,
-    ) -> _fedge_pb2.Done | _abc.Awaitable[_fedge_pb2.Done]: ...
+    ) -> _typing.Union[_fedge_pb2.Done, _abc.Awaitable[_fedge_pb2.Done]]: ...
+
     @_abc_1.abstractmethod
     def Export(
         self,
         request: _fedge_pb2.RunRef,
         context: _ServicerContext,
-    ) -> _abc.Iterator[_fedge_pb2.ExportReply] | _abc.AsyncIterator[_fedge_pb2.ExportReply]: ...
+    ) -> _typing.Union[_abc.Iterator[_fedge_pb2.ExportReply], _abc.AsyncIterator[_fedge_pb2.ExportReply]]: ...
+
     @_abc_1.abstractmethod
     def Sites(
         self,
         request: _fedge_pb2.SitesRequest,
         context: _ServicerContext,
-    ) -> _fedge_pb2.SiteList | _abc.Awaitable[_fedge_pb2.SiteList]: ...
+    ) -> _typing.Union[_fedge_pb2.SiteList, _abc.Awaitable[_fedge_pb2.SiteList]]: ...
+
     @_abc_1.abstractmethod
     def Revoke(
         self,
         request: _fedge_pb2.SiteRef,
         context: _ServicerContext,
-    ) -> _fedge_pb2.Done | _abc.Awaitable[_fedge_pb2.Done]: ...
+    ) -> _typing.Union[_fedge_pb2.Done, _abc.Awaitable[_fedge_pb2.Done]]: ...
 
-def add_AdminServicer_to_server(servicer: AdminServicer, server: _grpc.Server | _aio.Server) -> None: ...
+def add_AdminServicer_to_server(servicer: AdminServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 
+import grpc
 import numpy as np
 
 from fedge.config import parse_toml
@@ -93,8 +94,11 @@ class AdminService(services.AdminServicer):
             rows = [_row(row) for row in driver.history.since(revision)]
             yield pb.WatchEvent(summary=_summary(driver), history=rows)
             revision = newest
-            if driver.machine.status != "running" and driver.history.revision == revision:
-                return
+            if driver.machine.status != "running":
+                if driver.history.revision == revision:
+                    return
+            elif driver.over:
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "the coordinator is shutting down")
             await driver.history.changed_after(revision)
 
     @answering
@@ -172,10 +176,19 @@ def _summary(driver: RunDriver) -> pb.RunSummary:
         status="waiting" if status == "running" and machine.waiting_for else status,
         round=machine.committed,
         rounds=driver.config.rounds,
-        reason=machine.waiting_for,
+        reason=_reason(driver),
         strategy=driver.strategy_repr,
         submitted_at=driver.submitted_at,
     )
+
+
+def _reason(driver: RunDriver) -> str:
+    """Why a run waits or ended, and if sites refused it, how many and the first one's words."""
+    reason, refusals = driver.machine.waiting_for, driver.history.refusals
+    if not reason or not refusals:
+        return reason
+    site, refusal = min(refusals.items())
+    return shorten(f"{reason}; {len(refusals)} refused, {site}: {refusal}")
 
 
 def _row(row: Row) -> pb.HistoryRow:

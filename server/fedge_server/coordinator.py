@@ -41,8 +41,8 @@ class Coordinator:
         """
         old = self.sessions.get(session.site)
         if old is not None:
+            old.close("another client connected as this site", replaced=True)
             self.disconnect(old)
-            old.close("the site connected again")
         elif len(self.sessions) >= self.settings.max_sessions:
             raise RunError(f"this coordinator has its {self.settings.max_sessions} sessions; try later")
         self.sessions[session.site] = session

@@ -99,6 +99,11 @@ class RunDriver:
     def strategy_repr(self) -> str:
         return repr(self.strategy)
 
+    @property
+    def over(self) -> bool:
+        """Whether nothing will happen any more: the run has ended, or its coordinator shuts down."""
+        return self._over
+
     def post(self, event: RunEvent, delivery: Delivery | None = None) -> None:
         """Hand the run an event; it is handled after those before it."""
         if self._over:
@@ -255,6 +260,13 @@ class RunDriver:
             return
         await self._publish(order.round + 1)
         traffic = self._traffic.end(order)
+        log.info(
+            "round_committed run=%s round=%d clients=%d seconds=%.3f",
+            self.run_id,
+            order.round,
+            len(aggregate.clients),
+            traffic.seconds,
+        )
         self.history.add(
             Row(
                 round=order.round,

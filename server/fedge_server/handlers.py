@@ -19,7 +19,7 @@ def add_services(
         "Session": grpc.stream_stream_rpc_method_handler(
             federation.Session,
             request_deserializer=pb.ClientMessage.FromString,
-            response_serializer=pb.ServerMessage.SerializeToString,
+            response_serializer=pb.ServerMessages.SerializeToString,
         ),
         "Fetch": grpc.unary_stream_rpc_method_handler(
             federation.Fetch, request_deserializer=pb.FetchRequest.FromString, response_serializer=None

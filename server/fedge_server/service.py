@@ -53,12 +53,15 @@ class FederationService:
 
     async def Session(
         self, request_iterator: AsyncIterator[pb.ClientMessage], context: Context
-    ) -> AsyncIterator[pb.ServerMessage]:
+    ) -> AsyncIterator[pb.ServerMessages]:
         """The site's stream: orders go out the moment they exist, small updates come in."""
         try:
             principal = caller(context, self._authority, role="site")
             requests = messages(request_iterator)
-            await self._greet(requests)
+            hello = await self._greet(requests)
+            if hello.probe:
+                yield self._welcome()
+                return
             session = sessions.Session(principal)
             self._coordinator.connect(session)
         except FedgeError as error:
@@ -70,12 +73,9 @@ class FederationService:
             "the site's certificate has expired",
         )
         try:
-            welcome = pb.Welcome(
-                protocol=PROTOCOL, software=self._software, federation=self._authority.federation
-            )
-            yield pb.ServerMessage(welcome=welcome)
-            async for message in session.outgoing():
-                yield message
+            yield self._welcome()
+            async for batch in session.outgoing():
+                yield pb.ServerMessages(messages=batch)
         finally:
             expiry.cancel()
             session.close("the site ended its stream")
@@ -86,7 +86,12 @@ class FederationService:
         if session.error is not None:
             await refuse(context, session.error)
 
-    async def _greet(self, requests: AsyncIterator[pb.ClientMessage]) -> None:
+    def _welcome(self) -> pb.ServerMessages:
+        federation = self._authority.federation
+        welcome = pb.Welcome(protocol=PROTOCOL, software=self._software, federation=federation)
+        return pb.ServerMessages(messages=[pb.ServerMessage(welcome=welcome)])
+
+    async def _greet(self, requests: AsyncIterator[pb.ClientMessage]) -> pb.Hello:
         try:
             first = await asyncio.wait_for(anext(requests), FIRST_MESSAGE_S)
         except (TimeoutError, StopAsyncIteration):
@@ -96,6 +101,7 @@ class FederationService:
                 f"expected a hello of protocol {PROTOCOL}, found {first.WhichOneof('kind')} "
                 f"of protocol {first.hello.protocol}: site and coordinator need matching versions of fedge"
             )
+        return first.hello
 
     async def _read(self, session: sessions.Session, requests: AsyncIterator[pb.ClientMessage]) -> None:
         """Handle what the site sends until it stops; a message that breaks the protocol ends the session."""
@@ -133,7 +139,7 @@ class FederationService:
                 self._coordinator.fail(session, failed.run_id, order, refusal)
             case "update":
                 receipt = await self._inline_update(session, message.update)
-                session.send(pb.ServerMessage(receipt=receipt))
+                session.send(pb.ServerMessage(receipt=receipt), lazily=not receipt.HasField("refusal"))
             case other:
                 raise RemoteProtocolError(f"expected a message of a known kind, found {other}")
 

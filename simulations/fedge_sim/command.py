@@ -30,7 +30,7 @@ Callback = Callable[[Row], None]
 
 def simulate(
     path: Annotated[Path, typer.Argument(metavar="RUN.toml")],
-    clients: Annotated[int | None, typer.Option(help="Clients, instead of [simulation] clients.")] = None,
+    clients: Annotated[int | None, typer.Option(help="Clients, instead of simulation.clients.")] = None,
     rounds: Annotated[int | None, typer.Option(help="Rounds, instead of the file's.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed, instead of the file's.")] = None,
     out: Annotated[
@@ -86,11 +86,14 @@ def _progress(console: Console, name: str, rounds: int, *, quiet: bool) -> Itera
     )
     with Progress(*columns, console=console, disable=not live) as progress:
         bar = progress.add_task(name, total=rounds, note="")
+        shown: set[int] = set()
 
         def show(row: Row) -> None:
             progress.update(bar, completed=row.round, note=_line(row))
             if not live and not quiet:
-                console.print(f"round {row.round}/{rounds}  {_line(row)}", highlight=False)
+                again = "evaluated  " if row.round in shown else ""
+                console.print(f"round {row.round}/{rounds}  {again}{_line(row)}", highlight=False)
+                shown.add(row.round)
 
         yield show
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedge.federation import Status
-from fedge.history import Row
+from fedge.history import Row, plain_metrics
 from fedge.run import Privacy, RunConfig
 from fedge.vector import Model, digest_of
 
@@ -45,7 +45,7 @@ class Result:
             "seed": self.run.seed,
             "strategy": self.strategy,
             "privacy_unit": self.run.privacy.unit,
-            "metrics": dict(self.metrics),
+            "metrics": plain_metrics(self.metrics),
             "parameters": self.model.layout.size,
             "model_sha256": digest_of(self.model.vector).hex(),
             "seconds": sum(row.seconds for row in self.history),

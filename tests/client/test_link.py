@@ -42,11 +42,11 @@ class Coordinator(services.FederationServicer):
         if self.hangs:
             await asyncio.sleep(60)
 
-    async def Session(self, request_iterator: Any, context: Any) -> AsyncIterator[pb.ServerMessage]:
+    async def Session(self, request_iterator: Any, context: Any) -> AsyncIterator[pb.ServerMessages]:
         self.delivered.append(await anext(request_iterator))
         await self._behave(context)
         for message in self.greeting:
-            yield message
+            yield pb.ServerMessages(messages=[message])
 
     async def Fetch(self, request: pb.FetchRequest, context: Any) -> AsyncIterator[pb.Chunk]:
         self.delivered.append(request)

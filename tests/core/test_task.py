@@ -46,13 +46,15 @@ def test_the_folder_comes_before_the_usual_import_path(tmp_path: Path, monkeypat
 def test_without_a_folder_or_not_in_it_it_is_the_usual_import_path(tmp_path: Path, monkeypatch):
     monkeypatch.syspath_prepend(str(project(tmp_path / "installed")))
     (tmp_path / "empty").mkdir()
-    assert load_task("trial_app:task").model == "installed"
     assert load_task("trial_app:task", path=tmp_path / "empty").model == "installed"
+    assert load_task("trial_app:task").model == "installed"
 
 
 def test_a_second_project_with_a_module_of_the_same_name_is_not_silently_the_first(tmp_path: Path):
     load_task("trial_app:task", path=project(tmp_path / "one"))
-    with pytest.raises(TaskError, match="one/trial_app.py under that name; rename one, or use a process for"):
+    with pytest.raises(
+        TaskError, match=r"one/trial_app\.py under that name; rename one, or use a process for"
+    ):
         load_task("trial_app:task", path=project(tmp_path / "two"))
     assert load_task("trial_app:task", path=tmp_path / "one").model == "one"
 
@@ -76,7 +78,7 @@ def test_what_is_no_task_is_said_in_words(tmp_path: Path, name: str, says: str):
 
 
 def test_a_folder_that_is_not_there_is_said_so(tmp_path: Path):
-    with pytest.raises(TaskError, match="expected the folder of the task's code at .*none, found none"):
+    with pytest.raises(TaskError, match=r"expected the folder of the task's code at .*none, found none"):
         load_task("trial_app:task", path=tmp_path / "none")
 
 

@@ -89,11 +89,12 @@ def test_what_is_not_host_and_port_is_refused(address):
         check_address(address)
 
 
-@given(st.text(max_size=12))
+@given(st.one_of(st.text(max_size=12), st.text("a.[]:09\u0661", max_size=9)))
 def test_any_text_is_an_address_or_a_value_error(text):
     try:
         host, port = split_address(text)
     except ValueError:
         return
     assert host
+    assert host.isascii()
     assert 0 <= port <= 65535

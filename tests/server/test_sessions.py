@@ -27,7 +27,7 @@ def numbers(messages: list[pb.ServerMessage]) -> list[int]:
 
 async def read_all(link: Session, into: list[pb.ServerMessage]) -> None:
     async for each in link.outgoing():
-        into.append(each)  # what is read by now is looked at meanwhile
+        into.extend(each)  # what is read by now is looked at meanwhile
 
 
 def run(scenario: Coroutine[None, None, None]) -> None:

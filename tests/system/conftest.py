@@ -11,7 +11,7 @@ import pytest
 # pytest imports test modules by path (importlib mode); what they share lies in this folder.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from harness import Federation, coordinator  # noqa: E402  # needs the line above
+from harness import Federation, coordinator  # needs the line above
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +224,12 @@ class Federation:
         assert client.process.poll() is None, client.output
         return client
 
+    def restarted(self) -> Federation:
+        """The same federation with a new coordinator process, once that is ready."""
+        server = Running.start("server", "start", self.home / "server.toml", log=self.server.log)
+        server.says("coordinator ready", times=self.server.output.count("coordinator ready") + 1)
+        return replace(self, server=server)
+
     def connected(self) -> set[str]:
         return {site.name for site in self.admin.Sites(pb.SitesRequest()).sites if site.connected}
 
@@ -334,7 +340,7 @@ def initial_model(text: str) -> Model:
 def simulated(text: str, *, clients: int = 2) -> str:
     """The digest of the model that the same run makes in a simulation."""
     config = parse_toml(text, RunConfig, source="run.toml")
-    result = simulate(config, task=_TASKS[config.task], clients=clients)
+    result = simulate(config, task=_TASKS.get(config.task, tiny.task), clients=clients)
     assert result.status == "done", result.reason
     return digest_of(result.model.vector).hex()
 

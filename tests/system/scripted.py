@@ -86,8 +86,9 @@ class Stream:
 
     def _read(self) -> None:
         try:
-            for message in self._call:
-                self._incoming.put(message)
+            for batch in self._call:
+                for message in batch.messages:
+                    self._incoming.put(message)
             self.status = grpc.StatusCode.OK
         except grpc.RpcError as error:
             self.status, self.details = error.code(), error.details()  # type: ignore[attr-defined]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import shutil
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -10,16 +9,14 @@ from pathlib import Path
 
 import grpc
 import pytest
-import tomlkit
 from cryptography.hazmat.primitives.asymmetric import ec
-from harness import Federation, coordinator, fedge, set_tables, until
+from harness import Federation, coordinator, fedge, set_tables
 from scripted import Stream, channel, status_of
 
 from fedge.files import write_private
 from fedge.principal import key_to_pem
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire import fedge_pb2_grpc as services
-from fedge_client.enrolment import enrol_site
 from fedge_client.identity import Identity, make_csr, open_token
 from fedge_server.callers import now
 from fedge_server.certificates import issue_client, to_pem

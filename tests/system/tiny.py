@@ -1,7 +1,7 @@
 """The smallest task there is: a linear model and synthetic data, so that a round takes milliseconds.
 
-Its loss looks into the site's control folder (`[data] control`): a file named there makes it misbehave at
-an exactly known moment. In a simulation there is no such folder.
+Its loss looks into the site's control folder (`[data] control`), where a test says how it is to misbehave:
+so the moment is exactly known. In a simulation there is no such folder.
 """
 
 from __future__ import annotations
@@ -29,8 +29,6 @@ def data(site: Site) -> tuple[TensorDataset, TensorDataset]:
     """Rows that follow from the site's name alone: the same on a device and in a simulation."""
     global _control
     _control = Path(str(site.config["control"])) if "control" in site.config else None
-    if _said("print-secret"):
-        print("a secret row: 4711")
     seed = sum(site.name.encode())
     rows = 12 + seed % 7
     inputs = torch.randn(rows, 3, generator=torch.Generator().manual_seed(seed))
@@ -42,44 +40,49 @@ def data(site: Site) -> tuple[TensorDataset, TensorDataset]:
 
 
 def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    if _control is not None and output.requires_grad:
-        _misbehave(_control)
     value = mse_loss(output, target)
-    return value * float("nan") if _said("nan") else value
+    return value * _misbehave(_control) if _control is not None and output.requires_grad else value
 
 
 def bias(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return (output - target).mean()
 
 
-def _misbehave(control: Path) -> None:
-    """Each file is used up, so that what it asks for happens once; `block` and `hang` last as it does."""
-    if _said("block") or _said("hang"):
+def _misbehave(control: Path) -> float:
+    """Wait while there is a file `block`; then do what the next line of the file `script` says, if any.
+
+    What the loss is to be multiplied with.
+    """
+    if (control / "block").exists():
         (control / "reached").touch()
-        while _said("block") or _said("hang"):
+        while (control / "block").exists():
             time.sleep(0.01)
-    if _used_up("exit"):
-        os._exit(7)
-    if _used_up("segv"):
-        os.kill(os.getpid(), signal.SIGSEGV)
-    if _used_up("raise"):
-        raise ValueError("row 17 is 'Jane Doe'")
-    if _used_up("eat"):
-        eaten = []
-        while True:
-            eaten.append(b"x" * (64 << 20))
+    script = control / "script"
+    if not script.exists():
+        return 1.0
+    deed, _, rest = script.read_text().partition("\n")
+    script.write_text(rest)
+    if deed in _DEEDS:
+        _DEEDS[deed]()
+    return float("nan") if deed == "nan" else 1.0
 
 
-def _said(name: str) -> bool:
-    return _control is not None and (_control / name).exists()
+def _raise() -> None:
+    raise ValueError("row 17 is 'Jane Doe'")
 
 
-def _used_up(name: str) -> bool:
-    if not _said(name):
-        return False
-    assert _control is not None
-    (_control / name).unlink()
-    return True
+def _eat() -> None:
+    eaten = [b"x" * (64 << 20) for _ in range(40)]
+    time.sleep(600)
+    del eaten
 
+
+_DEEDS = {
+    "exit": lambda: os._exit(7),
+    "crash": lambda: os.kill(os.getpid(), signal.SIGSEGV),
+    "raise": _raise,
+    "eat": _eat,
+    "hang": lambda: time.sleep(600),
+}
 
 task: Task = Task(model=model, data=data, loss=loss, metrics={"bias": bias})

@@ -29,7 +29,7 @@ from fedge_server.commands.link import CALL_S, AdminToml, admin_link
 from fedge_server.commands.show import history_table, row_as_dict, summary_as_dict
 from fedge_server.commands.watch import watch_run
 
-app = typer.Typer(help="Submit and follow runs.", no_args_is_help=True)
+app = typer.Typer(help="Submit and follow runs.", no_args_is_help=True, add_completion=False)
 
 PROTECTION = "mutual TLS; no differential privacy, no secure aggregation: the coordinator sees each update"
 """In words, what protects the updates of every run in this version."""

@@ -19,7 +19,7 @@ from fedge_server.callers import now
 from fedge_server.identity import DAY_S, Authority
 from fedge_server.settings import AdminSettings, ServerSettings, load_server
 
-app = typer.Typer(help="Run a coordinator.", no_args_is_help=True)
+app = typer.Typer(help="Run a coordinator.", no_args_is_help=True, add_completion=False)
 
 _EVERYWHERE = ("0.0.0.0", "::", "[::]")  # noqa: S104  # compared with, not bound to
 ServerToml = Annotated[Path, typer.Argument(metavar="SERVER.toml", help="Written by `fedge server init`.")]
@@ -44,6 +44,10 @@ def init(
         bound, port = split_address(listen)
     except ValueError as error:
         raise ConfigError(f"--listen: {error}") from None
+    if (folder / "server.toml").exists():
+        raise ConfigError(
+            f"expected a new folder, found {folder / 'server.toml'} there: choose another folder"
+        )
     hosts = [bound, *(host or [])]
     authority, admin = Authority.create(folder, hosts=hosts, now=now())
     reachable = next((name for name in [*(host or []), bound] if name not in _EVERYWHERE), "localhost")
@@ -63,6 +67,12 @@ def init(
         credential.model_dump(),
     )
     console = Console()
+    if bound in _EVERYWHERE and not host:
+        console.print(
+            "[yellow]note:[/] its certificate names only this machine's loopback, so no other machine can "
+            "connect: repeat this in a new folder with --host NAME, the name under which sites reach it",
+            highlight=False,
+        )
     console.print(f"federation {authority.federation} is set up in {folder}", highlight=False)
     console.print(f"  start it      fedge server start {folder / 'server.toml'}", highlight=False)
     console.print(f"  let a site in fedge server token {folder / 'server.toml'} --site NAME", highlight=False)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from rich.markup import escape  # sites choose the names of metrics
 from rich.table import Table
 
+from fedge.history import plain_metrics
 from fedge.wire import fedge_pb2 as pb
 
 
@@ -38,15 +39,18 @@ def row_as_dict(row: pb.HistoryRow) -> dict[str, Any]:
         "bytes_up": row.bytes_up,
         "refused": row.refused,
         "staleness": row.staleness,
-        "metrics": {metric.name: metric.value for metric in row.metrics},
+        "metrics": plain_metrics({metric.name: metric.value for metric in row.metrics}),
     }
 
 
-def history_table(rows: Iterable[pb.HistoryRow]) -> Table:
-    """Rounds, one a line; the metrics' names are the columns."""
-    rows = list(rows)
+def history_table(rows: Sequence[pb.HistoryRow], *, last: int = 20) -> Table:
+    """The last rounds, one a line; the metrics' names are the columns."""
+    title = f"the last {last} of {len(rows)} rounds" if len(rows) > last else None
+    rows = rows[-last:]
     names = list(dict.fromkeys(metric.name for row in rows for metric in row.metrics))
-    table = Table("round", "clients", "examples", *map(escape, names), "up", "down", "seconds")
+    table = Table(title=title, box=None, pad_edge=False)
+    for name in ("round", "clients", "examples", *map(escape, names), "up", "down", "seconds"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         metrics = {metric.name: f"{metric.value:.4f}" for metric in row.metrics}
         table.add_row(

@@ -13,7 +13,7 @@ from rich.table import Table
 from fedge.wire import fedge_pb2 as pb
 from fedge_server.commands.link import CALL_S, AdminToml, admin_link
 
-app = typer.Typer(help="See and revoke sites.", no_args_is_help=True)
+app = typer.Typer(help="See and revoke sites.", no_args_is_help=True, add_completion=False)
 
 
 @app.command("list")

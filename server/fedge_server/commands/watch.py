@@ -38,14 +38,17 @@ def watch_run(link: services.AdminStub, run_id: str, *, as_json: bool = False) -
     )
     with Progress(*columns, console=console, disable=not live) as progress:
         bar = progress.add_task(run_id, total=None, note="")
+        shown = 0
         for event in link.Watch(pb.RunRef(run_id=run_id)):
             summary = event.summary
             for row in event.history:
                 if as_json:
                     typer.echo(json.dumps(row_as_dict(row)))
                 elif not live:
-                    line = f"round {row.round}/{summary.rounds}  {_line(row)}"
+                    again = "evaluated  " if row.round <= shown else ""
+                    line = f"round {row.round}/{summary.rounds}  {again}{_line(row)}"
                     console.print(line, highlight=False, markup=False)
+                    shown = max(shown, row.round)
             note = summary.reason or (_line(event.history[-1]) if event.history else "")
             progress.update(bar, total=summary.rounds, completed=summary.round, note=note)
             if not live and not as_json and summary.status == "waiting":

@@ -1,0 +1,116 @@
+"""kill -9 at a known moment of a round: of a worker, of an agent, of the coordinator."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+
+import psutil
+import pytest
+from harness import Federation, Running, coordinator, run_toml, simulated, until
+
+HONEST = ["client-0", "client-1"]
+ALL = [*HONEST, "victim"]
+QUIET = "[evaluation]\nevery = 0\n"
+MIRRORED = '[strategy]\nname = "mirrored_sgd"\noptimizer = "momentum"\n'
+
+
+@pytest.fixture(scope="module")
+def enrolled(federation: Federation) -> Iterator[Federation]:
+    """The federation with a third site, which each test starts and kills as it likes."""
+    federation.enrol("victim")
+    yield federation
+    federation.clients["victim"].end()
+
+
+def start(federation: Federation) -> Running:
+    """The victim's agent, if it does not run already."""
+    running = federation.clients.get("victim")
+    if running is not None and running.process.poll() is None:
+        return running
+    return federation.start("victim")
+
+
+def kill(process: psutil.Process | Running) -> None:
+    os.kill(process.pid, signal.SIGKILL)
+
+
+def begin(federation: Federation, text: str) -> str:
+    """Submit a run; its id, once all three sites are in the middle of its first round."""
+    run_id = federation.submit(text)
+    until(lambda: federation.ready(run_id) == set(ALL), "all have joined")
+    federation.at_work("victim")
+    return run_id
+
+
+def rows(federation: Federation, run_id: str) -> list[list[str]]:
+    return [list(row.clients) for row in federation.show(run_id).history]
+
+
+def test_a_killed_worker_costs_one_round_and_is_replaced(enrolled: Federation) -> None:
+    agent = start(enrolled)
+    text = run_toml("killed-worker", rounds=3, size=3, more=QUIET)
+    with enrolled.blocked("client-0"), enrolled.blocked("victim"):
+        run_id = begin(enrolled, text)
+        (worker,) = agent.workers()
+        kill(worker)
+        enrolled.server.says(f"order_failed run={run_id} site=victim")
+    assert enrolled.finish(run_id).status == "done"
+    assert rows(enrolled, run_id) == [HONEST, ALL, ALL]
+    assert "worker_crashed: the worker was ended by SIGKILL" in enrolled.server.output
+    (replacement,) = agent.workers()
+    assert replacement.pid != worker.pid
+
+
+def test_the_run_goes_on_without_a_killed_agent_and_no_worker_is_left(enrolled: Federation) -> None:
+    agent = start(enrolled)
+    text = run_toml("killed-agent", rounds=3, size=3, more=QUIET)
+    with enrolled.blocked("victim"):
+        run_id = begin(enrolled, text)
+        (worker,) = agent.workers()
+        kill(agent)
+        # The worker is in the middle of the task's code, and stays so: it must end all the same.
+        until(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE, "the worker has ended")
+    assert enrolled.finish(run_id).status == "done"
+    assert rows(enrolled, run_id) == [HONEST] * 3
+    assert enrolled.digest(run_id) == simulated(text)
+    states = {client.name: client.state for client in enrolled.show(run_id).clients}
+    assert states.get("victim") in (None, "gone")
+
+
+def test_an_agent_that_is_killed_and_started_again_takes_part_in_the_same_round(
+    enrolled: Federation,
+) -> None:
+    """Mirrored: its mirror is gone with it, so it is sent the model, and moves by gradients from there."""
+    agent = start(enrolled)
+    text = run_toml("rejoins", rounds=4, quorum=3, size=3, more=QUIET + MIRRORED)
+    with enrolled.blocked("victim"):
+        run_id = begin(enrolled, text)
+        kill(agent)
+        until(lambda: enrolled.ready(run_id) == set(HONEST), "the coordinator has noticed")
+    start(enrolled)
+    assert enrolled.finish(run_id).status == "done"
+    assert rows(enrolled, run_id) == [ALL] * 4
+
+
+def test_an_agent_outlives_a_killed_coordinator_and_serves_the_next_one(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """What it had of the runs that are gone is forgotten: it has room for one at a time."""
+    with coordinator(tmp_path_factory.mktemp("restarted")) as federation:
+        federation.enrol("only", policy={"max_runs": 1})
+        agent = federation.start("only")
+        lost = federation.submit(run_toml("lost", quorum=2, size=2))
+        until(lambda: "only" in federation.ready(lost), "the site has joined")
+        kill(federation.server)
+        federation.server.ends()
+        again = federation.restarted()
+        try:
+            until(lambda: "only" in again.connected(), "the agent is back")
+            detail = again.run(run_toml("kept", rounds=1, quorum=1, size=1))
+            assert rows(again, detail.summary.run_id) == [["only"]]
+            assert agent.process.poll() is None
+            assert "Traceback" not in agent.output
+        finally:
+            again.server.end()

@@ -175,8 +175,9 @@ class FederationService:
                 raise RemoteProtocolError(f"expected an offset up to {len(view)}, found {request.offset}")
         except FedgeError as error:
             await refuse(context, error)
-        for frame in frames(view, offset=request.offset):
-            driver.count(down=min(len(frame), CHUNK_BYTES))
+        starts = range(request.offset, len(view), CHUNK_BYTES)
+        for start, frame in zip(starts, frames(view, offset=request.offset), strict=True):
+            driver.count(down=min(CHUNK_BYTES, len(view) - start))
             yield frame
 
     async def Deliver(self, request_iterator: AsyncIterator[bytes], context: Context) -> pb.Receipt:

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 
 from fedge.principal import Principal
 from fedge.wire import fedge_pb2 as pb
-from fedge_server.sessions import MAX_QUEUED_MESSAGES, Session
+from fedge_server.sessions import BATCH_BYTES, MAX_QUEUED_MESSAGES, Session
 
 DAY = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -22,7 +22,11 @@ def message(number: int) -> pb.ServerMessage:
 
 
 def numbers(messages: list[pb.ServerMessage]) -> list[int]:
-    return [int(each.ended.run_id) for each in messages]
+    return [int(each.ended.run_id) for each in messages if each.WhichOneof("kind") == "ended"]
+
+
+def reasons(messages: list[pb.ServerMessage]) -> list[str]:
+    return [each.closing.reason for each in messages if each.WhichOneof("kind") == "closing"]
 
 
 async def read_all(link: Session, into: list[pb.ServerMessage]) -> None:
@@ -70,6 +74,7 @@ def test_what_was_queued_when_the_session_closes_is_still_sent_and_nothing_after
         await read_all(link, read)
         assert numbers(read) == [0]
         assert (link.closed, link.ended_because) == (True, "first")
+        assert reasons(read) == ["first"]
 
     run(scenario())
 
@@ -81,7 +86,7 @@ def test_closing_ends_a_reader_that_waits():
         await settle()
         link.close("enough")
         await reader
-        assert read == []
+        assert reasons(read) == ["enough"]
 
     run(scenario())
 
@@ -133,5 +138,45 @@ def test_two_sessions_of_one_site_are_told_apart():
         one, two = session(), session()
         assert one.site == two.site == "north"
         assert one.number < two.number
+
+    run(scenario())
+
+
+def test_a_lazy_message_rides_with_the_next_one_or_follows_by_itself():
+    async def scenario() -> None:
+        link = session()
+        batches: list[list[int]] = []
+
+        async def read() -> None:
+            async for batch in link.outgoing():
+                batches.append(numbers(batch))
+
+        reader = asyncio.create_task(read())
+        await settle()
+        link.send(message(0), lazily=True)
+        await settle()
+        assert batches == []
+        link.send(message(1))
+        await settle()
+        assert batches == [[0, 1]]
+        link.send(message(2), lazily=True)
+        while len(batches) < 2:
+            await asyncio.sleep(0.001)
+        assert batches == [[0, 1], [2]]
+        link.close("done")
+        await reader
+
+    run(scenario())
+
+
+def test_messages_that_are_large_together_are_sent_apart():
+    async def scenario() -> None:
+        link = session()
+        offer = pb.ServerMessage(offer=pb.Offer(run_id="x" * (BATCH_BYTES - 100)))
+        for _ in range(3):
+            link.send(offer)
+        link.close("done")
+        sizes = [len(batch) async for batch in link.outgoing()]
+        assert sizes == [1, 1, 2]  # the last with the close behind it
 
     run(scenario())

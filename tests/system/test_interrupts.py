@@ -101,8 +101,7 @@ def test_a_coordinator_stops_with_a_run_under_way_and_its_followers_are_told(
     federation = stoppable.restarted() if stoppable.server.process.poll() is not None else stoppable
     agent = federation.start("site")
     try:
-        run_id = federation.submit(run_toml("unfinished"))
-        until(lambda: "site" in federation.ready(run_id), "the site has joined")
+        run_id = federation.submit(run_toml("unfinished", task="nowhere:task"))
         watch = Running.start("run", "watch", run_id, "--admin", federation.admin_toml, log=tmp_path / "watch")
         watch.says("waiting for clients")
         assert federation.server.signal(number) == 0

@@ -49,21 +49,22 @@ def bias(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def _misbehave(control: Path) -> float:
-    """Wait while there is a file `block`; then do what the next line of the file `script` says, if any.
+    """Do what the next line of the file `script` says, if any; then wait while there is a file `block`.
 
     What the loss is to be multiplied with.
     """
-    if (control / "block").exists():
-        (control / "reached").touch()
-        while (control / "block").exists():
-            time.sleep(0.01)
-    script = control / "script"
-    if not script.exists():
-        return 1.0
-    deed, _, rest = script.read_text().partition("\n")
-    script.write_text(rest)
-    if deed in _DEEDS:
+    deed, script, block = "", control / "script", control / "block"
+    if script.exists():
+        deed, _, rest = script.read_text().partition("\n")
+        script.write_text(rest)
+    if deed == "block":
+        block.touch()
+    elif deed in _DEEDS:
         _DEEDS[deed]()
+    if block.exists():
+        (control / "reached").touch()
+        while block.exists():
+            time.sleep(0.01)
     return float("nan") if deed == "nan" else 1.0
 
 

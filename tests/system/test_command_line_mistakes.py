@@ -59,7 +59,11 @@ RUNS = {
     ),
     "secure aggregation": (HEAD + "[secure_aggregation]\nenabled = true\n", "not in this version", 2),
     "a task that is not there": (HEAD.replace("tiny:task", "nowhere:task"), "cannot import task", 3),
-    "a task that is none": (HEAD.replace("tiny:task", "tiny:loss"), "expected 'tiny:loss' to be a fedge.Task", 3),
+    "a task that is none": (
+        HEAD.replace("tiny:task", "tiny:loss"),
+        "expected 'tiny:loss' to be a fedge.Task",
+        3,
+    ),
 }
 
 
@@ -81,7 +85,9 @@ def test_every_mistake_in_a_file_is_named_at_once(bare: Federation, tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_that_cannot_be_is_refused_before_it_begins(bare: Federation, tmp_path: Path, name: str) -> None:
+def test_a_run_that_cannot_be_is_refused_before_it_begins(
+    bare: Federation, tmp_path: Path, name: str
+) -> None:
     text, said, code = RUNS[name]
     tasks_into(tmp_path)
     (tmp_path / "run.toml").write_text(text)

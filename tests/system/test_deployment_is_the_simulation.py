@@ -38,7 +38,11 @@ def test_several_runs_at_once_do_not_touch_each_other(federation: Federation) ->
     texts = [
         run_toml("at-once", rounds=10, task=task, more=more).replace("seed = 7", f"seed = {seed}")
         for seed, (task, more) in enumerate(
-            [("tiny:task", STRATEGIES["fedavg"]), ("wide:task", ""), ("tiny:task", STRATEGIES["mirrored_sgd"])]
+            [
+                ("tiny:task", STRATEGIES["fedavg"]),
+                ("wide:task", ""),
+                ("tiny:task", STRATEGIES["mirrored_sgd"]),
+            ]
         )
     ]
     with federation.blocked("client-0"):
@@ -57,11 +61,13 @@ def test_parameter_server_sgd_applies_gradients_as_they_arrive_unless_too_stale(
 ) -> None:
     more = '[strategy]\nname = "sgd"\nmax_staleness = 1\n[evaluation]\nevery = 5\n'
     text = run_toml("on-arrival", rounds=12, task=task, more=more)
-    slow, fast = federation.control("client-0"), federation.control("client-1")
+    fast = federation.control("client-1")
     (fast / "script").write_text("\n\n\n\nblock\n")  # four steps, and then it waits in the fifth
     with federation.blocked("client-0"):
-        run_id = federation.submit(text)
-        until((slow / "reached").exists, "the slow site computes its first gradient")
+        with federation.blocked("client-1"):
+            run_id = federation.submit(text)
+            for name in HONEST:
+                federation.at_work(name)
         until(lambda: federation.show(run_id).summary.round == 4, "the fast one has made four steps")
     # The slow one's gradient is of the first model: refused, and the site is given the fourth.
     until(lambda: federation.show(run_id).summary.round >= 8, "the slow one has taken over")

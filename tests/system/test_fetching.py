@@ -81,7 +81,9 @@ def test_a_site_without_an_order_of_the_run_gets_nothing_of_it(fetcher: Fetcher)
 
 
 def test_a_model_of_one_run_is_not_had_through_another(bare: Federation, fetcher: Fetcher) -> None:
-    with bare.submitted(run_toml("other", task="wide:task", more=QUIET).replace("seed = 7", "seed = 8")) as other:
+    with bare.submitted(
+        run_toml("other", task="wide:task", more=QUIET).replace("seed = 7", "seed = 8")
+    ) as other:
         fetcher.stranger.join(other)
         assert fetcher.status(run_id=other) == grpc.StatusCode.INVALID_ARGUMENT
 

@@ -46,7 +46,9 @@ def walk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Walk]:
         started.append(Running.start("server", "start", home / "server.toml", log=folder / "server.log"))
         started[0].says("coordinator ready")
         for site in SITES:
-            token = walk.said[f"token {site}"] = fedge_ok("server", "token", home / "server.toml", "--site", site)
+            token = walk.said[f"token {site}"] = fedge_ok(
+                "server", "token", home / "server.toml", "--site", site
+            )
             enrol = ("--token", token.splitlines()[-1], "--ca", home / "ca.pem", "--dir", folder / site)
             walk.said[f"enrol {site}"] = fedge_ok("client", "enrol", "--server", address, *enrol)
             tasks_into(folder / site)
@@ -104,7 +106,9 @@ def test_the_run_is_listed_and_shown_for_programs(walk: Walk) -> None:
     }
     shown = json.loads(fedge_ok("run", "show", walk.run_id, "--json", *walk.admin))
     assert shown["run_toml"] == RUN
-    assert [(row["round"], row["clients"]) for row in shown["history"]] == [(n, [*SITES]) for n in range(1, 5)]
+    assert [(row["round"], row["clients"]) for row in shown["history"]] == [
+        (n, [*SITES]) for n in range(1, 5)
+    ]
     assert all({"loss", "bias", "train_loss"} <= row["metrics"].keys() for row in shown["history"])
     losses = [row["metrics"]["loss"] for row in shown["history"]]
     assert losses == sorted(losses, reverse=True), "it learns"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from harness import Federation, Running, coordinator, fedge_ok, run_toml, tasks_into, until
+from harness import Federation, Running, coordinator, run_toml, tasks_into, until
 
 from fedge.wire import fedge_pb2 as pb
 
@@ -61,7 +61,9 @@ def test_an_agent_that_waits_for_a_coordinator_can_be_interrupted(stoppable: Fed
         path.write_text(text)
 
 
-def test_following_a_run_can_be_interrupted_and_the_run_goes_on(stoppable: Federation, tmp_path: Path) -> None:
+def test_following_a_run_can_be_interrupted_and_the_run_goes_on(
+    stoppable: Federation, tmp_path: Path
+) -> None:
     tasks_into(tmp_path)
     (tmp_path / "run.toml").write_text(run_toml("followed"))
     admin = ("--admin", stoppable.admin_toml)
@@ -102,7 +104,9 @@ def test_a_coordinator_stops_with_a_run_under_way_and_its_followers_are_told(
     agent = federation.start("site")
     try:
         run_id = federation.submit(run_toml("unfinished", task="nowhere:task"))
-        watch = Running.start("run", "watch", run_id, "--admin", federation.admin_toml, log=tmp_path / "watch")
+        watch = Running.start(
+            "run", "watch", run_id, "--admin", federation.admin_toml, log=tmp_path / "watch"
+        )
         watch.says("waiting for clients")
         assert federation.server.signal(number) == 0
         assert f"run_interrupted run={run_id}" in federation.server.output

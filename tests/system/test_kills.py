@@ -71,7 +71,9 @@ def test_the_run_goes_on_without_a_killed_agent_and_no_worker_is_left(enrolled: 
         (worker,) = agent.workers()
         kill(agent)
         # The worker is in the middle of the task's code, and stays so: it must end all the same.
-        until(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE, "the worker has ended")
+        until(
+            lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE, "the worker has ended"
+        )
     assert enrolled.finish(run_id).status == "done"
     assert rows(enrolled, run_id) == [HONEST] * 3
     assert enrolled.digest(run_id) == simulated(text)

@@ -67,9 +67,7 @@ def bootstrap_identity(federation: Federation, site: str) -> Identity:
     """What a token lets its holder be."""
     ca = federation.authority.ca_pem
     token = open_token(federation.authority.issue_token(site, now=now()), ca_pem=ca, now=now())
-    return Identity(
-        token.principal, key_pem=token.key_pem, certificate_pem=token.certificate_pem, ca_pem=ca
-    )
+    return Identity(token.principal, key_pem=token.key_pem, certificate_pem=token.certificate_pem, ca_pem=ca)
 
 
 def enrol(federation: Federation, folder: Path, token: str, *, ca: Path | None = None) -> tuple[int, str]:
@@ -270,9 +268,7 @@ def test_an_agent_that_calls_another_coordinator_says_so_and_ends(
 def test_an_agent_whose_certificate_has_expired_says_so_and_ends(bare: Federation) -> None:
     identity = bare.enrol("aged")
     authority, then = bare.authority, now() - timedelta(days=100)
-    token = open_token(
-        authority.issue_token("aged", now=now()), ca_pem=authority.ca_pem, now=now()
-    )
+    token = open_token(authority.issue_token("aged", now=now()), ca_pem=authority.ca_pem, now=now())
     old = authority.enrol(token.principal, make_csr(identity.key_pem)[1], now=now(), valid_for_s=-60)
     assert then < now()
     write_private(bare.folder / "aged" / "client.pem", old)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -68,11 +69,15 @@ async def messages(requests: AsyncIterator[Q]) -> AsyncIterator[Q]:
 
 async def refuse(context: Context, error: FedgeError) -> NoReturn:
     """End a call with the status that this kind of error has on the wire."""
+    status, details = status_of(error), shorten(str(error))
     if isinstance(error, StorageError):
         # A file of ours that cannot be written: the operator's to know, with its path, not the peer's.
         log.error("store_failed reason=%s", error)
-        await context.abort(grpc.StatusCode.INTERNAL, "the coordinator cannot write its records; see its log")
-    await context.abort(grpc.StatusCode[status_of(error)], shorten(str(error)))
+        details = "the coordinator cannot write its records; see its log"
+    try:
+        await context.abort(grpc.StatusCode[status], details)
+    except aio.InternalError:  # the peer is gone: there is nobody to tell
+        raise asyncio.CancelledError from None
 
 
 def answering(

@@ -94,7 +94,7 @@ RUN = run_toml("liar", rounds=len(LIES), size=3, more="[evaluation]\nevery = 0")
 
 
 @pytest.fixture(scope="module")
-def told(federation: Federation) -> Iterator[tuple[str, dict[str, pb.Receipt]]]:
+def told(federation: Federation) -> tuple[str, dict[str, pb.Receipt]]:
     """A run of two honest sites and a liar: its id, and what the liar was told to each lie."""
     receipts = {}
     with scripted(federation.address, federation.enrol("liar")) as liar:
@@ -107,7 +107,7 @@ def told(federation: Federation) -> Iterator[tuple[str, dict[str, pb.Receipt]]]:
             receipts[name] = lie(liar, liar.order(run_id))
         summary = federation.finish(run_id)
     assert summary.status == "done", summary.reason
-    yield run_id, receipts
+    return run_id, receipts
 
 
 @pytest.mark.parametrize("name", LIES)
@@ -179,16 +179,20 @@ def test_a_delivery_whose_link_breaks_half_way_can_be_repeated(bare: Federation)
         update = update_of(site.order(run_id), GOOD, inline=False)
         for break_off in (lambda call, link: call.cancel(), lambda call, link: link.close()):
             with channel(bare.address, identity) as link:
-                sent = Event()
-
-                def requests() -> Iterator[pb.DeliverRequest]:
-                    yield pb.DeliverRequest(update=update)
-                    yield pb.DeliverRequest(data=BYTES[:8])
-                    sent.set()
-                    Event().wait(1)
-
-                call = services.FederationStub(link).Deliver.future(requests(), timeout=30)
-                assert sent.wait(30)
+                half_sent, broken = Event(), Event()
+                call = services.FederationStub(link).Deliver.future(
+                    half_a_delivery(update, half_sent, broken), timeout=30
+                )
+                assert half_sent.wait(30)
                 break_off(call, link)
+                broken.set()
         assert not site.deliver(update, BYTES).HasField("refusal")
         assert bare.finish(run_id).status == "done"
+    assert "Traceback" not in bare.server.output
+
+
+def half_a_delivery(update: pb.Update, half_sent: Event, broken: Event) -> Iterator[pb.DeliverRequest]:
+    yield pb.DeliverRequest(update=update)
+    yield pb.DeliverRequest(data=BYTES[:8])
+    half_sent.set()
+    broken.wait(30)

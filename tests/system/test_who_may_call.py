@@ -20,9 +20,7 @@ from fedge.wire import fedge_pb2_grpc as services
 from fedge_client.identity import Identity, make_csr, open_token
 from fedge_server.callers import now
 from fedge_server.certificates import issue_client, to_pem
-
-DAY_S = 86_400.0
-ENROLLED_FIRST = "enrol"
+from fedge_server.identity import Authority
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +35,13 @@ def site(bare: Federation) -> Identity:
     return bare.enrol("member")
 
 
-def credential(federation: Federation, folder: Path, *, role: str, name: str) -> Path:
-    """A folder of PEM files that this federation's CA signed, without any record of it."""
+def unrecorded(federation: Federation, folder: Path, *, name: str) -> Path:
+    """A site's folder of PEM files that this federation's CA signed, without any record of it."""
     key = ec.generate_private_key(ec.SECP256R1())
     certificate = issue_client(
         federation.authority.issuer,
         key.public_key(),
-        role=role,  # type: ignore[arg-type]
+        role="site",
         name=name,
         now=now(),
         valid=timedelta(days=1),
@@ -150,15 +148,14 @@ def test_a_site_may_not_enrol_again_without_a_token(bare: Federation, site: Iden
     assert status == grpc.StatusCode.PERMISSION_DENIED
 
 
-def test_without_a_certificate_there_is_no_connection(bare: Federation) -> None:
+@pytest.mark.parametrize("encrypted", [True, False])
+def test_without_a_certificate_there_is_no_connection(bare: Federation, encrypted: bool) -> None:
     credentials = grpc.ssl_channel_credentials(bare.authority.ca_pem)
-    for opened in (
-        grpc.secure_channel(bare.address, credentials),
-        grpc.insecure_channel(bare.address),
-    ):
-        with opened:
-            status, _ = status_of(lambda: services.AdminStub(opened).List(pb.ListRequest(), timeout=10))
-            assert status == grpc.StatusCode.UNAVAILABLE
+    with (
+        grpc.secure_channel(bare.address, credentials) if encrypted else grpc.insecure_channel(bare.address)
+    ) as opened:
+        status, _ = status_of(lambda: services.AdminStub(opened).List(pb.ListRequest(), timeout=10))
+    assert status == grpc.StatusCode.UNAVAILABLE
 
 
 def test_a_certificate_of_another_federation_opens_nothing(bare: Federation, other: Federation) -> None:
@@ -178,7 +175,7 @@ def test_a_certificate_that_the_ca_signed_but_the_records_do_not_hold_does_not_c
     bare: Federation, tmp_path: Path
 ) -> None:
     """A stolen CA key is the end; a stolen signature (a bug, a backup) is not."""
-    folder = credential(bare, tmp_path / "forged", role="site", name="ghost")
+    folder = unrecorded(bare, tmp_path / "forged", name="ghost")
     write_private(folder / "client.toml", f'server = "{bare.address}"\n')
     done = fedge("client", "start", folder / "client.toml")
     assert done.returncode == 5
@@ -267,10 +264,9 @@ def test_an_agent_that_calls_another_coordinator_says_so_and_ends(
 
 def test_an_agent_whose_certificate_has_expired_says_so_and_ends(bare: Federation) -> None:
     identity = bare.enrol("aged")
-    authority, then = bare.authority, now() - timedelta(days=100)
+    authority = bare.authority
     token = open_token(authority.issue_token("aged", now=now()), ca_pem=authority.ca_pem, now=now())
     old = authority.enrol(token.principal, make_csr(identity.key_pem)[1], now=now(), valid_for_s=-60)
-    assert then < now()
     write_private(bare.folder / "aged" / "client.pem", old)
     done = fedge("client", "start", bare.folder / "aged" / "client.toml")
     assert done.returncode == 5
@@ -283,8 +279,6 @@ def test_a_coordinator_whose_own_certificate_has_expired_does_not_start(
 ) -> None:
     home = tmp_path / "expired"
     shutil.copytree(other.home, home)
-    from fedge_server.identity import Authority
-
     Authority.load(home).issue_server(hosts=[], now=now() - timedelta(days=800))
     done = fedge("server", "start", home / "server.toml")
     assert done.returncode == 5
@@ -302,8 +296,7 @@ def test_a_revoked_site_ends_with_a_clear_message_and_stays_out(bare: Federation
     again = fedge("client", "start", bare.folder / "traitor" / "client.toml")
     assert again.returncode == 5
     assert "'traitor' is revoked" in again.stderr
-    bare.enrol("traitor")
-    with channel(bare.address, bare.enrol("traitor")) as opened:
+    with channel(bare.address, bare.enrol("traitor")) as opened:  # a new token lets it in again
         stream = Stream(services.FederationStub(opened))
         stream.next("welcome")
         stream.cancel()

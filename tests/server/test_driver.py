@@ -177,7 +177,7 @@ def test_a_vector_too_large_for_the_loop_is_folded_and_stepped_on_a_thread_just_
         size = drivers._ON_THREAD_BYTES // 4 + 5
         run = await start_run(FedAvg(), size=size, cohort={"size": 2}, rounds=1)
         run.join("a", "b")
-        while not (run.orders("a") and run.orders("b")):  # noqa: ASYNC110  # nobody signals it
+        while not (run.orders("a") and run.orders("b")):  # nobody signals it
             await asyncio.sleep(0.001)
         vectors = [np.random.default_rng(seed).normal(size=size).astype(np.float32) for seed in (1, 2)]
         answers = await asyncio.gather(

@@ -11,7 +11,7 @@ import grpc
 from grpc import aio
 
 import fedge
-from fedge.errors import LinkError, RemoteProtocolError
+from fedge.errors import ConfigError, LinkError, RemoteProtocolError
 from fedge.vector import Array, bytes_of
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire import fedge_pb2_grpc as services
@@ -110,13 +110,20 @@ class Link:
 
         Raises:
             RemoteProtocolError: its size or digest is not what was announced.
-            LinkError: the link broke on the way.
+            LinkError: the link broke on the way, or the order that named the blob is over by now.
         """
         check_blob(blob, expected_bytes=out.nbytes)
         room = bytes_of(out)
         if blob.HasField("inline"):
             room[:] = blob.inline
             return
+        try:
+            await self._fetch_into(room, run_id, blob)
+        except ConfigError as error:
+            # An order can end while its model is on the way: nothing is wrong with this site's task.
+            raise LinkError(f"what the order named is no longer there: {error}") from None
+
+    async def _fetch_into(self, room: memoryview, run_id: str, blob: pb.Blob) -> None:
         digest = hashlib.sha256()
         received = 0
         with self._errors():

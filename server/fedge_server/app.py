@@ -53,7 +53,8 @@ async def serve(settings: ServerSettings, folder: Path, *, ready: Callable[[int]
     server = aio.server(options=_OPTIONS)
     software = f"fedge {fedge.__version__}"
     federation = FederationService(coordinator, authority, spool, software=software)
-    add_services(server, federation, EnrolmentService(authority), AdminService(coordinator, authority))
+    enrolment = EnrolmentService(coordinator, authority)
+    add_services(server, federation, enrolment, AdminService(coordinator, authority))
     credential = authority.server_credential(now=now())
     credentials = grpc.ssl_server_credentials(
         [(credential.key_pem, credential.certificate_pem)],

@@ -109,6 +109,8 @@ class FederationService:
             checked = -CHECK_EVERY_S
             loop = asyncio.get_running_loop()
             async for message in requests:
+                if session.closed:
+                    return  # what comes after must not be done in its name
                 if loop.time() - checked >= CHECK_EVERY_S:
                     self._authority.check(session.principal, now=now())
                     checked = loop.time()
@@ -273,7 +275,8 @@ class FederationService:
 class EnrolmentService(services.EnrolmentServicer):
     """What the holder of a one-time token may call, once."""
 
-    def __init__(self, authority: Authority) -> None:
+    def __init__(self, coordinator: Coordinator, authority: Authority) -> None:
+        self._coordinator = coordinator
         self._authority = authority
 
     @answering
@@ -281,6 +284,9 @@ class EnrolmentService(services.EnrolmentServicer):
         """The site's certificate, for its signing request."""
         principal = caller(context, self._authority, role="enrol")
         certificate = self._authority.enrol(principal, request.csr, now=now())
+        session = self._coordinator.sessions.get(principal.name)
+        if session is not None:  # its certificate is superseded, and may be in the wrong hands
+            session.close("the site was enrolled again")
         log.info("site_enrolled site=%s", principal.name)
         return pb.EnrolReply(certificate=certificate)
 

@@ -83,8 +83,8 @@ def test_a_model_that_is_not_finite_ends_the_run_and_the_last_good_one_stays(str
 @settings(max_examples=30, deadline=None)
 @given(
     st.lists(
-        st.tuples(st.integers(1, 50), st.sampled_from([1.0, 0.3, -1e20, 1e20, 3e-17, -2e7])),
-        min_size=3,
+        st.tuples(st.integers(1, 2), st.sampled_from([1.0, 0.3, -1e20, 1e20, 3e-17])),
+        min_size=4,
         max_size=6,
     ),
     st.randoms(),

@@ -154,20 +154,27 @@ def test_orders_for_mirrors_carry_the_whole_model_once_and_then_the_way_to_the_n
     play(scenario())
 
 
-def test_a_large_model_is_fetched_by_those_whose_order_names_it(start_run, play):
+def test_a_large_model_is_fetched_by_those_whose_order_names_it_and_only_while_it_is_open(start_run, play):
     async def scenario() -> None:
-        run = await start_run(FedAvg(), "a", "b", size=LARGE, cohort={"size": 1}, rounds=1)
-        site, other = ("a", "b") if run.orders("a") else ("b", "a")
-        (order,) = run.messages(site, "order")
+        cohort = {"size": 2, "over_select": 1.5}
+        run = await start_run(FedAvg(), *"abcd", size=LARGE, cohort=cohort, rounds=1, evaluation={"every": 1})
+        one, two, spare = [site for site in "abcd" if run.orders(site)]
+        (order,) = run.messages(one, "order")
         assert not order.model.HasField("inline")
-        find = run.driver.shelf.find
-        assert bytes(find(site, order.model.digest)) == bytes(4 * LARGE)
-        assert find(other, order.model.digest) is None
+
+        def may_fetch() -> list[str]:
+            return [site for site in "abcd" if run.driver.shelf.find(site, order.model.digest) is not None]
+
+        assert bytes(run.driver.shelf.find(one, order.model.digest)) == bytes(4 * LARGE)
+        assert may_fetch() == sorted([one, two, spare])
         run.driver.count(down=4 * LARGE)
-        await run.deliver(site, OrderId("train", 1))
-        assert find(site, order.model.digest) is None
-        assert await run.ended() == "done"
+        await run.deliver(one, OrderId("train", 1), 0.0)
+        assert may_fetch() == sorted([two, spare])
+        await run.deliver(two, OrderId("train", 1), 1.0)
+        assert may_fetch() == [], "the last one was called off"
         assert run.driver.history.rows[0].bytes_down == 4 * LARGE
+        run.stop()
+        await run.ended()
 
     play(scenario())
 

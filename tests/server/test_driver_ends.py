@@ -40,16 +40,33 @@ def test_a_round_closes_at_its_deadline_with_a_quorum(start_run, play):
     play(scenario())
 
 
-def test_a_round_without_a_quorum_is_tried_again_without_what_came_before_and_then_fails(start_run, play):
+def test_a_round_without_a_quorum_is_tried_again_without_what_came_before(start_run, play):
     async def scenario() -> None:
         run = await start_run(
-            FedAvg(), "a", "b", cohort={"size": 2, "deadline_s": LATER, "attempts": 2}, rounds=1
+            FedAvg(), "a", "b", cohort={"size": 2, "deadline_s": LATER, "attempts": 9}, rounds=1
         )
         assert await run.deliver("a", FIRST, 100.0) is None
+        while len(run.orders("a")) < 2:  # nobody signals it
+            await asyncio.sleep(SOON)
+        assert run.orders("a")[1] == OrderId("train", 1, 2)
+        assert (await run.deliver("b", FIRST)).code == RefusalCode.LATE
+        for site in "ab":
+            assert await run.deliver(site, OrderId("train", 1, 2), 1.0) is None
+        assert await run.ended() == "done"
+        assert run.driver.history.rows[0].attempt == 2
+        np.testing.assert_array_equal(run.driver.model.vector, np.ones(4, np.float32))
+
+    play(scenario())
+
+
+def test_a_round_that_never_gets_its_quorum_fails_the_run_with_the_reason(start_run, play):
+    async def scenario() -> None:
+        run = await start_run(
+            FedAvg(), "a", "b", cohort={"size": 2, "deadline_s": SOON, "attempts": 2}, rounds=1
+        )
         assert await run.ended() == "failed"
         assert run.orders("a") == [FIRST, OrderId("train", 1, 2)]
-        assert run.driver.machine.reason == f"round 1: 0 of at least 2 updates after {LATER} s"
-        np.testing.assert_array_equal(run.driver.model.vector, np.zeros(4))
+        assert run.driver.machine.reason == f"round 1: 0 of at least 2 updates after {SOON} s"
         assert run.messages("a", "ended")[0].reason == run.driver.machine.reason
 
     play(scenario())
@@ -78,15 +95,19 @@ def test_an_evaluation_that_nobody_answers_does_not_hold_the_run_up(start_run, p
     play(scenario())
 
 
-def test_no_timer_outlives_its_run(start_run, play):
+def test_no_timer_outlives_its_round_or_its_run(start_run, play):
     async def scenario() -> None:
-        run = await start_run(FedAvg(), "a", cohort={"size": 1}, evaluation={"every": 1}, rounds=2)
+        run = await start_run(FedAvg(), "a", cohort={"size": 1}, evaluation={"every": 1}, rounds=9)
+        timers = run.driver._timers
         for number in (1, 2):
             await run.deliver("a", OrderId("train", number))
             await run.deliver("a", OrderId("evaluate", number))
-            assert len(run.driver._timers) <= 1
-        assert await run.ended() == "done"
-        assert run.driver._timers == {}
+            assert len(timers) == 1
+        (last,) = timers.values()
+        run.stop()
+        await run.ended()
+        assert timers == {}
+        assert last.cancelled()
 
     play(scenario())
 
@@ -142,11 +163,15 @@ def test_what_waits_in_the_queue_when_the_run_ends_is_answered(start_run, play):
     play(scenario())
 
 
-def test_watchers_learn_of_the_end(start_run, play):
+@pytest.mark.parametrize("how", ["stop", "crash"])
+def test_watchers_learn_of_the_end(start_run, play, how):
     async def scenario() -> None:
-        run = await start_run(FedAvg(), "a", cohort={"size": 1})
+        run = await start_run(Broken(step_fails=1), "a", cohort={"size": 1})
         news = asyncio.create_task(run.driver.history.changed_after(run.driver.history.revision))
-        run.stop()
+        if how == "stop":
+            run.stop()
+        else:
+            await run.deliver("a", FIRST, round=1.0)
         await run.ended()
         assert await news == run.driver.history.revision
 

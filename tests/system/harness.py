@@ -37,7 +37,7 @@ from fedge_server.commands.run import begin_run, fetch_model
 from fedge_server.identity import Authority
 from fedge_sim import simulate
 
-PATIENCE_S = 60.0
+PATIENCE_S = 100.0
 _END_S = 20.0
 _FEDGE = str(Path(sys.executable).with_name("fedge"))
 _ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "COLUMNS": "200"}

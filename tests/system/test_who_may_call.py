@@ -308,7 +308,9 @@ def test_a_site_that_enrols_again_shuts_out_whoever_has_its_old_key(bare: Federa
         stream = Stream(services.FederationStub(opened))
         stream.next("welcome")
         bare.enrol("reinstalled")
-        # The connection was open before; what it says now does not count any more.
+        # The session was open before: it would go on to be given orders, and models with them.
+        assert stream.next("closing").reason == "the site was enrolled again"
+        stream.end()
         status, details = status_of(lambda: _session(services.FederationStub(opened)))
         assert status == grpc.StatusCode.PERMISSION_DENIED
         assert "superseded" in details

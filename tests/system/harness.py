@@ -156,6 +156,14 @@ class Running:
                 child.kill()
 
 
+def gone(process: psutil.Process) -> bool:
+    """Whether a process has ended; one that nobody has waited for yet counts."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 def _is_worker(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
         return "fedge_client.worker" in process.cmdline()

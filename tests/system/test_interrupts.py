@@ -8,9 +8,8 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
-from harness import Federation, Running, coordinator, run_toml, tasks_into, until
+from harness import Federation, Running, coordinator, gone, run_toml, tasks_into, until
 
 from fedge.wire import fedge_pb2 as pb
 
@@ -29,10 +28,6 @@ def ctrl_c(running: Running) -> int:
     """What a terminal does: SIGINT to the whole group, the worker included. The exit code."""
     os.killpg(running.pid, signal.SIGINT)
     return running.ends()
-
-
-def gone(process: psutil.Process) -> bool:
-    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
 @pytest.mark.parametrize("stop", [ctrl_c, lambda agent: agent.signal(signal.SIGTERM)], ids=["ctrl-c", "term"])

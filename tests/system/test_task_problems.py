@@ -13,7 +13,7 @@ from harness import Federation, run_toml, simulated, until
 
 HONEST = ["client-0", "client-1"]
 PRIVATE = "/srv/patients/jane-doe.csv"
-HANG_S = 15  # more than a busy machine needs to import torch
+HANG_S = 25  # more than a busy machine needs to import torch
 
 PROBLEMS = {
     "import_fails": f"raise RuntimeError('{PRIVATE} is missing')\n",
@@ -79,7 +79,7 @@ def hanging(federation: Federation, honest: None) -> Iterator[str]:
 def script(federation: Federation) -> Iterator[Path]:
     """A site with every broken task, whose policy allows all but one; the script of what it will do."""
     allowed = [f"{task}:task" for task in ("tiny", *REASONS) if task != "forbidden"]
-    worker = {"threads": 1, "memory_mb": 1500}
+    worker = {"threads": 1, "memory_mb": 800}
     federation.enrol("faulty", policy={"tasks": allowed}, worker=worker)
     for task, source in PROBLEMS.items():
         (federation.folder / "faulty" / f"{task}.py").write_text(source)
@@ -100,6 +100,7 @@ def test_a_site_that_cannot_take_part_says_why_and_the_others_go_on(
     run_id = federation.submit(run_of(name))
     detail = until(lambda: detail_of(federation, run_id, "faulty"), "the site said no")
     assert detail.startswith(REASONS[name])
+    assert PRIVATE not in detail
     assert federation.finish(run_id).status == "done"
     assert federation.digest(run_id) == simulated(run_of(name))
     assert PRIVATE not in federation.server.output
@@ -130,7 +131,7 @@ def test_a_worker_that_breaks_is_started_again_and_its_site_takes_part_in_the_ne
         "worker_crashed: the worker was ended by SIGSEGV",
         "task_failed: the task's code failed (ValueError)",
         "not_finite: training made an update with NaN or infinity: lower the learning rate",
-        "out_of_memory: the worker used more than 1500 MB and was killed",
+        "out_of_memory: the worker used more than 800 MB and was killed",
     ]
     assert "Jane Doe" in federation.clients["faulty"].output
     assert "Jane Doe" not in federation.server.output

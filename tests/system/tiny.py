@@ -73,7 +73,7 @@ def _raise() -> None:
 
 
 def _eat() -> None:
-    eaten = [b"x" * (64 << 20) for _ in range(40)]
+    eaten = [b"x" * (64 << 20) for _ in range(24)]
     time.sleep(600)
     del eaten
 

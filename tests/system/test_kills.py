@@ -79,21 +79,6 @@ def test_the_run_goes_on_without_a_killed_agent_and_no_worker_is_left(enrolled: 
     assert enrolled.digest(run_id) == simulated(text)
 
 
-def test_an_agent_that_is_killed_and_started_again_takes_part_in_the_same_round(
-    enrolled: Federation,
-) -> None:
-    """Mirrored: its mirror is gone with it, so it is sent the model, and moves by gradients from there."""
-    agent = start(enrolled)
-    text = run_toml("rejoins", rounds=4, quorum=3, size=3, more=QUIET + MIRRORED)
-    with enrolled.blocked("victim"):
-        run_id = begin(enrolled, text)
-        kill(agent)
-        until(lambda: enrolled.ready(run_id) == set(HONEST), "the coordinator has noticed")
-    start(enrolled)
-    assert enrolled.finish(run_id).status == "done"
-    assert rows(enrolled, run_id) == [ALL] * 4
-
-
 def test_an_agent_outlives_a_killed_coordinator_and_serves_the_next_one(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:

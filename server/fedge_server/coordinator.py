@@ -112,8 +112,10 @@ class Coordinator:
         run_id = f"{config.name}-{secrets.token_hex(4)}"
         try:
             driver = RunDriver(run_id, config, strategy, model, outbox=self._send)
-        except ValueError as error:
-            raise ConfigError(f"strategy {config.strategy.name!r} cannot begin this run: {error}") from error
+        except Exception as error:  # a user's strategy may raise anything
+            raise ConfigError(
+                f"strategy {config.strategy.name!r} cannot begin this run: {type(error).__name__}: {error}"
+            ) from error
         self._forget_old_runs()
         self.runs[run_id] = driver
         self._tasks[run_id] = asyncio.create_task(driver.run(), name=f"run {run_id}")

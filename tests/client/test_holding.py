@@ -282,6 +282,7 @@ def test_an_order_with_an_optimiser_that_is_none_is_refused_and_the_mirror_is_as
     assert site.model.tobytes() == held
     site.reach()
     site.check()
+    assert site.counts == (1, 2)
 
 
 def test_claims_of_another_size_than_the_layouts_are_refused_before_room_is_made():

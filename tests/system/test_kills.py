@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Iterator
 
-import psutil
 import pytest
 from harness import Federation, Running, coordinator, gone, run_toml, simulated, until
 
@@ -32,10 +30,6 @@ def start(federation: Federation) -> Running:
     return federation.start("victim")
 
 
-def kill(process: psutil.Process | Running) -> None:
-    os.kill(process.pid, signal.SIGKILL)
-
-
 def begin(federation: Federation, text: str) -> str:
     """Submit a run; its id, once all three sites are in the middle of its first round."""
     run_id = federation.submit(text)
@@ -54,7 +48,7 @@ def test_a_killed_worker_costs_one_round_and_is_replaced(enrolled: Federation) -
     with enrolled.blocked("client-0"), enrolled.blocked("victim"):
         run_id = begin(enrolled, text)
         (worker,) = agent.workers()
-        kill(worker)
+        worker.kill()
         enrolled.server.says(f"order_failed run={run_id} site=victim")
     assert enrolled.finish(run_id).status == "done"
     assert rows(enrolled, run_id) == [HONEST, ALL, ALL]
@@ -70,13 +64,28 @@ def test_the_run_goes_on_without_a_killed_agent_and_no_worker_is_left(enrolled: 
         with enrolled.blocked("client-0"):
             run_id = begin(enrolled, text)
             (worker,) = agent.workers()
-            kill(agent)
+            agent.signal(signal.SIGKILL)
             # The worker is in the middle of the task's code, and stays so: it must end all the same.
             until(lambda: gone(worker), "the worker has ended")
             until(lambda: enrolled.ready(run_id) == set(HONEST), "the coordinator has noticed")
         assert enrolled.finish(run_id).status == "done"
     assert rows(enrolled, run_id) == [HONEST] * 3
     assert enrolled.digest(run_id) == simulated(text)
+
+
+def test_an_agent_that_is_killed_and_started_again_takes_part_in_the_same_round(
+    enrolled: Federation,
+) -> None:
+    """Mirrored: its mirror is gone with it, so it is sent the model, and moves by gradients from there."""
+    agent = start(enrolled)
+    text = run_toml("rejoins", rounds=4, quorum=3, size=3, more=QUIET + MIRRORED)
+    with enrolled.blocked("victim"):
+        run_id = begin(enrolled, text)
+        agent.signal(signal.SIGKILL)
+        until(lambda: enrolled.ready(run_id) == set(HONEST), "the coordinator has noticed")
+    start(enrolled)
+    assert enrolled.finish(run_id).status == "done"
+    assert rows(enrolled, run_id) == [ALL] * 4
 
 
 def test_an_agent_outlives_a_killed_coordinator_and_serves_the_next_one(
@@ -88,8 +97,7 @@ def test_an_agent_outlives_a_killed_coordinator_and_serves_the_next_one(
         agent = federation.start("only")
         lost = federation.submit(run_toml("lost", quorum=2, size=2))
         until(lambda: "only" in federation.ready(lost), "the site has joined")
-        kill(federation.server)
-        federation.server.ends()
+        federation.server.signal(signal.SIGKILL)
         again = federation.restarted()
         try:
             until(lambda: "only" in again.connected(), "the agent is back")

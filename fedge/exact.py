@@ -1,4 +1,4 @@
-"""An exact streaming sum of weighted float32 vectors: the order of arrival cannot change a bit of it.
+"""An exact sum of weighted float32 vectors: the order of arrival cannot change a bit of it.
 
 Each element is held as an expansion, a few float64 numbers whose *exact* sum is the exact sum so far
 (Shewchuk 1997, "Adaptive precision floating-point arithmetic", section 2; Knuth's TwoSum). Since the
@@ -10,14 +10,18 @@ for the blocks that need them, which for updates of like magnitude is next to no
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from fedge.parallel import in_shares
 from fedge.vector import Array
 
-BLOCK = 1 << 15
-"""Elements handled at once: temporaries stay in the second-level cache."""
+BLOCK = 1 << 16
+"""Elements handled at once: a few temporaries of a block stay in the second-level cache."""
 
 MAX_WEIGHT = 1 << 29
 """A float32 (24 significant bits) times a smaller integer (29 bits) is exact in float64 (53 bits)."""
@@ -28,65 +32,140 @@ Double = npt.NDArray[np.float64]
 Index = npt.NDArray[np.intp]
 
 
-class ExactSum:
-    """The exact sum of `weight * values` over any number of vectors of `size` elements.
+class Values(Protocol):
+    """A float32 vector that may lie elsewhere: an array, or a file that is read a slice at a time.
 
-    **Guarantees.** `mean` depends only on the multiset of (weight, vector) pairs that was added: it is
-    the exact sum rounded once to float64, divided by the total weight, and rounded to float32.
+    Slices are taken on several threads at once.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> Array: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Term:
+    """`weight * values`, for a weight in [1, MAX_WEIGHT) and finite values.
+
+    Raises:
+        ValueError: the weight is not in that range.
+    """
+
+    values: Values
+    weight: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.weight < MAX_WEIGHT:
+            raise ValueError(f"expected a weight in [1, {MAX_WEIGHT}), found {self.weight}")
+
+
+class ExactSum:
+    """The exact sum of any number of terms of `size` elements.
+
+    **Guarantees.** `mean` depends only on the multiset of terms that was added: it is the exact sum
+    rounded once to float64, divided by the total weight, and rounded to float32.
     """
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._dense = np.empty(size)  # untouched memory is not resident: nothing is paid before `add`
-        self._blocks = [_Block(self._dense[at : at + BLOCK]) for at in range(0, size, BLOCK)]
-        self._scratch = tuple(np.empty(min(BLOCK, size)) for _ in range(4))
+        self._dense = np.empty(0)
+        self._blocks: list[_Block] = []
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated for components by now."""
         return sum(block.nbytes for block in self._blocks)
 
-    def add(self, values: Array, *, weight: int, offset: int = 0) -> None:
-        """Add `weight * values` at `offset`; `values` must be finite.
-
-        A slice covers whole blocks: it starts at a multiple of BLOCK, and ends at one or at the end.
+    def add(self, *terms: Term) -> None:
+        """Add terms; several at once are faster than one after another.
 
         Raises:
-            ValueError: the weight is not in [1, MAX_WEIGHT), or the slice does not fit.
+            ValueError: one is not of this sum's size; nothing was added.
         """
-        if not 1 <= weight < MAX_WEIGHT:
-            raise ValueError(f"expected a weight in [1, {MAX_WEIGHT}), found {weight}")
-        end = offset + len(values)
-        if offset < 0 or offset % BLOCK or end > self._size or (end % BLOCK and end != self._size):
-            raise ValueError(
-                f"expected a slice of {self._size} elements that starts and ends at a multiple of {BLOCK} "
-                f"or ends at the end, found [{offset}, {end})"
-            )
-        for start in range(0, len(values), BLOCK):
-            part = values[start : start + BLOCK]
-            block = self._blocks[(offset + start) // BLOCK]
-            product, *scratch = (buffer[: len(part)] for buffer in self._scratch)
-            np.multiply(part, float(weight), out=product, dtype=np.float64)
-            block.add(product, scratch)
+        self._check(terms)
+        if not terms:
+            return
+        if not self._blocks:
+            self._dense = np.empty(self._size)
+            self._blocks = [_Block(self._dense[at : at + BLOCK]) for at in range(0, self._size, BLOCK)]
 
-    def mean(self, total_weight: int) -> Array:
-        """The sum divided by `total_weight`, float32[size]. Consumes the sum and reuses its memory."""
-        # The result is written over the first half of the components (element i's four bytes lie at or
-        # before its own eight, which are read first), then the second half is given back.
-        out: Array = self._dense.view(np.float32)[: self._size]
+        def add(blocks: range) -> None:
+            room = _Room(min(BLOCK, self._size))
+            for number in blocks:
+                _add(self._blocks[number], number * BLOCK, terms, room)
+
+        self._in_shares(add)
+
+    def mean(self, total_weight: int, *terms: Term) -> Array:
+        """The sum, with these terms added, divided by `total_weight`: float32[size]. Consumes the sum.
+
+        What was added before gives its memory to the result; the last terms need none beside it.
+
+        Raises:
+            ValueError: a term is not of this sum's size.
+        """
+        self._check(terms)
         blocks, self._blocks = self._blocks, []
-        blocks.reverse()
-        at = 0
-        while blocks:
-            block = blocks.pop()
-            # Adding zero makes -0.0 the zero that an expansion of several components has.
-            quotient = (block.rounded() + 0.0) / float(total_weight)
-            out[at : at + block.size] = quotient
-            at += block.size
-        del out
         dense, self._dense = self._dense, np.empty(0)
+        if not blocks:
+            out: Array = np.empty(self._size, np.float32)
+            self._in_shares(lambda numbers: self._fresh_means(numbers, terms, total_weight, out))
+            return out
+        self._replace_by_means(dense.view(np.float32), blocks, terms, total_weight)
+        blocks.clear()
         dense.resize((self._size + 1) // 2, refcheck=False)  # every view of it is gone
         return dense.view(np.float32)[: self._size]
+
+    def _replace_by_means(
+        self, halves: Array, blocks: list[_Block], terms: Sequence[Term], total_weight: int
+    ) -> None:
+        """Write the means over the first half of the components, which are seen as `halves`.
+
+        Each thread writes over the first half of its own: element i's four bytes lie at or before its
+        own eight, which are read first. Then the results close up.
+        """
+        shares = self._in_shares(
+            lambda numbers: self._means_in_place(numbers, blocks, terms, total_weight, halves)
+        )
+        for numbers in shares:
+            first, end = numbers.start * BLOCK, min(numbers.stop * BLOCK, self._size)
+            halves[first:end] = halves[2 * first : first + end]
+
+    def _means_in_place(
+        self, numbers: range, blocks: list[_Block], terms: Sequence[Term], total_weight: int, halves: Array
+    ) -> None:
+        room = _Room(min(BLOCK, self._size))
+        at = 2 * numbers.start * BLOCK
+        for number in numbers:
+            block = blocks[number]
+            _add(block, number * BLOCK, terms, room)
+            halves[at : at + block.size] = _quotient(block, total_weight)
+            at += block.size
+
+    def _fresh_means(self, numbers: range, terms: Sequence[Term], total_weight: int, out: Array) -> None:
+        room, memory = _Room(min(BLOCK, self._size)), np.empty(min(BLOCK, self._size))
+        for number in numbers:
+            part = out[number * BLOCK : (number + 1) * BLOCK]
+            block = _Block(memory[: len(part)])
+            _add(block, number * BLOCK, terms, room)
+            part[:] = _quotient(block, total_weight)
+
+    def _check(self, terms: Sequence[Term]) -> None:
+        for term in terms:
+            if len(term.values) != self._size:
+                raise ValueError(f"expected a vector of {self._size} elements, found {len(term.values)}")
+
+    def _in_shares(self, function: Callable[[range], None]) -> list[range]:
+        """Call it with shares of the blocks' numbers, on threads if they are large; returns the shares."""
+        return in_shares(function, blocks=-(-self._size // BLOCK), elements=self._size)
+
+
+class _Room:
+    """A thread's temporaries."""
+
+    def __init__(self, size: int) -> None:
+        self.product, self.total, self.given_back = (np.empty(size) for _ in range(3))
+        self.inexact, self.inexact_too = np.empty(size, bool), np.empty(size, bool)
 
 
 class _Block:
@@ -107,24 +186,27 @@ class _Block:
         own = 0 if self._empty else self._dense.nbytes
         return own + 16 * self._pending_count + (self._low.nbytes if self._low else 0)
 
-    def add(self, product: Double, scratch: list[Double]) -> None:
-        """Add a float64 vector exactly; `product` and `scratch` are overwritten."""
+    def add(self, values: Array, weight: int, room: _Room) -> None:
+        """Add `weight * values` exactly."""
+        product = self._dense if self._empty else room.product[: self.size]
+        product[:] = values
+        if weight != 1:
+            product *= weight
         if self._empty:
-            self._dense[:] = product
             self._empty = False
             return
-        total, first, second = scratch
-        # TwoSum: total + error is exactly dense + product.
+        total, given_back = room.total[: self.size], room.given_back[: self.size]
+        inexact, inexact_too = room.inexact[: self.size], room.inexact_too[: self.size]
+        # Where `total` is exact, subtracting either summand gives back the other; where it is not,
+        # subtracting the larger is itself exact (Dekker 1971, FastTwoSum) and so does not.
         np.add(self._dense, product, out=total)
-        np.subtract(total, self._dense, out=first)
-        np.subtract(total, first, out=second)
-        np.subtract(self._dense, second, out=second)
-        np.subtract(product, first, out=first)
-        np.add(second, first, out=first)
+        np.not_equal(np.subtract(total, self._dense, out=given_back), product, out=inexact)
+        np.not_equal(np.subtract(total, product, out=given_back), self._dense, out=inexact_too)
+        inexact |= inexact_too
+        if inexact.any():
+            where = np.flatnonzero(inexact)
+            self._spill(where, _error(self._dense[where], product[where]))
         self._dense[:] = total
-        if first.any():
-            where = np.flatnonzero(first)
-            self._spill(where, first[where])
 
     def rounded(self) -> Double:
         """Every element's exact value, rounded to nearest float64."""
@@ -167,10 +249,8 @@ class _Block:
 
     def _add_at(self, where: Index, values: Double) -> None:
         old = self._dense[where]
-        total = old + values
-        other = total - old
-        error = (old - (total - other)) + (values - other)
-        self._dense[where] = total
+        error = _error(old, values)
+        self._dense[where] = old + values
         if error.any():
             wrong = np.flatnonzero(error)
             self._spill(where[wrong], error[wrong])
@@ -182,3 +262,24 @@ class _Block:
             if block._pending:
                 block._push_down()
             block = block._low
+
+
+def _add(block: _Block, offset: int, terms: Sequence[Term], room: _Room) -> None:
+    for term in terms:
+        block.add(term.values[offset : offset + block.size], term.weight, room)
+
+
+def _quotient(block: _Block, total_weight: int) -> Double:
+    """May overwrite the block's memory."""
+    quotient = block.rounded()
+    quotient += 0.0  # makes -0.0 the zero that an expansion of several components has
+    quotient /= float(total_weight)
+    return quotient
+
+
+def _error(left: Double, right: Double) -> Double:
+    """What rounding `left + right` loses: the second half of TwoSum."""
+    total = left + right
+    other = total - left
+    error: Double = (left - (total - other)) + (right - other)
+    return error

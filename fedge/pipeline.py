@@ -8,14 +8,14 @@ is consumed by each step, and is bounded by the model's size, never by the numbe
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, Protocol
 
 import numpy as np
 
-from fedge.exact import MAX_WEIGHT, ExactSum
+from fedge.exact import MAX_WEIGHT, ExactSum, Term, Values
 from fedge.vector import Array
 
 Weighting = Literal["examples", "uniform"]
@@ -32,20 +32,15 @@ NO_METRICS: Mapping[str, float] = MappingProxyType({})
 class Update:
     """What one client sent: a vector (delta or gradient), what it weighs, and its metrics.
 
-    `chunks` yields `(offset, float32 values)`; a chunk other than the last holds a multiple of
-    `fedge.exact.BLOCK` elements, so that an update of any size can be folded from a file.
+    `vector` is float32[size], an array or something that reads its slices from a file: an update of any
+    size can be folded without being in memory. It is empty for an evaluation.
     """
 
     client: str
-    chunks: Iterable[tuple[int, Array]]
+    vector: Values
     num_examples: int
     metrics: Mapping[str, float] = field(default_factory=lambda: NO_METRICS)
     staleness: int = 0
-
-
-def whole(vector: Array) -> tuple[tuple[int, Array], ...]:
-    """The chunks of an update that is in memory."""
-    return ((0, vector),)
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,13 +144,13 @@ class MeanState:
 
 
 class Reduction(Protocol):
-    """Many updates to one aggregate, one at a time."""
+    """Many updates to one aggregate, a few at a time."""
 
     def start(self, size: int) -> MeanState: ...
 
-    def fold(self, state: MeanState, update: Update) -> MeanState: ...
+    def fold(self, state: MeanState, *updates: Update) -> MeanState: ...
 
-    def finish(self, state: MeanState) -> Aggregate: ...
+    def finish(self, state: MeanState, *updates: Update) -> Aggregate: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,43 +167,58 @@ class Mean:
         """The state before the first update; `size` 0 is a mean of metrics alone."""
         return MeanState(ExactSum(size) if size else None)
 
-    def fold(self, state: MeanState, update: Update) -> MeanState:
-        """`(state, update) -> state`. Consumes the state. Values must be finite and of the right size.
+    def fold(self, state: MeanState, *updates: Update) -> MeanState:
+        """`(state, updates) -> state`. Consumes the state. Values must be finite.
 
         Raises:
-            ValueError: the number of examples is not in [1, 2^29).
+            ValueError: a number of examples is not in [1, 2^29), or a vector not of the right size;
+                nothing was folded.
         """
-        if not 1 <= update.num_examples < MAX_WEIGHT:
-            raise ValueError(f"expected num_examples in [1, {MAX_WEIGHT}), found {update.num_examples}")
-        weight = update.num_examples if self.weighting == "examples" else 1
+        counted = self._count(state, updates)
         if state.total is not None:
-            for offset, values in update.chunks:
-                state.total.add(values, weight=weight, offset=offset)
-        return MeanState(
-            state.total,
-            state.weight + weight,
-            state.num_examples + update.num_examples,
-            (*state.clients, update.client),
-            (*state.metrics, (weight, update.metrics)),
-            max(state.staleness, update.staleness),
-        )
+            state.total.add(*self._terms(updates))
+        return counted
 
-    def finish(self, state: MeanState) -> Aggregate:
-        """The mean of what was folded. Consumes the state.
+    def finish(self, state: MeanState, *updates: Update) -> Aggregate:
+        """The mean of what was folded and of these last updates. Consumes the state.
 
         Raises:
-            ValueError: nothing was folded.
+            ValueError: there are no updates at all, or one is as `fold` does not accept it.
         """
-        if not state.clients:
+        counted = self._count(state, updates)
+        if not counted.clients:
             raise ValueError("expected at least one update in a mean, found none")
-        vector = np.zeros(0, np.float32) if state.total is None else state.total.mean(state.weight)
+        vector = np.zeros(0, np.float32)
+        if state.total is not None:
+            vector = state.total.mean(counted.weight, *self._terms(updates))
         return Aggregate(
             vector,
-            tuple(sorted(state.clients)),
-            state.num_examples,
-            mean_of_metrics(state.metrics),
-            state.staleness,
+            tuple(sorted(counted.clients)),
+            counted.num_examples,
+            mean_of_metrics(counted.metrics),
+            counted.staleness,
         )
+
+    def _count(self, state: MeanState, updates: Sequence[Update]) -> MeanState:
+        """The state with everything of these updates in it but their vectors."""
+        for update in updates:
+            if not 1 <= update.num_examples < MAX_WEIGHT:
+                raise ValueError(f"expected num_examples in [1, {MAX_WEIGHT}), found {update.num_examples}")
+        weights = [self._weight(update) for update in updates]
+        return MeanState(
+            state.total,
+            state.weight + sum(weights),
+            state.num_examples + sum(update.num_examples for update in updates),
+            (*state.clients, *(update.client for update in updates)),
+            (*state.metrics, *zip(weights, (update.metrics for update in updates), strict=True)),
+            max((state.staleness, *(update.staleness for update in updates))),
+        )
+
+    def _terms(self, updates: Sequence[Update]) -> list[Term]:
+        return [Term(update.vector, self._weight(update)) for update in updates]
+
+    def _weight(self, update: Update) -> int:
+        return update.num_examples if self.weighting == "examples" else 1
 
 
 def mean_of_metrics(metrics: Iterable[tuple[int, Mapping[str, float]]]) -> dict[str, float]:
@@ -246,11 +256,11 @@ class Pipeline:
     def start(self, size: int) -> MeanState:
         return self.reduction.start(size)
 
-    def fold(self, state: MeanState, update: Update) -> MeanState:
-        return self.reduction.fold(state, update)
+    def fold(self, state: MeanState, *updates: Update) -> MeanState:
+        return self.reduction.fold(state, *updates)
 
-    def finish(self, state: MeanState) -> Aggregate:
-        aggregate = self.reduction.finish(state)
+    def finish(self, state: MeanState, *updates: Update) -> Aggregate:
+        aggregate = self.reduction.finish(state, *updates)
         vector = aggregate.vector
         for layer in reversed(self.layers):
             vector = layer.decode(vector)

@@ -34,6 +34,7 @@ MAX_RANK = 16
 MAX_NAME_BYTES = 512
 MAX_TENSORS = 100_000
 RESERVED_NAME = "__metadata__"
+_PART = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +233,12 @@ class Model:
 def bytes_of(vector: Array) -> memoryview:
     """A contiguous vector's memory as bytes, without a copy: what travels, little-endian."""
     return memoryview(vector.data).cast("B")
+
+
+def all_finite(vector: Array) -> bool:
+    """Whether no element is NaN or infinity; looks at a part at a time."""
+    parts = (vector[start : start + _PART] for start in range(0, len(vector), _PART))
+    return all(np.isfinite(part).all() for part in parts)
 
 
 def digest_of(data: bytes | memoryview | Array) -> bytes:

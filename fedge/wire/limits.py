@@ -11,7 +11,7 @@ PROTOCOL = 1
 """The version of the wire format; peers of different versions refuse each other."""
 
 CHUNK_BYTES = 1 << 20
-"""Bytes of a chunk. A multiple of four times `fedge.exact.BLOCK`, so that chunks can be folded."""
+"""Bytes of a chunk: a multiple of an element's four."""
 
 MAX_MESSAGE_BYTES = 16 << 20
 """What gRPC accepts as one message: the largest is an offer, with a layout of many tensors."""

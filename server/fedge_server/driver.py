@@ -13,8 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from fedge import federation
-from fedge.errors import RunError
+from fedge.errors import RunError, StorageError
 from fedge.federation import Finish, Plan, RunEffect, RunEvent
 from fedge.history import Row
 from fedge.learning import Learning
@@ -36,19 +38,21 @@ from fedge.round import (
 )
 from fedge.run import RunConfig
 from fedge.strategy import AnyStrategy
-from fedge.vector import Model
+from fedge.vector import Array, Model
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire.codec import encode_order_id
 from fedge_server.history import History
 from fedge_server.orders import Orders
 from fedge_server.shelf import Shelf
 from fedge_server.spool import Upload
+from fedge_server.waiting import Waiting
 
 log = logging.getLogger(__name__)
 
 _ON_THREAD_BYTES = 1 << 20
 MAX_WAITING_EVENTS = 100_000
 
+_NO_VECTOR: Array = np.zeros(0, np.float32)
 _ENDED = Refusal(RefusalCode.RUN_ENDED, "the run is over")
 
 Outbox = Callable[[str, pb.ServerMessage], None]
@@ -87,6 +91,7 @@ class RunDriver:
         )
         self._queue: asyncio.Queue[tuple[RunEvent, Delivery | None]] = asyncio.Queue()
         self._timers: dict[tuple[OrderId, str], asyncio.TimerHandle] = {}
+        self._waiting = Waiting()
         self._traffic = _Traffic()
         self._over = False
 
@@ -121,7 +126,7 @@ class RunDriver:
     async def deliver(
         self, client: str, order: OrderId, update: pb.Update, upload: Upload | None
     ) -> Refusal | None:
-        """Hand in a checked update; returns None once it is in the aggregate, or why it is not."""
+        """Hand in a checked update; returns None once it counts, or why it does not. The upload is the run's."""
         receipt: asyncio.Future[Refusal | None] = asyncio.get_running_loop().create_future()
         metrics = {metric.name: metric.value for metric in update.metrics}
         self.post(Arrived(client, order), Delivery(update.num_examples, metrics, upload, receipt))
@@ -148,7 +153,7 @@ class RunDriver:
             while self.machine.status == "running":
                 event, delivery = await self._queue.get()
                 await self._handle(event, delivery)
-        except RunError as error:
+        except (RunError, StorageError) as error:
             await self._fail(str(error))
         except Exception as error:  # one run's defect must not end the others
             log.exception("run_crashed run=%s", self.run_id)
@@ -165,6 +170,7 @@ class RunDriver:
             timer.cancel()
         self._timers.clear()
         self.shelf.clear()
+        self._waiting.clear()
         self._over = True
         clients = set(self.machine.clients)
         while not self._queue.empty():
@@ -194,7 +200,8 @@ class RunDriver:
         try:
             await self._execute(effects, delivery)
         finally:
-            if delivery is not None:  # a defect on the way must not leave the sender waiting
+            if delivery is not None and not delivery.receipt.done():
+                # A defect on the way must not leave the sender waiting.
                 _answer(delivery, Refusal(RefusalCode.LATE, "the coordinator could not use this update"))
         if waited != self.machine.waiting_for:
             self.history.touch()
@@ -206,7 +213,7 @@ class RunDriver:
                     self._send(client, order)
                 case Accept(client, order, staleness):
                     assert delivery is not None  # an Accept answers an Arrived, which carries one
-                    await self._fold(client, order, staleness, delivery)
+                    await self._take(client, order, staleness, delivery)
                 case Reject(client, order, refusal):
                     self._traffic.refused += 1
                     log.info(
@@ -228,6 +235,7 @@ class RunDriver:
                     await self._close(order)
                 case GiveUp(order, reason):
                     log.warning("round_given_up run=%s order=%s reason=%s", self.run_id, order, reason)
+                    self._waiting.drop(order.kind)
                     self._learning = self._learning.abandon(order)
                     self._drop_timers(order)
                 case Finish():
@@ -240,21 +248,29 @@ class RunDriver:
         self.shelf.grant(client, order.kind)
         self._outbox(client, message)
 
-    async def _fold(self, client: str, order: OrderId, staleness: int, delivery: Delivery) -> None:
+    async def _take(self, client: str, order: OrderId, staleness: int, delivery: Delivery) -> None:
         upload = delivery.upload
-        chunks = upload.chunks() if upload else ()
-        update = Update(client, chunks, delivery.num_examples, delivery.metrics, staleness)
-        size = upload.size if upload else 0
-        self._learning = await _off_loop(size, self._learning.fold, order, update)
-        self._traffic.up += size
+        vector = upload if upload is not None else _NO_VECTOR
+        update = Update(client, vector, delivery.num_examples, delivery.metrics, staleness)
+        full = self._waiting.add(order.kind, update, upload)
+        self._traffic.up += upload.size if upload is not None else 0
         self.shelf.withdraw(client, order.kind)
         self.history.refusals.pop(client, None)
         _answer(delivery, None)
+        if full:
+            with self._waiting.taken(order.kind) as updates:
+                size = self._bytes_of(order)
+                self._learning = await _off_loop(size, self._learning.fold, order, *updates)
+
+    def _bytes_of(self, order: OrderId) -> int:
+        """What one update for an order measures."""
+        return 0 if order.kind == "evaluate" else self.layout.nbytes
 
     async def _close(self, order: OrderId) -> None:
         self._drop_timers(order)
-        size = 0 if order.kind == "evaluate" else self.layout.nbytes
-        self._learning, aggregate = await _off_loop(size, self._learning.close, order)
+        with self._waiting.taken(order.kind) as updates:
+            size = self._bytes_of(order)
+            self._learning, aggregate = await _off_loop(size, self._learning.close, order, *updates)
         if order.kind == "evaluate":
             self.history.add_metrics(order.round, aggregate.metrics)
             return
@@ -324,7 +340,7 @@ class _Traffic:
 def _answer(delivery: Delivery, refusal: Refusal | None) -> None:
     if not delivery.receipt.done():
         delivery.receipt.set_result(refusal)
-    if delivery.upload is not None:
+    if refusal is not None and delivery.upload is not None:
         delivery.upload.close()
 
 

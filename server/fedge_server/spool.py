@@ -1,4 +1,4 @@
-"""Where updates wait while they arrive: in memory while small, in a private unnamed file when large.
+"""Where updates wait while they arrive and until they are summed: in memory while small, else in a file.
 
 A file keeps the process's memory at the size of the model, however many uploads are under way. What
 arrives is hashed and checked chunk by chunk, so that nothing wrong ever reaches an aggregate.
@@ -7,30 +7,35 @@ arrives is hashed and checked chunk by chunk, so that nothing wrong ever reaches
 from __future__ import annotations
 
 import hashlib
+import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from fedge.errors import RefusedError, StorageError
 from fedge.refusal import Refusal, RefusalCode
-from fedge.vector import Array
-from fedge.wire.limits import CHUNK_BYTES
+from fedge.vector import Array, all_finite
 
 _FLOAT = np.dtype("<f4")
+_IN_MEMORY_BYTES = 4 << 20
 
 
 class Upload:
-    """One float32 vector of a known size and digest, arriving in chunks of whole elements."""
+    """One float32 vector of a known size and digest, arriving in chunks of whole elements.
+
+    Complete, it is read as `upload[start:stop]`, on any thread.
+    """
 
     def __init__(self, folder: Path, *, size: int, digest: bytes) -> None:
         self.size = size
+        self._folder = folder
         self._digest = digest
         self._hash = hashlib.sha256()
         self._received = 0
-        # Unnamed: the file is gone with the process, however it ends.
-        self._file = tempfile.SpooledTemporaryFile(max_size=4 * CHUNK_BYTES, dir=str(folder))  # noqa: SIM115  # closed by `close`
+        self._memory = bytearray()
+        self._file: int | None = None
+        self._closed = False
 
     def write(self, data: bytes | memoryview) -> None:
         """Take the next bytes.
@@ -48,12 +53,15 @@ class Upload:
             raise _refused(
                 RefusalCode.WRONG_LENGTH, f"expected chunks of whole elements, found {len(data)} bytes"
             )
-        if not np.isfinite(np.frombuffer(data, _FLOAT)).all():
+        if not all_finite(np.frombuffer(data, _FLOAT)):
             raise _refused(RefusalCode.NOT_FINITE, "expected finite numbers, found NaN or infinity")
         self._hash.update(data)
         self._received += len(data)
+        if self.size <= _IN_MEMORY_BYTES:
+            self._memory += data
+            return
         try:
-            self._file.write(data)
+            self._append(memoryview(data))
         except OSError as error:
             raise StorageError(f"spool: an update cannot be kept: {error.strerror}") from None
 
@@ -73,18 +81,49 @@ class Upload:
         if self._hash.digest() != self._digest:
             raise _refused(RefusalCode.WRONG_DIGEST, "expected the announced digest, found another")
 
-    def chunks(self) -> Iterator[tuple[int, Array]]:
-        """`(offset in elements, values)`, one chunk in memory at a time."""
-        self._file.seek(0)
-        offset = 0
-        while data := self._file.read(CHUNK_BYTES):
-            values = np.frombuffer(data, _FLOAT)
-            yield offset, values
-            offset += len(values)
+    def __len__(self) -> int:
+        """Elements of the vector."""
+        return self.size // _FLOAT.itemsize
+
+    def __getitem__(self, part: slice, /) -> Array:
+        """Elements `start` to `stop`.
+
+        Raises:
+            StorageError: the disk does not give back what it took.
+        """
+        if self._closed:
+            raise ValueError("expected an upload that is not closed yet")
+        start, stop, _ = part.indices(len(self))
+        stop = max(start, stop)
+        if self._file is None:
+            return np.frombuffer(self._memory, _FLOAT)[start:stop]
+        count = (stop - start) * _FLOAT.itemsize
+        try:
+            data = os.pread(self._file, count, start * _FLOAT.itemsize)
+        except OSError as error:
+            raise StorageError(f"spool: an update cannot be read back: {error.strerror}") from None
+        if len(data) != count:
+            raise StorageError(f"spool: expected {count} bytes of an update back, found {len(data)}")
+        return np.frombuffer(data, _FLOAT)
 
     def close(self) -> None:
         """Drop the bytes; harmless a second time."""
-        self._file.close()
+        self._closed = True
+        self._memory = bytearray()
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _append(self, data: memoryview) -> None:
+        if self._file is None:
+            # Unnamed: the file is gone with the process, however it ends.
+            with tempfile.TemporaryFile(dir=self._folder) as file:
+                self._file = os.dup(file.fileno())
+        while data:
+            data = data[os.write(self._file, data) :]
 
 
 def _refused(code: RefusalCode, message: str) -> RefusedError:

@@ -19,7 +19,7 @@ from fedge.errors import ConfigError, RefusedError, RunError, TaskError
 from fedge.federation import Finish, Plan, RunEffect, RunEvent, Stop
 from fedge.history import Row
 from fedge.learning import Learning
-from fedge.pipeline import Update, whole
+from fedge.pipeline import Update
 from fedge.round import (
     Accept,
     Arrived,
@@ -215,8 +215,7 @@ class _Engine:
 
     def _fold(self, client: str, order: OrderId, staleness: int, released: Released) -> None:
         vector = released.vector
-        chunks = whole(vector) if len(vector) else ()
-        update = Update(client, chunks, released.num_examples, released.metrics, staleness)
+        update = Update(client, vector, released.num_examples, released.metrics, staleness)
         self._learning = self._learning.fold(order, update)
         self._up += vector.nbytes
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fedge.errors import LinkError, RemoteProtocolError
 from fedge.optimizer import Kind
-from fedge.pipeline import Pipeline, Update, whole
+from fedge.pipeline import Pipeline, Update
 from fedge.round import OrderId
 from fedge.strategy import AnyStrategy
 from fedge.vector import Array, Layout, Model, Tensor, bytes_of, digest_of
@@ -51,8 +51,8 @@ class Coordinator:
 
     def step(self, update: Array | None = None) -> None:
         pipeline = Pipeline(self.strategy.reduction)
-        chunks = whole(self.vector() if update is None else update)
-        folded = pipeline.fold(pipeline.start(self.size), Update("a", chunks, 1))
+        vector = self.vector() if update is None else update
+        folded = pipeline.fold(pipeline.start(self.size), Update("a", vector, 1))
         self.state = self.strategy.step(self.state, pipeline.finish(folded))
         self.round += 1
         self.orders.publish(self.state.model, self.strategy.order(self.state, self.round))

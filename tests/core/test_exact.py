@@ -1,4 +1,4 @@
-"""The exact sum against rational arithmetic, in any order and any chunks, and what it costs."""
+"""The exact sum against rational arithmetic, in any order and any grouping, and what it costs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedge.exact import BLOCK, MAX_WEIGHT, ExactSum
+from fedge import parallel
+from fedge.exact import BLOCK, MAX_WEIGHT, ExactSum, Term
 from fedge.vector import Array
 
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -19,20 +20,20 @@ EXTREMES = st.sampled_from(
 )
 VALUES = (FINITE | EXTREMES).map(np.float32)
 WEIGHTS = st.sampled_from([1, 2, 3, 255, 10**6, MAX_WEIGHT - 1]) | st.integers(1, MAX_WEIGHT - 1)
-Term = tuple[int, Array]
+Pair = tuple[int, Array]
 
 
-def reference(terms: list[Term], total: int) -> Array:
+def reference(terms: list[Pair], total: int) -> Array:
     """The exact sum, rounded once to float64, divided by the weight, rounded to float32."""
     size = len(terms[0][1])
     sums = [sum(w * Fraction(float(v[i])) for w, v in terms) for i in range(size)]
     return np.array([np.float32(float(exact) / float(total)) for exact in sums], np.float32)
 
 
-def mean(terms: list[Term]) -> Array:
+def mean(terms: list[Pair]) -> Array:
     total = ExactSum(len(terms[0][1]))
     for weight, values in terms:
-        total.add(values, weight=weight)
+        total.add(Term(values, weight))
     return total.mean(sum(weight for weight, _ in terms))
 
 
@@ -41,7 +42,7 @@ def assert_same_bits(one: Array, two: Array) -> None:
 
 
 @st.composite
-def several_terms(draw: st.DrawFn) -> list[Term]:
+def several_terms(draw: st.DrawFn) -> list[Pair]:
     size = draw(st.integers(1, 6))
     vector = st.lists(VALUES, min_size=size, max_size=size).map(lambda v: np.array(v, np.float32))
     return draw(st.lists(st.tuples(WEIGHTS, vector), min_size=1, max_size=12))
@@ -71,7 +72,7 @@ def test_what_cancels_leaves_nothing_behind(terms):
     cancelled = [(1, rest), *terms, *((w, -v) for w, v in reversed(terms))]
     total = ExactSum(len(rest))
     for weight, values in cancelled:
-        total.add(values, weight=weight)
+        total.add(Term(values, weight))
     assert_same_bits(total.mean(1), rest)
 
 
@@ -83,7 +84,7 @@ def test_a_bit_is_found_again_under_six_levels_of_cancellation():
     least = np.array([1e-45], np.float32)
     total = ExactSum(1)
     for weight, values in [*up, (1, least), *down]:
-        total.add(values, weight=weight)
+        total.add(Term(values, weight))
     assert_same_bits(total.mean(1), least)
 
 
@@ -94,7 +95,7 @@ def test_the_least_component_decides_how_a_tie_is_rounded(sign, least, expected)
     terms = [(1, np.array([sign * v], np.float32)) for v in (2.0**24, 1.0, 2.0**-29, least)]
     total = ExactSum(1)
     for weight, values in terms:
-        total.add(values, weight=weight)
+        total.add(Term(values, weight))
     assert total.mean(1)[0] == sign * expected == reference(terms, 1)[0]
 
 
@@ -126,7 +127,7 @@ def test_a_sum_of_nothing_is_zero():
 SIZES = [1, 2, 3, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 2 * BLOCK + 5, 3 * BLOCK - 1]
 
 
-def random_terms(size: int, count: int, seed: int = 0) -> list[Term]:
+def random_terms(size: int, count: int, seed: int = 0) -> list[Pair]:
     """Vectors whose elements span 60 powers of two: most sums need several components."""
     random = np.random.default_rng(seed)
     return [
@@ -150,18 +151,45 @@ def test_a_sum_of_any_size_is_exact_in_every_block(size):
     assert_same_bits(found[checked], reference(part, sum(w for w, _ in terms)))
 
 
-@pytest.mark.parametrize("blocks", [1, 2, 3])
-def test_chunks_of_whole_blocks_in_any_order_give_the_same_bits(blocks):
+@pytest.mark.parametrize("groups", [(5,), (1, 4), (2, 2, 1), (0, 5)])
+@pytest.mark.parametrize("last", [0, 1, 5])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_any_grouping_on_any_number_of_threads_gives_the_same_bits(groups, last, threads, monkeypatch):
     size = 3 * BLOCK + 17
-    terms = random_terms(size, 5)
-    total = ExactSum(size)
-    random = np.random.default_rng(3)
-    for weight, values in terms:
-        starts = list(range(0, size, blocks * BLOCK))
-        random.shuffle(starts)
-        for start in starts:
-            total.add(values[start : start + blocks * BLOCK], weight=weight, offset=start)
-    assert_same_bits(total.mean(sum(w for w, _ in terms)), mean(terms))
+    pairs = random_terms(size, 5 + last)
+    expected = mean(pairs)
+    monkeypatch.setattr(parallel, "ELEMENTS", BLOCK)
+    monkeypatch.setattr(parallel, "processors", lambda: threads)
+    terms = [Term(values, weight) for weight, values in pairs]
+    total, at = ExactSum(size), 0
+    for count in groups:
+        total.add(*terms[at : at + count])
+        at += count
+    assert_same_bits(total.mean(sum(w for w, _ in pairs), *terms[at:]), expected)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("size", [BLOCK - 1, 3 * BLOCK + 17])
+def test_a_mean_of_last_terms_alone_gives_the_same_bits(size, threads, monkeypatch):
+    pairs = random_terms(size, 4)
+    expected = mean(pairs)
+    monkeypatch.setattr(parallel, "ELEMENTS", BLOCK)
+    monkeypatch.setattr(parallel, "processors", lambda: threads)
+    found = ExactSum(size).mean(sum(w for w, _ in pairs), *(Term(v, w) for w, v in pairs))
+    assert_same_bits(found, expected)
+
+
+def test_an_error_while_a_thread_reads_is_raised_to_the_caller(monkeypatch):
+    class Broken:
+        def __len__(self) -> int:
+            return 4 * BLOCK
+
+        def __getitem__(self, part: slice, /) -> Array:
+            raise OSError("the disk is gone")
+
+    monkeypatch.setattr(parallel, "ELEMENTS", BLOCK)
+    with pytest.raises(OSError, match="the disk is gone"):
+        ExactSum(4 * BLOCK).add(Term(Broken(), 1))
 
 
 def test_strided_and_read_only_values_are_added_by_value():
@@ -177,30 +205,23 @@ def test_adding_leaves_the_values_as_they_were():
     np.testing.assert_array_equal(values, np.arange(10))
 
 
-BAD_SLICES = {
-    "off the grid": (3 * BLOCK, 10, 5),
-    "past the end": (10, 11, 0),
-    "after the end": (BLOCK, 1, BLOCK),
-    "negative": (2 * BLOCK, BLOCK, -BLOCK),
-    "one value for many": (10, 1, 0),
-    "part of a block": (2 * BLOCK, BLOCK // 2, 0),
-    "part of the last block": (BLOCK + 10, 5, BLOCK),
-}
-
-
-@pytest.mark.parametrize(("size", "length", "offset"), BAD_SLICES.values(), ids=BAD_SLICES)
-def test_a_slice_that_does_not_cover_whole_blocks_is_refused_before_it_changes_anything(size, length, offset):
-    total = ExactSum(size)
-    total.add(np.ones(size, np.float32), weight=1)
-    with pytest.raises(ValueError, match="expected a slice"):
-        total.add(np.ones(length, np.float32), weight=1, offset=offset)
-    np.testing.assert_array_equal(total.mean(1), np.ones(size))
+@pytest.mark.parametrize("length", [0, 1, 9, 11])
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_term_of_another_size_is_refused_before_it_changes_anything(length, others):
+    total = ExactSum(10)
+    total.add(Term(np.ones(10, np.float32), 1))
+    given = [*[Term(np.ones(10, np.float32), 1)] * others, Term(np.ones(length, np.float32), 1)]
+    with pytest.raises(ValueError, match="expected a vector of 10 elements"):
+        total.add(*given)
+    with pytest.raises(ValueError, match="expected a vector of 10 elements"):
+        total.mean(1, *given)
+    np.testing.assert_array_equal(total.mean(1), np.ones(10))
 
 
 @pytest.mark.parametrize("weight", [0, -1, MAX_WEIGHT, 2**70])
 def test_a_weight_whose_product_might_be_inexact_is_refused(weight):
     with pytest.raises(ValueError, match="expected a weight"):
-        ExactSum(3).add(np.ones(3, np.float32), weight=weight)
+        Term(np.ones(3, np.float32), weight)
 
 
 # From sparse errors to dense blocks, and what it costs.
@@ -211,7 +232,7 @@ def test_a_weight_whose_product_might_be_inexact_is_refused(weight):
 def test_errors_in_any_share_of_the_elements_are_kept_exactly(share, rounds):
     size = 800
     random = np.random.default_rng(5)
-    terms: list[Term] = []
+    terms: list[Pair] = []
     for _ in range(rounds):
         small = random.normal(size=size).astype(np.float32)
         big = np.where(random.random(size) < share, np.float32(1e30), small).astype(np.float32)
@@ -220,12 +241,12 @@ def test_errors_in_any_share_of_the_elements_are_kept_exactly(share, rounds):
     assert_same_bits(found, reference(terms, sum(w for w, _ in terms)))
 
 
-def cost(terms: list[Term]) -> float:
+def cost(terms: list[Pair]) -> float:
     """Bytes of the sum's components after all terms, as a multiple of the float32 vector's."""
     total = ExactSum(len(terms[0][1]))
     assert total.nbytes == 0
     for weight, values in terms:
-        total.add(values, weight=weight)
+        total.add(Term(values, weight))
     return total.nbytes / terms[0][1].nbytes
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fedge.errors import RunError
 from fedge.learning import Learning
-from fedge.pipeline import Update, whole
+from fedge.pipeline import Update
 from fedge.round import OrderId
 from fedge.strategy import AnyStrategy
 from fedge.vector import Array, Layout, Model, Tensor
@@ -25,7 +25,7 @@ def begin(strategy: AnyStrategy | None = None) -> Learning:
 
 def update(client: str, *values: float, examples: int = 10, **metrics: float) -> Update:
     vector: Array = np.array(values, np.float32)
-    return Update(client, whole(vector) if values else (), examples, metrics)
+    return Update(client, vector, examples, metrics)
 
 
 def test_a_close_makes_the_strategys_step_on_the_mean_of_what_was_folded():

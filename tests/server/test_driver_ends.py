@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+from fedge.errors import StorageError
 from fedge.pipeline import Mean
 from fedge.refusal import RefusalCode
 from fedge.round import Arrived, OrderId
@@ -289,22 +290,25 @@ def test_a_defect_ends_its_own_run_with_the_reason_and_no_other(start_run, play,
     play(scenario())
 
 
-def test_an_update_whose_bytes_cannot_be_read_back_ends_the_run_and_answers_its_sender(start_run, play):
+def test_an_update_whose_bytes_cannot_be_read_back_ends_the_run(start_run, play):
     async def scenario() -> None:
         run = await start_run(FedAvg(), "a", cohort={"size": 1}, rounds=1)
 
         class Gone:
             size = 16
 
-            def chunks(self):
-                raise OSError(5, "Input/output error")
+            def __len__(self):
+                return 4
+
+            def __getitem__(self, part):
+                raise StorageError("spool: an update cannot be read back: Input/output error")
 
             def close(self) -> None: ...
 
         update = drivers.pb.Update(num_examples=1)
-        refusal = await run.driver.deliver("a", FIRST, update, Gone())
-        assert refusal.message == "the coordinator could not use this update"
+        assert await run.driver.deliver("a", FIRST, update, Gone()) is None
         assert await run.ended() == "failed"
-        assert "Input/output error" in run.driver.machine.reason
+        assert run.driver.machine.reason == "spool: an update cannot be read back: Input/output error"
+        assert run.messages("a", "ended")[0].status == "failed"
 
     play(scenario())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import tracemalloc
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def upload_of(folder: Path, data: bytes, *, size: int | None = None, digest: byt
 
 
 def held(upload: Upload) -> bytes:
-    return b"".join(values.tobytes() for _, values in upload.chunks())
+    return upload[0 : upload.size // 4].tobytes()
 
 
 def refusal(call, *arguments) -> RefusalCode:
@@ -61,20 +62,27 @@ def test_whatever_chunks_it_comes_in_it_is_the_same_vector(tmp_path: Path, sizes
 
 
 @pytest.mark.parametrize("size", [100, LARGE // 4 + 3])
-def test_its_chunks_can_be_folded_as_they_are(tmp_path: Path, size: int):
-    """They start at multiples of a block, in order, without gaps."""
-    data = vector(size).tobytes()
+def test_any_slice_of_it_is_that_slice_of_the_vector(tmp_path: Path, size: int):
+    expected = vector(size)
+    data = expected.tobytes()
     upload = upload_of(tmp_path, data)
     for start in range(0, len(data), 3 * MEBI):
         upload.write(data[start : start + 3 * MEBI])
     upload.finish()
-    expected = 0
-    for offset, values in upload.chunks():
-        assert offset == expected
-        assert offset % BLOCK == 0
-        expected += len(values)
-    assert expected == size
+    assert len(upload) == size
+    for start, stop in [
+        (0, size),
+        (0, 1),
+        (size - 1, size),
+        (17, 60),
+        (BLOCK, 2 * BLOCK),
+        (5, 5),
+        (9, 2 * size),
+    ]:
+        np.testing.assert_array_equal(upload[start:stop], expected[start:stop])
     upload.close()
+    with pytest.raises(ValueError, match="not closed"):
+        upload[0:1]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -96,7 +104,7 @@ def test_more_than_was_announced_is_refused_before_it_is_kept(tmp_path: Path):
     upload = upload_of(tmp_path, data, size=36)
     upload.write(data[:20])
     assert refusal(upload.write, data[20:]) == RefusalCode.WRONG_LENGTH
-    assert held(upload) == data[:20]
+    assert upload[0:5].tobytes() == data[:20]
     upload.close()
 
 
@@ -135,7 +143,7 @@ def test_a_large_update_waits_in_a_file_without_a_name_and_takes_little_memory(t
             upload.write(chunk)
         upload.finish()
         assert list(tmp_path.iterdir()) == [], "nothing is left behind, however the process ends"
-        assert sum(len(values) for _, values in upload.chunks()) == LARGE // 4
+        assert all(upload[at : at + BLOCK].tobytes() for at in range(0, LARGE // 4, BLOCK))
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -155,7 +163,14 @@ def test_a_small_update_never_touches_the_disk(tmp_path: Path):
 
 def test_a_disk_that_cannot_take_it_is_the_operators_trouble_and_said_in_words(tmp_path: Path):
     upload = upload_of(tmp_path / "there is no such folder", b"", size=LARGE)
-    for _ in range(4):
-        upload.write(bytes(CHUNK_BYTES))
     with pytest.raises(StorageError, match="an update cannot be kept: No such file or directory"):
         upload.write(bytes(CHUNK_BYTES))
+
+
+def test_a_file_that_gives_back_less_than_it_took_is_said_in_words(tmp_path: Path, monkeypatch):
+    upload = upload_of(tmp_path, b"", size=LARGE)
+    for _ in range(LARGE // MEBI):
+        upload.write(bytes(MEBI))
+    monkeypatch.setattr(os, "pread", lambda *arguments: bytes(12))
+    with pytest.raises(StorageError, match="expected 400 bytes of an update back, found 12"):
+        upload[0:100]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fedge.mirror import advance
 from fedge.optimizer import Kind, Optimizer, apply, init_slots
-from fedge.pipeline import Aggregate, Mean, Pipeline, Update, whole
+from fedge.pipeline import Aggregate, Mean, Pipeline, Update
 from fedge.strategy import AnyStrategy, Order, State, Strategy
 from fedge.vector import Array, Layout, Model, Tensor
 from fedge_strategies import FedAvg, MirroredSgd, Sgd
@@ -85,7 +85,7 @@ def aggregate_of(strategy: AnyStrategy, updates: Sequence[Array], examples: int 
     pipeline = Pipeline(strategy.reduction)
     state = pipeline.start(SIZE)
     for number, vector in enumerate(updates):
-        state = pipeline.fold(state, Update(f"site-{number}", whole(vector), examples))
+        state = pipeline.fold(state, Update(f"site-{number}", vector, examples))
     return pipeline.finish(state)
 
 
@@ -162,7 +162,7 @@ def test_fedavg_by_examples_equals_centralised_sgd_on_parts_of_unequal_size():
         total = fold.start(SIZE)
         for number, part in enumerate(parts):
             delta = np.float32(-rate) * part.gradient(state.model)
-            total = fold.fold(total, Update(str(number), whole(delta), len(part.targets)))
+            total = fold.fold(total, Update(str(number), delta, len(part.targets)))
         state = strategy.step(state, fold.finish(total))
         models.append(state.model)
     assert_close(models, centralised(Optimizer("sgd", rate), 20, pooled(parts)))
@@ -276,7 +276,7 @@ def test_sgd_does_not_weigh_a_gradient_by_the_examples_its_client_claims():
     pipeline = Pipeline(Sgd().reduction)
     state = pipeline.start(SIZE)
     for name, value, claim in (("honest", 1.0, 1), ("boastful", 3.0, 10**6)):
-        state = pipeline.fold(state, Update(name, whole(np.full(SIZE, value, np.float32)), claim))
+        state = pipeline.fold(state, Update(name, np.full(SIZE, value, np.float32), claim))
     moved = Sgd("sgd", 0.5).step(Sgd().init(start()), pipeline.finish(state)).model
     np.testing.assert_allclose(moved[:TRAINABLE], start().vector[:TRAINABLE] - 1.0, rtol=1e-6)
 

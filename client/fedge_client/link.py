@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 
@@ -12,7 +11,7 @@ from grpc import aio
 
 import fedge
 from fedge.errors import ConfigError, LinkError, RemoteProtocolError
-from fedge.vector import Array, bytes_of
+from fedge.vector import Array, bytes_of, new_digest
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire import fedge_pb2_grpc as services
 from fedge.wire.chunks import data_of_chunk, frames
@@ -124,7 +123,7 @@ class Link:
             raise LinkError(f"what the order named is no longer there: {error}") from None
 
     async def _fetch_into(self, room: memoryview, run_id: str, blob: pb.Blob) -> None:
-        digest = hashlib.sha256()
+        digest = new_digest()
         received = 0
         with self._errors():
             request = pb.FetchRequest(run_id=run_id, digest=blob.digest, offset=0)

@@ -53,7 +53,7 @@ class Blob(_message.Message):
     SIZE_FIELD_NUMBER: _builtins.int
     INLINE_FIELD_NUMBER: _builtins.int
     digest: _builtins.bytes
-    """SHA-256 of the bytes"""
+    """BLAKE3 of the bytes"""
     size: _builtins.int
     inline: _builtins.bytes
     def __init__(

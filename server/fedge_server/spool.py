@@ -6,7 +6,6 @@ arrives is hashed and checked chunk by chunk, so that nothing wrong ever reaches
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tempfile
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 
 from fedge.errors import RefusedError, StorageError
 from fedge.refusal import Refusal, RefusalCode
-from fedge.vector import Array, all_finite
+from fedge.vector import Array, all_finite, new_digest
 
 _FLOAT = np.dtype("<f4")
 _IN_MEMORY_BYTES = 4 << 20
@@ -31,7 +30,7 @@ class Upload:
         self.size = size
         self._folder = folder
         self._digest = digest
-        self._hash = hashlib.sha256()
+        self._hash = new_digest()
         self._received = 0
         self._memory = bytearray()
         self._file: int | None = None

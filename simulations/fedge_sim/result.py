@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from fedge.federation import Status
 from fedge.history import Row, plain_metrics
 from fedge.run import Privacy, RunConfig
-from fedge.vector import Model, digest_of
+from fedge.vector import Model, bytes_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +48,7 @@ class Result:
             "privacy_unit": self.run.privacy.unit,
             "metrics": plain_metrics(self.metrics),
             "parameters": self.model.layout.size,
-            "model_sha256": digest_of(self.model.vector).hex(),
+            "model_sha256": hashlib.sha256(bytes_of(self.model.vector)).hexdigest(),
             "seconds": sum(row.seconds for row in self.history),
             "bytes_up": sum(row.bytes_up for row in self.history),
             "bytes_down": sum(row.bytes_down for row in self.history),

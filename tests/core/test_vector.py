@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
@@ -22,6 +21,7 @@ from fedge.vector import (
     Model,
     Tensor,
     digest_of,
+    new_digest,
 )
 
 STEPS = Carried("bn.steps", (), "int64", bytes(8))
@@ -257,16 +257,29 @@ def test_digests_are_equal_exactly_when_layouts_are_and_a_difference_has_words(o
     assert (one.difference(two) == "") == (one == two)
 
 
-def test_digest_of_is_sha256_of_the_bytes():
-    vector = np.arange(5, dtype=np.float32)
-    expected = hashlib.sha256(vector.tobytes()).digest()
-    assert (
-        digest_of(vector)
-        == digest_of(vector.tobytes())
-        == digest_of(memoryview(vector.tobytes()))
-        == expected
-    )
-    assert digest_of(np.zeros(0, np.float32)) == hashlib.sha256(b"").digest()
+# The first bytes of outputs in BLAKE3's own test vectors, whose inputs count 0, 1, ... 250, 0, 1, ...
+BLAKE3 = {
+    0: "af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262",
+    8: "2351207d04fc16ade43ccab08600939c7c1fa70a5c0aaca76063d04c3228eaeb",
+    1024: "42214739f095a406f3fc83deb889744ac00df831c10daa55189b5d121c855af7",
+    102400: "bc3e3d41a1146b069abffad3c0d44860cf664390afce4d9661f7902e7943e085",
+}
+
+
+@pytest.mark.parametrize("size", BLAKE3)
+def test_digest_of_is_blake3_of_the_bytes(size):
+    data = bytes(at % 251 for at in range(size))
+    assert digest_of(data) == digest_of(memoryview(data)) == bytes.fromhex(BLAKE3[size])
+    assert digest_of(np.frombuffer(data, np.float32)) == digest_of(data)
+
+
+@pytest.mark.parametrize("size", [0, 1000, 9 << 20])
+def test_a_digest_of_parts_is_that_of_the_whole(size):
+    data = np.random.default_rng(0).bytes(size)
+    parts = new_digest()
+    for at in range(0, size, 700_001):
+        parts.update(data[at : at + 700_001])
+    assert parts.digest() == digest_of(data)
 
 
 # What a layout refuses.

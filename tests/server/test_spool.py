@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tracemalloc
 from pathlib import Path
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 from fedge.errors import RefusedError, StorageError
 from fedge.exact import BLOCK
 from fedge.refusal import RefusalCode
-from fedge.vector import Array
+from fedge.vector import Array, digest_of
 from fedge.wire.limits import CHUNK_BYTES
 from fedge_server.spool import Upload
 
@@ -32,7 +31,7 @@ def upload_of(folder: Path, data: bytes, *, size: int | None = None, digest: byt
     return Upload(
         folder,
         size=len(data) if size is None else size,
-        digest=hashlib.sha256(data).digest() if digest is None else digest,
+        digest=digest_of(data) if digest is None else digest,
     )
 
 
@@ -118,7 +117,7 @@ def test_less_than_was_announced_is_refused_at_the_end(tmp_path: Path):
 
 def test_another_digest_than_was_announced_is_refused(tmp_path: Path):
     data = vector(10).tobytes()
-    upload = upload_of(tmp_path, data, digest=hashlib.sha256(b"other").digest())
+    upload = upload_of(tmp_path, data, digest=digest_of(b"other"))
     upload.write(data)
     assert refusal(upload.finish) == RefusalCode.WRONG_DIGEST
     upload.close()
@@ -135,7 +134,7 @@ def test_a_chunk_that_cuts_an_element_is_refused(tmp_path: Path):
 def test_a_large_update_waits_in_a_file_without_a_name_and_takes_little_memory(tmp_path: Path):
     chunk = vector(MEBI // 4).tobytes()
     count = LARGE // MEBI
-    digest = hashlib.sha256(chunk * count).digest()
+    digest = digest_of(chunk * count)
     tracemalloc.start()
     try:
         upload = Upload(tmp_path, size=LARGE, digest=digest)

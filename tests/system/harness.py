@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -25,7 +26,7 @@ import wide
 from fedge.config import parse_toml
 from fedge.files import write_private
 from fedge.run import RunConfig
-from fedge.vector import Array, Model, digest_of
+from fedge.vector import Array, Model, bytes_of
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire import fedge_pb2_grpc as services
 from fedge_client.enrolment import enrol_site
@@ -287,7 +288,7 @@ class Federation:
 
     def digest(self, run_id: str) -> str:
         """The digest of a run's model, as `fedge simulate` reports it."""
-        return digest_of(self.model(run_id)).hex()
+        return hashlib.sha256(bytes_of(self.model(run_id))).hexdigest()
 
 
 @contextlib.contextmanager
@@ -351,7 +352,7 @@ def simulated(text: str, *, clients: int = 2) -> str:
     config = parse_toml(text, RunConfig, source="run.toml")
     result = simulate(config, task=_TASKS.get(config.task, tiny.task), clients=clients)
     assert result.status == "done", result.reason
-    return digest_of(result.model.vector).hex()
+    return hashlib.sha256(bytes_of(result.model.vector)).hexdigest()
 
 
 def set_tables(path: Path, tables: dict[str, Any]) -> None:

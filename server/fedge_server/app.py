@@ -22,14 +22,20 @@ from fedge_server.callers import now
 from fedge_server.coordinator import Coordinator
 from fedge_server.handlers import add_services
 from fedge_server.identity import Authority
+from fedge_server.memory import use_one_arena
 from fedge_server.service import EnrolmentService, FederationService
 from fedge_server.settings import ServerSettings
+from fedge_server.spool import Spool
 
 log = logging.getLogger(__name__)
 
 _OPTIONS = (
     *CHANNEL_OPTIONS,
     ("grpc.so_reuseport", 0),  # a second coordinator on the same port must fail, not share it
+    # A stream's sender may be so far ahead of its reader, and no further, however fast the link: without
+    # this gRPC lets the window grow, and with it the memory of each upload.
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 4 << 20),
     # A dead peer (a cut cable, a stopped process) is noticed within a minute on an idle stream.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),
@@ -46,13 +52,14 @@ async def serve(settings: ServerSettings, folder: Path, *, ready: Callable[[int]
         ConfigError: a file is missing, or the port cannot be had.
         IdentityError: the authority's files are damaged or the server's certificate has expired.
     """
+    use_one_arena()
     authority = Authority.load(folder / settings.identity)
     spool = private_folder(folder / settings.spool)
     _check_writable(spool)
-    coordinator = Coordinator(settings)
+    coordinator = Coordinator(settings, Spool(spool))
     server = aio.server(options=_OPTIONS)
     software = f"fedge {fedge.__version__}"
-    federation = FederationService(coordinator, authority, spool, software=software)
+    federation = FederationService(coordinator, authority, software=software)
     enrolment = EnrolmentService(coordinator, authority)
     add_services(server, federation, enrolment, AdminService(coordinator, authority))
     credential = authority.server_credential(now=now())

@@ -18,6 +18,7 @@ from fedge.wire.codec import encode_layout, encode_work
 from fedge_server.driver import RunDriver
 from fedge_server.sessions import Session
 from fedge_server.settings import ServerSettings
+from fedge_server.spool import Spool
 
 log = logging.getLogger(__name__)
 
@@ -25,8 +26,9 @@ log = logging.getLogger(__name__)
 class Coordinator:
     """Sessions by site and runs by id. All methods belong to the event loop's thread."""
 
-    def __init__(self, settings: ServerSettings) -> None:
+    def __init__(self, settings: ServerSettings, spool: Spool) -> None:
         self.settings = settings
+        self.spool = spool
         self.sessions: dict[str, Session] = {}
         self.runs: dict[str, RunDriver] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -118,7 +120,8 @@ class Coordinator:
             ) from error
         self._forget_old_runs()
         self.runs[run_id] = driver
-        self._tasks[run_id] = asyncio.create_task(driver.run(), name=f"run {run_id}")
+        task = self._tasks[run_id] = asyncio.create_task(driver.run(), name=f"run {run_id}")
+        task.add_done_callback(lambda _: self._free_spool())
         log.info("run_submitted run=%s strategy=%s rounds=%d", run_id, driver.strategy_repr, config.rounds)
         offer = _offer(driver)
         for session in self.sessions.values():
@@ -154,6 +157,10 @@ class Coordinator:
 
     def _open_runs(self) -> list[RunDriver]:
         return [driver for driver in self.runs.values() if driver.machine.status == "running"]
+
+    def _free_spool(self) -> None:
+        if not self._open_runs():
+            self.spool.shrink()
 
     def _forget_old_runs(self) -> None:
         ended = [run_id for run_id, driver in self.runs.items() if driver.machine.status != "running"]

@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from pathlib import Path
 
 from fedge.errors import FedgeError, RefusedError, RemoteProtocolError
 from fedge.exact import MAX_WEIGHT
@@ -45,10 +44,9 @@ CHECK_EVERY_S = 1.0
 class FederationService:
     """What enrolled sites may call; `handlers` says which method answers which call."""
 
-    def __init__(self, coordinator: Coordinator, authority: Authority, spool: Path, *, software: str) -> None:
+    def __init__(self, coordinator: Coordinator, authority: Authority, *, software: str) -> None:
         self._coordinator = coordinator
         self._authority = authority
-        self._spool = spool
         self._software = software
 
     async def Session(
@@ -203,15 +201,7 @@ class FederationService:
             if upload is None:
                 raise _refused(RefusalCode.WRONG_LENGTH, "expected an update with a vector")
             try:
-                while True:
-                    async with asyncio.timeout(CHUNK_WAIT_S):
-                        request = await anext(requests, None)
-                    if request is None:
-                        break
-                    data = open_deliver_request(request)
-                    if isinstance(data, pb.Update):
-                        raise RemoteProtocolError("expected bytes of the update, found another update")
-                    await _write(upload, data)
+                await _fill(upload, requests)
                 if upload.missing:
                     # A link that broke looks like this, too: it is not held against the site, which may retry.
                     raise RemoteProtocolError(f"expected {upload.missing} more bytes, found the end")
@@ -253,7 +243,7 @@ class FederationService:
             raise _refused(RefusalCode.WRONG_DIGEST, str(error)) from None
         if not expected:
             return driver, None
-        return driver, Upload(self._spool, size=expected, digest=update.vector.digest)
+        return driver, self._coordinator.spool.upload(size=expected, digest=update.vector.digest)
 
     def _count_refusal(self, site: str, run_id: str, order: OrderId, refusal: Refusal) -> None:
         """A refused update costs the site its part in this round, unless it merely came late or twice."""
@@ -301,6 +291,28 @@ _HARMLESS = frozenset(
         RefusalCode.UNKNOWN_RUN,
     }
 )
+
+
+async def _fill(upload: Upload, requests: AsyncIterator[bytes]) -> None:
+    """Keep what arrives until the sender ends; while one chunk is written the next is on its way."""
+    writing: asyncio.Task[None] | None = None
+    try:
+        while True:
+            async with asyncio.timeout(CHUNK_WAIT_S):
+                request = await anext(requests, None)
+            if writing is not None:
+                await writing
+            if request is None:
+                return
+            data = open_deliver_request(request)
+            if isinstance(data, pb.Update):
+                raise RemoteProtocolError("expected bytes of the update, found another update")
+            writing = asyncio.create_task(_write(upload, data))
+    finally:
+        if writing is not None:
+            writing.cancel()
+            with suppress(asyncio.CancelledError, FedgeError):  # what ends the upload is the first trouble
+                await writing
 
 
 async def _write(upload: Upload, data: Piece) -> None:

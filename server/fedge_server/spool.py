@@ -18,6 +18,46 @@ from fedge.vector import Array, all_finite, new_digest
 
 _FLOAT = np.dtype("<f4")
 _IN_MEMORY_BYTES = 4 << 20
+_IDLE_FILES = 8
+
+
+class Spool:
+    """The folder where large uploads wait. Its files serve one upload after another.
+
+    A file that is written again has its pages in memory already: that is several times faster.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._idle: list[int] = []
+
+    def upload(self, *, size: int, digest: bytes) -> Upload:
+        """Room for a vector of so many bytes, which is taken as they arrive."""
+        return Upload(self, size=size, digest=digest)
+
+    def shrink(self) -> None:
+        """Give the room of all files back that no upload is in."""
+        while self._idle:
+            os.close(self._idle.pop())
+
+    def take(self) -> int:
+        """The descriptor of a file that nobody else has; what is in it is of no meaning.
+
+        Raises:
+            OSError: the folder cannot hold one.
+        """
+        if self._idle:
+            return self._idle.pop()
+        # Unnamed: the file is gone with the process, however it ends.
+        with tempfile.TemporaryFile(dir=self._folder) as file:
+            return os.dup(file.fileno())
+
+    def give_back(self, descriptor: int) -> None:
+        """The file may serve another upload."""
+        if len(self._idle) < _IDLE_FILES:
+            self._idle.append(descriptor)
+        else:
+            os.close(descriptor)
 
 
 class Upload:
@@ -26,14 +66,14 @@ class Upload:
     Complete, it is read as `upload[start:stop]`, on any thread.
     """
 
-    def __init__(self, folder: Path, *, size: int, digest: bytes) -> None:
+    def __init__(self, spool: Spool, *, size: int, digest: bytes) -> None:
         self.size = size
-        self._folder = folder
+        self._spool = spool
         self._digest = digest
         self._hash = new_digest()
         self._received = 0
         self._memory = bytearray()
-        self._file: int | None = None
+        self._file: _Lease | None = None
         self._closed = False
 
     def write(self, data: bytes | memoryview) -> None:
@@ -55,14 +95,11 @@ class Upload:
         if not all_finite(np.frombuffer(data, _FLOAT)):
             raise _refused(RefusalCode.NOT_FINITE, "expected finite numbers, found NaN or infinity")
         self._hash.update(data)
-        self._received += len(data)
         if self.size <= _IN_MEMORY_BYTES:
             self._memory += data
-            return
-        try:
-            self._append(memoryview(data))
-        except OSError as error:
-            raise StorageError(f"spool: an update cannot be kept: {error.strerror}") from None
+        else:
+            self._write_at(self._received, memoryview(data))
+        self._received += len(data)
 
     @property
     def missing(self) -> int:
@@ -94,11 +131,12 @@ class Upload:
             raise ValueError("expected an upload that is not closed yet")
         start, stop, _ = part.indices(len(self))
         stop = max(start, stop)
-        if self._file is None:
+        file = self._file
+        if file is None:
             return np.frombuffer(self._memory, _FLOAT)[start:stop]
         count = (stop - start) * _FLOAT.itemsize
         try:
-            data = os.pread(self._file, count, start * _FLOAT.itemsize)
+            data = os.pread(file.descriptor, count, start * _FLOAT.itemsize)
         except OSError as error:
             raise StorageError(f"spool: an update cannot be read back: {error.strerror}") from None
         if len(data) != count:
@@ -106,23 +144,31 @@ class Upload:
         return np.frombuffer(data, _FLOAT)
 
     def close(self) -> None:
-        """Drop the bytes; harmless a second time."""
+        """Drop the bytes, even while a thread is at them; harmless a second time."""
         self._closed = True
         self._memory = bytearray()
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
+        self._file = None
+
+    def _write_at(self, offset: int, data: memoryview) -> None:
+        try:
+            file = self._file = self._file or _Lease(self._spool)
+            while data:
+                written = os.pwrite(file.descriptor, data, offset)
+                offset, data = offset + written, data[written:]
+        except OSError as error:
+            raise StorageError(f"spool: an update cannot be kept: {error.strerror}") from None
+
+
+class _Lease:
+    """A file for one upload; the spool has it back when the last thread that uses it lets go of it."""
+
+    def __init__(self, spool: Spool) -> None:
+        self.descriptor = spool.take()
+        self._spool = spool
 
     def __del__(self) -> None:
-        self.close()
-
-    def _append(self, data: memoryview) -> None:
-        if self._file is None:
-            # Unnamed: the file is gone with the process, however it ends.
-            with tempfile.TemporaryFile(dir=self._folder) as file:
-                self._file = os.dup(file.fileno())
-        while data:
-            data = data[os.write(self._file, data) :]
+        if hasattr(self, "_spool"):  # there was a file to take
+            self._spool.give_back(self.descriptor)
 
 
 def _refused(code: RefusalCode, message: str) -> RefusedError:

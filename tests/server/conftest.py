@@ -20,7 +20,7 @@ from fedge.vector import Array, Layout, Model, Tensor, digest_of
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire.codec import decode_order_id
 from fedge_server.driver import RunDriver
-from fedge_server.spool import Upload
+from fedge_server.spool import Spool, Upload
 
 LAYOUT = Layout((Tensor("w", (4,)),))
 
@@ -64,7 +64,7 @@ class Run:
         if order.kind != "evaluate":
             size = self.driver.layout.size
             vector = value if isinstance(value, np.ndarray) else np.full(size, value, np.float32)
-            upload = Upload(self.folder, size=vector.nbytes, digest=digest_of(vector))
+            upload = Spool(self.folder).upload(size=vector.nbytes, digest=digest_of(vector))
             upload.write(vector.tobytes())
             upload.finish()
         update = pb.Update(

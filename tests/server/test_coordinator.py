@@ -6,6 +6,7 @@ import asyncio
 import sys
 from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -23,6 +24,7 @@ from fedge_server.coordinator import Coordinator
 from fedge_server.driver import RunDriver
 from fedge_server.sessions import Session
 from fedge_server.settings import ServerSettings
+from fedge_server.spool import Spool
 from fedge_strategies import FedAvg
 
 DAY = datetime(2026, 1, 1, tzinfo=UTC)
@@ -31,7 +33,7 @@ Play = Callable[[Coroutine[Any, Any, None]], None]
 
 
 def coordinator_of(**settings: Any) -> Coordinator:
-    return Coordinator(ServerSettings(listen="h:1", **settings))
+    return Coordinator(ServerSettings(listen="h:1", **settings), Spool(Path("nowhere")))
 
 
 def session(site: str) -> Session:

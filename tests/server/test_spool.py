@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from fedge.errors import RefusedError, StorageError
 from fedge.exact import BLOCK
 from fedge.refusal import RefusalCode
-from fedge.vector import Array, digest_of
+from fedge.vector import Array, bytes_of, digest_of
 from fedge.wire.limits import CHUNK_BYTES
-from fedge_server.spool import Upload
+from fedge_server.spool import Spool, Upload
 
 MEBI = 1 << 20
 LARGE = 16 * MEBI
@@ -28,8 +28,7 @@ def vector(size: int, seed: int = 0) -> Array:
 
 
 def upload_of(folder: Path, data: bytes, *, size: int | None = None, digest: bytes | None = None) -> Upload:
-    return Upload(
-        folder,
+    return Spool(folder).upload(
         size=len(data) if size is None else size,
         digest=digest_of(data) if digest is None else digest,
     )
@@ -137,7 +136,7 @@ def test_a_large_update_waits_in_a_file_without_a_name_and_takes_little_memory(t
     digest = digest_of(chunk * count)
     tracemalloc.start()
     try:
-        upload = Upload(tmp_path, size=LARGE, digest=digest)
+        upload = Spool(tmp_path).upload(size=LARGE, digest=digest)
         for _ in range(count):
             upload.write(chunk)
         upload.finish()
@@ -173,3 +172,56 @@ def test_a_file_that_gives_back_less_than_it_took_is_said_in_words(tmp_path: Pat
     monkeypatch.setattr(os, "pread", lambda *arguments: bytes(12))
     with pytest.raises(StorageError, match="expected 400 bytes of an update back, found 12"):
         upload[0:100]
+
+
+def filled(spool: Spool, seed: int) -> tuple[Upload, Array]:
+    values = vector(LARGE // 4, seed)
+    upload = spool.upload(size=LARGE, digest=digest_of(values))
+    for at in range(0, len(values), MEBI // 4):
+        upload.write(bytes_of(values[at : at + MEBI // 4]))
+    upload.finish()
+    return upload, values
+
+
+def test_uploads_never_share_a_file_though_files_serve_again(tmp_path: Path):
+    spool = Spool(tmp_path)
+    for seed in range(0, 9, 3):
+        pairs = [filled(spool, seed + n) for n in range(3)]
+        for upload, values in pairs:
+            np.testing.assert_array_equal(upload[0 : len(values)], values)
+        for upload, _ in pairs:
+            upload.close()
+    del upload, pairs
+    assert open_files(tmp_path) == 3
+    spool.shrink()
+    assert open_files(tmp_path) == 0
+
+
+def test_a_file_still_in_use_by_a_thread_serves_nobody_else_even_if_its_upload_is_closed(
+    tmp_path: Path, monkeypatch
+):
+    spool = Spool(tmp_path)
+    upload, values = filled(spool, 1)
+    others = []
+
+    def close_first(descriptor: int, count: int, offset: int) -> bytes:
+        upload.close()
+        others.append(filled(spool, 2)[0])
+        return pread(descriptor, count, offset)
+
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", close_first)
+    np.testing.assert_array_equal(upload[0:BLOCK], values[:BLOCK])
+
+
+def open_files(folder: Path) -> int:
+    """Files in it that this process has open, though they have no name."""
+    descriptors = (descriptor.name for descriptor in list(Path("/proc/self/fd").iterdir()))
+    return sum(_path_of(descriptor).startswith(str(folder)) for descriptor in descriptors)
+
+
+def _path_of(descriptor: str) -> str:
+    try:
+        return str(Path(f"/proc/self/fd/{descriptor}").readlink())
+    except FileNotFoundError:  # the one that listed the folder
+        return ""

@@ -19,7 +19,8 @@ MAX_CONFIG_BYTES = 1 << 20
 class Config(BaseModel):
     """The base of every configuration value: frozen, strict about types, no unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    # Built when first used: an agent on a device never reads a run.toml, whose models are two megabytes.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
 
 
 C = TypeVar("C", bound=Config)

@@ -27,7 +27,7 @@ BatchSize = Annotated[int | Literal["full"], BeforeValidator(_batch_size)]
 class StrategyConfig(BaseModel):
     """`[strategy]`: a name, and any field of the strategy it names (checked when it is loaded)."""
 
-    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True, defer_build=True)
 
     name: Annotated[str, Field(min_length=1, max_length=200)] = "fedavg"
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fedge.errors import FedgeError
 from fedge.logs import configure_logging
+from fedge.memory import give_back_freed, use_one_arena
 from fedge_client.agent import Agent
 from fedge_client.settings import load_client
 
@@ -37,6 +38,8 @@ def main() -> None:
     parser.add_argument("--verbose", action="store_true", help="log more")
     arguments = parser.parse_args()
     configure_logging(verbose=arguments.verbose)
+    use_one_arena()
+    give_back_freed()  # the imports are done
     code = 0
     try:
         asyncio.run(serve(arguments.client_toml))

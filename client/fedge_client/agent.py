@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fedge.errors import ConfigError, FedgeError, IdentityError, RefusedError, RemoteProtocolError
+from fedge.memory import give_back_freed
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire.codec import printable
 from fedge_client import gate
@@ -176,6 +177,7 @@ class Agent:
             self._jobs.cancel()
         self._drop(run_id, None)
         self._jobs.leave(run_id)
+        give_back_freed()
 
     def _drop(self, run_id: str, order: pb.OrderId | None) -> None:
         """Take a run's queued order, or all that is queued for the run, off the queue."""

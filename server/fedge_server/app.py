@@ -15,6 +15,7 @@ from grpc import aio
 import fedge
 from fedge.errors import ConfigError
 from fedge.files import private_folder
+from fedge.memory import use_one_arena
 from fedge.wire.address import split_address
 from fedge.wire.limits import CHANNEL_OPTIONS
 from fedge_server.admin import AdminService
@@ -22,7 +23,6 @@ from fedge_server.callers import now
 from fedge_server.coordinator import Coordinator
 from fedge_server.handlers import add_services
 from fedge_server.identity import Authority
-from fedge_server.memory import use_one_arena
 from fedge_server.service import EnrolmentService, FederationService
 from fedge_server.settings import ServerSettings
 from fedge_server.spool import Spool

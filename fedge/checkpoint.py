@@ -11,8 +11,9 @@ the metadata in random order: the same model is the same bytes. Reading is the p
 from __future__ import annotations
 
 import json
+import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,10 @@ from safetensors import SafetensorError, deserialize
 from fedge.errors import LayoutError
 from fedge.vector import MAX_RANK, Array, Layout, Model, Tensor
 
-_FORMAT_NAMES = {
+Entry = tuple[str, str, tuple[int, ...]]
+"""A tensor in a file: its name, its dtype as numpy calls it (and bfloat16), its shape."""
+
+FORMAT_NAMES = {
     "float32": "F32",
     "float16": "F16",
     "bfloat16": "BF16",
@@ -34,7 +38,7 @@ _FORMAT_NAMES = {
     "int64": "I64",
     "bool": "BOOL",
 }
-_ITEM_BYTES = {dtype: 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize for dtype in _FORMAT_NAMES}
+_ITEM_BYTES = {dtype: 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize for dtype in FORMAT_NAMES}
 
 
 def to_safetensors(model: Model, *, metadata: Mapping[str, str] | None = None) -> bytes:
@@ -42,22 +46,35 @@ def to_safetensors(model: Model, *, metadata: Mapping[str, str] | None = None) -
 
     **Guarantees.** The bytes are a function of the model and the metadata.
     """
-    tensors: list[tuple[str, str, tuple[int, ...], bytes]] = []
+    entries: list[Entry] = []
+    content: dict[str, bytes] = {}
     for tensor, where in zip(model.layout.tensors, model.layout.slices, strict=True):
         data = _encode(model.vector[where], tensor.dtype)
-        tensors += [(name, tensor.dtype, tensor.shape, data) for name in (tensor.name, *tensor.tied)]
-    tensors += [(each.name, each.dtype, each.shape, each.data) for each in model.layout.carried]
-    # The format's own order: wide elements first, so that each tensor is aligned; then by name.
-    tensors.sort(key=lambda each: (-_ITEM_BYTES[each[1]], each[0]))
+        for name in (tensor.name, *tensor.tied):
+            entries.append((name, tensor.dtype, tensor.shape))
+            content[name] = data
+    for each in model.layout.carried:
+        entries.append((each.name, each.dtype, each.shape))
+        content[each.name] = each.data
+    header, order = safetensors_header(entries, metadata or {})
+    return b"".join([header, *(content[name] for name in order)])
+
+
+def safetensors_header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> tuple[bytes, list[str]]:
+    """How a safetensors file with these tensors begins, and in which order their bytes follow.
+
+    The order is the format's own: wide elements first, so that each tensor is aligned; then by name.
+    """
+    ordered = sorted(entries, key=lambda entry: (-_ITEM_BYTES[entry[1]], entry[0]))
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     offset = 0
-    for name, dtype, shape, data in tensors:
-        span = [offset, offset + len(data)]
-        header[name] = {"dtype": _FORMAT_NAMES[dtype], "shape": list(shape), "data_offsets": span}
-        offset += len(data)
+    for name, dtype, shape in ordered:
+        end = offset + math.prod(shape) * _ITEM_BYTES[dtype]
+        header[name] = {"dtype": FORMAT_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return b"".join([struct.pack("<Q", len(text)), text, *(data for _, _, _, data in tensors)])
+    return struct.pack("<Q", len(text)) + text, [name for name, _, _ in ordered]
 
 
 def from_safetensors(data: bytes, layout: Layout) -> Model:
@@ -93,8 +110,8 @@ def _entry(found: Mapping[str, Mapping[str, Any]], name: str, shape: tuple[int, 
         raise LayoutError(f"expected a tensor named {name!r} in the checkpoint, found none")
     entry = found[name]
     actual = (tuple(entry["shape"]), entry["dtype"])
-    if actual != (shape, _FORMAT_NAMES[dtype]):
-        wanted = f"{_FORMAT_NAMES[dtype]}{list(shape)}"
+    if actual != (shape, FORMAT_NAMES[dtype]):
+        wanted = f"{FORMAT_NAMES[dtype]}{list(shape)}"
         raise LayoutError(f"{name!r}: expected {wanted}, found {actual[1]}{list(actual[0][: MAX_RANK + 1])}")
     return bytes(entry["data"])
 

@@ -1,0 +1,1 @@
+"""What the coordinator remembers through crashes: records in a database, vectors in files beside it."""

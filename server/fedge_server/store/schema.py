@@ -1,0 +1,100 @@
+"""The tables. `migrations/` brings a database to them, and a test holds the two together."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import sqlalchemy as sa
+
+metadata: Final = sa.MetaData(
+    naming_convention={
+        "pk": "pk_%(table_name)s",
+        "fk": "fk_%(table_name)s_%(referred_table_name)s",
+        "ix": "ix_%(table_name)s_%(column_0_name)s",
+    }
+)
+
+runs: Final = sa.Table(
+    "runs",
+    metadata,
+    sa.Column("run_id", sa.Text, primary_key=True),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("run_toml", sa.Text, nullable=False),
+    sa.Column("layout", sa.LargeBinary, nullable=False),
+    sa.Column("strategy", sa.Text, nullable=False),
+    sa.Column("submitted_at", sa.Double, nullable=False),
+    sa.Column("submitted_by", sa.Text, nullable=False),
+    sa.Column("status", sa.Text, nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("committed", sa.Integer, nullable=False),
+    sa.Column("machine", sa.Text, nullable=False),
+    sa.Column("ended_at", sa.Double, nullable=True),
+)
+
+_run = "runs.run_id"
+
+rounds: Final = sa.Table(
+    "rounds",
+    metadata,
+    sa.Column("run_id", sa.ForeignKey(_run, ondelete="CASCADE"), primary_key=True),
+    sa.Column("round", sa.Integer, primary_key=True),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("clients", sa.Text, nullable=False),  # JSON: names
+    sa.Column("num_examples", sa.BigInteger, nullable=False),
+    sa.Column("seconds", sa.Double, nullable=False),
+    sa.Column("bytes_down", sa.BigInteger, nullable=False),
+    sa.Column("bytes_up", sa.BigInteger, nullable=False),
+    sa.Column("refused", sa.Integer, nullable=False),
+    sa.Column("staleness", sa.Integer, nullable=False),
+    sa.Column("metrics", sa.Text, nullable=False),  # JSON: name -> number
+)
+
+# Who was asked for an open order, and what became of it: the cohort.
+members: Final = sa.Table(
+    "members",
+    metadata,
+    sa.Column("run_id", sa.ForeignKey(_run, ondelete="CASCADE"), primary_key=True),
+    sa.Column("kind", sa.Text, primary_key=True),
+    sa.Column("round", sa.Integer, primary_key=True),
+    sa.Column("attempt", sa.Integer, primary_key=True),
+    sa.Column("client", sa.Text, primary_key=True),
+    sa.Column("state", sa.Text, nullable=False),
+)
+
+# Accepted updates of open orders. The primary key is the idempotency key.
+updates: Final = sa.Table(
+    "updates",
+    metadata,
+    sa.Column("run_id", sa.ForeignKey(_run, ondelete="CASCADE"), primary_key=True),
+    sa.Column("kind", sa.Text, primary_key=True),
+    sa.Column("round", sa.Integer, primary_key=True),
+    sa.Column("attempt", sa.Integer, primary_key=True),
+    sa.Column("client", sa.Text, primary_key=True),
+    sa.Column("num_examples", sa.BigInteger, nullable=False),
+    sa.Column("metrics", sa.Text, nullable=False),  # JSON: name -> number
+    sa.Column("staleness", sa.Integer, nullable=False),
+    sa.Column("size", sa.BigInteger, nullable=False),
+    sa.Column("digest", sa.LargeBinary, nullable=False),
+    sa.Column("place", sa.Text, nullable=False),
+    sa.Column("inline", sa.LargeBinary, nullable=True),
+)
+
+checkpoints: Final = sa.Table(
+    "checkpoints",
+    metadata,
+    sa.Column("run_id", sa.ForeignKey(_run, ondelete="CASCADE"), primary_key=True),
+    sa.Column("round", sa.Integer, primary_key=True),
+    sa.Column("digest", sa.Text, nullable=False),
+    sa.Column("size", sa.BigInteger, nullable=False),
+)
+
+events: Final = sa.Table(
+    "events",
+    metadata,
+    sa.Column("id", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True, autoincrement=True),
+    sa.Column("at", sa.Double, nullable=False),
+    sa.Column("kind", sa.Text, nullable=False),
+    sa.Column("subject", sa.Text, nullable=False),
+    sa.Column("actor", sa.Text, nullable=False),
+    sa.Column("detail", sa.Text, nullable=False),
+)

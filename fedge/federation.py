@@ -1,6 +1,6 @@
 """The life of a run, sans-IO: rounds in order, attempts at each, evaluations between them.
 
-`step(run, event) -> (run, effects)`, with the events and effects of `fedge.round` and three more. The
+`step(run, event) -> (run, effects)`, with the events and effects of `fedge.round` and a few more. The
 driver executes effects strictly in order: after a training `Close` the new model exists, so a `Send`
 behind it carries that model. A strategy with bounded staleness has no rounds to wait for: each update
 is accepted, closed and stepped on arrival.
@@ -8,6 +8,7 @@ is accepted, closed and stepped on arrival.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -78,6 +79,13 @@ class Stop:
 
 
 @dataclass(frozen=True, slots=True)
+class Returned:
+    """Event: a client that counted as present while its driver started again is here indeed."""
+
+    client: str
+
+
+@dataclass(frozen=True, slots=True)
 class Finish:
     """Effect: the run is over; `reason` is empty if every round is done."""
 
@@ -85,7 +93,7 @@ class Finish:
     reason: str = ""
 
 
-RunEvent = Event | Stop
+RunEvent = Event | Stop | Returned
 RunEffect = rounds.Effect | Finish
 
 
@@ -131,6 +139,32 @@ def begin(plan: Plan, clients: frozenset[str] = frozenset()) -> RunStep:
     return _next_round(Federation(plan, clients=clients))
 
 
+def resume(run: Federation, kept: Mapping[OrderId, Collection[str]]) -> RunStep:
+    """Go on with a run whose driver has started again, from a state between two events.
+
+    `kept` says whose accepted updates for an open order are still there. Clients count as present until
+    `Left` says otherwise; each that comes is announced by `Returned`. Without rounds, the models that
+    clients were at work on are gone: they are given the current one when they come, and an evaluation of
+    an older model is begun anew.
+    """
+    if run.status != "running":
+        return run, ()
+    effects: tuple[RunEffect, ...] = ()
+    if run.plan.max_staleness is not None:
+        run = replace(run, at_work=frozenset(), resting=frozenset())
+        if run.evaluation is not None and _is_past(run, run.evaluation):
+            run = replace(run, evaluation=None, owed=run.committed)
+        if run.committed < run.plan.rounds:
+            run, effects = _put_to_work(run, frozenset())
+    elif run.training is not None:
+        return _follow_training(run, rounds.resume(run.training, kept.get(run.training.order, ())))
+    if run.evaluation is None:
+        run, more = _after_evaluation(run)
+    else:
+        run, more = _follow_evaluation(run, rounds.resume(run.evaluation, kept.get(run.evaluation.order, ())))
+    return run, (*effects, *more)
+
+
 def step(run: Federation, event: RunEvent) -> RunStep:
     """One transition. After the end, only a late update still gets an answer."""
     if run.status != "running":
@@ -147,6 +181,10 @@ def step(run: Federation, event: RunEvent) -> RunStep:
         case Left(client):
             run = replace(run, clients=run.clients - {client})
             return _everywhere(run, event)
+        case Returned(client) if client in run.clients:
+            return _welcome_back(run, client)
+        case Returned(client):
+            return step(run, Joined(client))
         case Arrived(_, order) | Failed(_, order, _) | DeadlinePassed(order, _):
             if run.evaluation is not None and order == run.evaluation.order:
                 return _in_evaluation(run, event)
@@ -178,9 +216,25 @@ def _everywhere(run: Federation, event: Joined | Left) -> RunStep:
     return run, (*effects, *more)
 
 
+def _welcome_back(run: Federation, client: str) -> RunStep:
+    """What a client was at work on is sent to it again: its answer may have been lost with the driver."""
+    open_rounds = [round for round in (run.training, run.evaluation) if round is not None]
+    again = tuple(Send(client, round.order) for round in open_rounds if client in round.pending)
+    if run.plan.max_staleness is None:
+        return run, again
+    run, effects = _on_arrival(run, Joined(client))
+    return run, (*again, *effects)
+
+
 def _in_training(run: Federation, event: Event) -> RunStep:
     assert run.training is not None  # the callers have looked
-    round, effects = rounds.step(run.training, event)
+    waited = event == DeadlinePassed(run.training.order, "waiting")
+    return _follow_training(run, rounds.step(run.training, event), last=waited)
+
+
+def _follow_training(run: Federation, step: rounds.Step, *, last: bool = False) -> RunStep:
+    """What the training round's step means for the run. `last`: if it was given up, it is not tried again."""
+    round, effects = step
     run = replace(run, training=round)
     if round.phase == "closed":
         run = replace(run, committed=round.order.round, training=None, previous=round)
@@ -189,8 +243,7 @@ def _in_training(run: Federation, event: Event) -> RunStep:
     if round.phase == "abandoned":
         give_up = effects[-1]
         assert isinstance(give_up, GiveUp)  # the only way to abandon a round
-        waited = run.training is not None and event == DeadlinePassed(round.order, "waiting")
-        if waited or round.order.attempt >= run.plan.attempts:
+        if last or round.order.attempt >= run.plan.attempts:
             run, more = _end(run, "failed", f"round {round.order.round}: {give_up.reason}")
         else:
             run, more = _next_round(replace(run, previous=round), attempt=round.order.attempt + 1)
@@ -200,7 +253,11 @@ def _in_training(run: Federation, event: Event) -> RunStep:
 
 def _in_evaluation(run: Federation, event: Event) -> RunStep:
     assert run.evaluation is not None  # the callers have looked
-    round, effects = rounds.step(run.evaluation, event)
+    return _follow_evaluation(run, rounds.step(run.evaluation, event))
+
+
+def _follow_evaluation(run: Federation, step: rounds.Step) -> RunStep:
+    round, effects = step
     if round.phase in ("waiting", "open"):
         return replace(run, evaluation=round), effects
     # Nobody to evaluate, or not in time: the run goes on without these numbers.

@@ -221,6 +221,23 @@ def step(round: Round, event: Event) -> Step:
     return round, ()
 
 
+def resume(round: Round, kept: Collection[str]) -> Step:
+    """Go on with a round whose driver has started again; of the accepted, `kept` have their updates still.
+
+    Everybody who was at work counts as at work until `Left` says otherwise: so the cohort stays what it
+    was. Clocks start anew.
+    """
+    if round.phase == "waiting":
+        return round, (StartTimer(round.order, "waiting", round.terms.wait_s),)
+    if round.phase != "open":
+        return round, ()
+    gone = round.accepted - frozenset(kept)
+    round = replace(round, accepted=round.accepted - gone, pending=round.pending | gone)
+    round, effects = _settle(round)
+    timer = (StartTimer(round.order, "open", round.terms.deadline_s),) if round.phase == "open" else ()
+    return round, (*effects, *timer)
+
+
 def seal(round: Round) -> Round:
     """Ask nobody else from now on: the model that this round's orders carry is no longer the current one."""
     return replace(round, candidates=round.candidates[: round.cursor], away=frozenset())

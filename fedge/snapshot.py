@@ -49,11 +49,13 @@ class Snapshot:
 def take(state: object) -> Snapshot:
     """Everything in a state. Its arrays are shared, not copied, so they must not change any more.
 
+    An array that is in several places is kept once.
+
     Raises:
         ConfigError: there is something in it that a checkpoint cannot hold; the message says where.
     """
     arrays: dict[str, AnyArray] = {}
-    tree = _take(state, "state", arrays)
+    tree = _take(state, "state", arrays, {})
     return Snapshot(json.dumps(tree, separators=(",", ":")), MappingProxyType(arrays))
 
 
@@ -74,22 +76,27 @@ def revive(snapshot: Snapshot, like: S) -> S:
     return revived
 
 
-def _take(value: object, path: str, arrays: dict[str, AnyArray]) -> object:
+def _take(value: object, path: str, arrays: dict[str, AnyArray], seen: dict[int, str]) -> object:
+    """A node of the tree; `seen` says under which name an array that was met before is kept."""
     if value is None or (isinstance(value, (bool, int, float, str)) and not isinstance(value, np.generic)):
         return value
     if isinstance(value, (np.ndarray, np.generic)):
         array = np.asarray(value)
         if str(array.dtype) not in FORMAT_NAMES:
             raise ConfigError(f"{path}: a checkpoint holds arrays of numbers, found one of {array.dtype}")
-        arrays[path] = np.ascontiguousarray(array).reshape(array.shape)
-        return {"array": path}
+        if id(value) not in seen:
+            seen[id(value)] = path
+            arrays[path] = np.ascontiguousarray(array).reshape(array.shape)
+        return {"array": seen[id(value)]}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = [each.name for each in dataclasses.fields(value) if each.init]
-        return {"fields": {name: _take(getattr(value, name), f"{path}.{name}", arrays) for name in names}}
+        return {
+            "fields": {name: _take(getattr(value, name), f"{path}.{name}", arrays, seen) for name in names}
+        }
     if isinstance(value, tuple):
-        return {"items": [_take(item, f"{path}.{at}", arrays) for at, item in enumerate(value)]}
+        return {"items": [_take(item, f"{path}.{at}", arrays, seen) for at, item in enumerate(value)]}
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        return {"map": {key: _take(item, f"{path}.{key}", arrays) for key, item in value.items()}}
+        return {"map": {key: _take(item, f"{path}.{key}", arrays, seen) for key, item in value.items()}}
     raise ConfigError(
         f"{path}: a strategy's state may hold numpy arrays, numbers, text, None, tuples, mappings from text "
         f"and dataclasses, so that a run outlives a crash; found {type(value).__name__}"

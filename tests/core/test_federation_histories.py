@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedge import federation
-from fedge.federation import Finish, Plan, RunEffect, RunEvent, Stop
+from fedge.federation import Finish, Plan, Returned, RunEffect, RunEvent, Stop
 from fedge.refusal import Refusal, RefusalCode
 from fedge.round import (
     Accept,
@@ -46,6 +46,8 @@ OPERATIONS = st.one_of(
     st.tuples(st.just("deadline"), st.sampled_from("012")),
 )
 HISTORIES = st.lists(OPERATIONS, max_size=40)
+RESTARTS = st.tuples(st.just("restart"), st.text(CLIENTS, max_size=len(CLIENTS)))
+CRASHES = st.lists(st.one_of(OPERATIONS, OPERATIONS, OPERATIONS, RESTARTS), max_size=40)
 STARTS = st.sets(st.sampled_from(CLIENTS))
 
 
@@ -82,6 +84,9 @@ class Driver:
     due: list[int] = field(default_factory=list)
     """Rounds after which the plan wants an evaluation and a client was here."""
     log: list[RunEffect] = field(default_factory=list)
+    expected: set[str] = field(default_factory=set)
+    """Clients that count as present since the driver has started again, and have not come yet."""
+    restarts: int = 0
 
     def __post_init__(self) -> None:
         self.hands = {client: [] for client in CLIENTS}
@@ -97,14 +102,20 @@ class Driver:
                 del self.timers[order, phase]
                 self.feed(DeadlinePassed(order, phase))
             return
+        if what == "restart":
+            self.restart(lost=set(about))
+            return
         hand = self.hands[about]
         match what:
             case "join":
                 self.here.add(about)
-                self.feed(Joined(about))
+                back = about in self.expected
+                self.expected.discard(about)
+                self.feed(Returned(about) if back else Joined(about))
             case "leave":
                 self.here.discard(about)
                 hand.clear()
+                self.expected.discard(about)
                 self.feed(Left(about))
             case "answer" if hand:
                 self.feed(Arrived(about, hand.pop(0)))
@@ -127,6 +138,24 @@ class Driver:
                         self.feed(DeadlinePassed(order, "open"))
             case _:
                 pass
+
+    def restart(self, *, lost: set[str]) -> None:
+        """The driver ends between two events and starts again, without the updates of some clients."""
+        if self.run.status != "running":
+            return
+        self.restarts += 1
+        self.timers.clear()
+        for hand in self.hands.values():
+            hand.clear()
+        self.expected = set(self.here)
+        rounds = [round for round in (self.run.training, self.run.evaluation) if round is not None]
+        kept = {round.order: round.accepted - lost for round in rounds}
+        unfinished = {(client, order) for order, clients in kept.items() for client in lost - clients}
+        self.accepted = [pair for pair in self.accepted if pair not in unfinished]
+        self.run, effects = federation.resume(self.run, kept)
+        assert not [effect for effect in effects if isinstance(effect, Accept | Reject)]
+        self.execute(effects)
+        self.check()
 
     def feed(self, event: RunEvent) -> None:
         before = self.run
@@ -159,8 +188,9 @@ class Driver:
                     else:
                         assert order.kind == self.plan.kind
                         assert order.attempt <= self.plan.attempts
-                    self.hands[client].append(order)
                     self.sent.add((client, order))
+                    if client not in self.expected:
+                        self.hands[client].append(order)
                 case Accept(client, order, staleness):
                     assert (client, order) in self.sent, "accepted what was never asked for"
                     assert (client, order) not in self.accepted, "accepted twice"
@@ -172,8 +202,8 @@ class Driver:
                         assert staleness == self.version + 1 - order.round
                         assert 0 <= staleness <= bound
                 case Cancel(client, order):
-                    assert order in self.hands[client], "cancelled what it does not have"
-                    self.hands[client].remove(order)
+                    assert order in self.hands[client] or client in self.expected, "it does not have that"
+                    self.hands[client] = [other for other in self.hands[client] if other != order]
                 case StartTimer(order, phase, seconds):
                     assert seconds in (60.0, 90.0)
                     self.timers[order, phase] = seconds
@@ -243,7 +273,7 @@ def check_evaluations(driver: Driver) -> None:
         # A run that was stopped or failed may owe nothing: in rounds, evaluation follows at once.
         assert driver.evaluated == driver.due
     else:
-        assert len(driver.evaluated) <= len(driver.due)
+        assert len(driver.evaluated) <= len(driver.due) + driver.restarts
         if not driver.plan.evaluate_every:
             assert driver.evaluated == []
 
@@ -286,6 +316,23 @@ def test_a_run_whose_clients_answer_is_done_without_any_deadline(rounds, data):
     check_evaluations(driver)
     if plan.evaluate_every:
         assert plan.rounds in driver.evaluated, "the last model is always judged"
+
+
+@both
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_a_run_whose_driver_starts_again_and_again_ends_like_any_other(rounds, data):
+    plan = data.draw(plans(rounds=rounds))
+    driver = Driver(plan, data.draw(STARTS))
+    for operation in data.draw(CRASHES):
+        driver.do(operation)
+    if data.draw(st.booleans()):
+        for client in CLIENTS:
+            driver.do(("join", client))
+        driver.work_on()
+    driver.run_out()
+    assert driver.run.status in ("done", "failed")
+    check_evaluations(driver)
 
 
 @both

@@ -146,6 +146,15 @@ def test_types_never_come_from_a_file() -> None:
         revive(Snapshot(tree, {}), Slots(()))
 
 
+def test_an_array_that_is_in_two_places_is_kept_once_and_comes_back_as_one() -> None:
+    array = np.ones(3, np.float32)
+    snapshot = take(Outer(array, Inner(array), by_client={"a": array}))
+    assert list(snapshot.arrays) == ["state.model"]
+    revived = revive(snapshot, Outer(np.zeros(0, np.float32)))
+    assert revived.inner is not None
+    assert revived.model is revived.inner.array
+
+
 def test_the_tree_is_in_the_file() -> None:
     snapshot = take(Slots((np.ones(2, np.float32),), 0.5))
     header = next(iter(snapshot.parts()))

@@ -130,6 +130,18 @@ class Federation:
             return "waiting for clients: none is at work"
         return ""
 
+    @property
+    def cohorts(self) -> dict[OrderId, dict[str, str]]:
+        """Each open order's cohort: client -> pending, accepted, lost or failed."""
+        cohorts = {
+            round.order: round.cohort
+            for round in (self.training, self.evaluation)
+            if round is not None and round.phase == "open"
+        }
+        for client, at in sorted(self.at_work):
+            cohorts.setdefault(OrderId(self.plan.kind, at), {})[client] = "pending"
+        return cohorts
+
 
 RunStep = tuple[Federation, tuple[RunEffect, ...]]
 

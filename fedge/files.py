@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fedge.errors import ConfigError, StorageError
@@ -52,6 +55,31 @@ def private_folder(path: Path) -> Path:
     except OSError as error:
         raise StorageError(f"{path}: cannot make a private folder there: {error.strerror}") from None
     return path
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Have a folder for this process alone, for as long as the block lasts or the process lives.
+
+    Raises:
+        StorageError: another process has it.
+    """
+    path = folder / ".lock"
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be opened: {error.strerror}") from None
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StorageError(
+                f"{folder}: expected a folder of this process alone, found another one at work in it: "
+                "stop that one"
+            ) from None
+        yield
+    finally:
+        os.close(handle)
 
 
 def _write(path: Path, data: bytes, *, mode: int) -> None:

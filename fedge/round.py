@@ -192,6 +192,14 @@ class Round:
         """Clients that are here and could be asked."""
         return len(self.candidates) - self.cursor - len(self.away)
 
+    @property
+    def cohort(self) -> dict[str, str]:
+        """Who was asked, and what became of it."""
+        groups = (("pending", self.pending), ("accepted", self.accepted), ("lost", self.lost))
+        return {
+            client: name for name, group in (*groups, ("failed", self.failed)) for client in sorted(group)
+        }
+
 
 Step = tuple[Round, tuple[Effect, ...]]
 

@@ -87,6 +87,17 @@ class Evaluation(Config):
     clients: Count | None = None
 
 
+class CheckpointConfig(Config):
+    """`[checkpoint]`: how much a crash of the coordinator may cost. A simulation ignores it.
+
+    A run's progress is kept, behind its rounds, once `rounds` were committed or `seconds` have passed
+    since the last time. What came after is done again; keeping takes at most a tenth of the time.
+    """
+
+    rounds: Count = 100
+    seconds: Annotated[float, Field(ge=0, le=3600)] = 5.0
+
+
 class Privacy(Config):
     """`[privacy]`. This version protects nothing by noise, and says so instead of ignoring the wish."""
 
@@ -151,6 +162,7 @@ class RunConfig(Config):
     work: Work = Work()
     cohort: Cohort = Cohort()
     evaluation: Evaluation = Evaluation()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     privacy: Privacy = Privacy(unit="none")
     secure_aggregation: SecureAggregation = SecureAggregation()
     compression: Compression = Compression()

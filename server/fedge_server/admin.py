@@ -19,9 +19,10 @@ from fedge.wire import fedge_pb2_grpc as services
 from fedge.wire.codec import check_blob, decode_layout, encode_layout, encode_metrics, shorten
 from fedge.wire.limits import CHUNK_BYTES, check_size
 from fedge_server.callers import Context, answering, caller, refuse
-from fedge_server.coordinator import Coordinator
+from fedge_server.coordinator import Coordinator, Submission
 from fedge_server.driver import RunDriver
 from fedge_server.identity import Authority
+from fedge_server.past import PastRun
 
 log = logging.getLogger(__name__)
 
@@ -59,15 +60,16 @@ class AdminService(services.AdminServicer):
                 received += len(message.data)
         except (TimeoutError, StopAsyncIteration):
             raise RemoteProtocolError("expected a submission and its model, found only a part") from None
-        driver = self._coordinator.submit(config, _model(data, layout, digest=submission.model.digest))
-        driver.run_toml = submission.run_toml
+        model = _model(data, layout, digest=submission.model.digest)
+        run = Submission(submission.run_toml, config, model)
+        driver = await self._coordinator.submit(run, admin=admin.name)
         log.info("run_submitted_by admin=%s run=%s", admin.name, driver.run_id)
         return pb.RunRef(run_id=driver.run_id)
 
     @answering
     async def List(self, request: pb.ListRequest, context: Context) -> pb.RunList:
         caller(context, self._authority, role="admin")
-        return pb.RunList(runs=[_summary(driver) for driver in self._coordinator.runs.values()])
+        return pb.RunList(runs=[_summary(driver) for driver in self._coordinator.all_runs()])
 
     @answering
     async def Show(self, request: pb.RunRef, context: Context) -> pb.RunDetail:
@@ -75,7 +77,7 @@ class AdminService(services.AdminServicer):
         driver = self._coordinator.find(request.run_id)
         return pb.RunDetail(
             summary=_summary(driver),
-            run_toml=driver.run_toml,
+            run_toml=driver.record.run_toml,
             clients=self._clients(driver),
             history=[_row(row) for row in driver.history.rows],
             model_bytes=driver.layout.nbytes,
@@ -94,11 +96,14 @@ class AdminService(services.AdminServicer):
             rows = [_row(row) for row in driver.history.since(revision)]
             yield pb.WatchEvent(summary=_summary(driver), history=rows)
             revision = newest
-            if driver.machine.status != "running":
+            if driver.over and driver.machine.status != "running":
                 if driver.history.revision == revision:
                     return
             elif driver.over:
-                await context.abort(grpc.StatusCode.UNAVAILABLE, "the coordinator is shutting down")
+                why = (
+                    driver.waiting_for if isinstance(driver, PastRun) else "the coordinator is shutting down"
+                )
+                await context.abort(grpc.StatusCode.UNAVAILABLE, why)
             await driver.history.changed_after(revision)
 
     @answering
@@ -112,7 +117,8 @@ class AdminService(services.AdminServicer):
         """The model of the last committed round: its layout, then its vector."""
         try:
             caller(context, self._authority, role="admin")
-            model = self._coordinator.find(request.run_id).model
+            run = self._coordinator.find(request.run_id)
+            model = run.model if isinstance(run, RunDriver) else await asyncio.to_thread(run.read_model)
         except FedgeError as error:
             await refuse(context, error)
         yield pb.ExportReply(layout=encode_layout(model.layout))
@@ -145,7 +151,7 @@ class AdminService(services.AdminServicer):
         log.warning("site_revoked_by admin=%s site=%s", admin.name, request.name)
         return pb.Done()
 
-    def _clients(self, driver: RunDriver) -> list[pb.RunClient]:
+    def _clients(self, driver: RunDriver | PastRun) -> list[pb.RunClient]:
         """Every site this run knows of: who is ready or gone, and why any of them last said no or was refused."""
         refusals, ready = driver.history.refusals, driver.machine.clients
         took_part = {name for row in driver.history.rows for name in row.clients}
@@ -167,24 +173,24 @@ def _model(data: bytearray, layout: Layout, *, digest: bytes) -> Model:
     return Model(vector, layout)
 
 
-def _summary(driver: RunDriver) -> pb.RunSummary:
+def _summary(driver: RunDriver | PastRun) -> pb.RunSummary:
     machine = driver.machine
-    status = machine.status
+    status = machine.status if driver.over else "running"  # it has ended once that is kept
     return pb.RunSummary(
         run_id=driver.run_id,
         name=driver.config.name,
-        status="waiting" if status == "running" and machine.waiting_for else status,
+        status="waiting" if status == "running" and driver.waiting_for else status,
         round=machine.committed,
         rounds=driver.config.rounds,
         reason=_reason(driver),
-        strategy=driver.strategy_repr,
-        submitted_at=driver.submitted_at,
+        strategy=driver.record.strategy,
+        submitted_at=driver.record.submitted_at,
     )
 
 
-def _reason(driver: RunDriver) -> str:
+def _reason(driver: RunDriver | PastRun) -> str:
     """Why a run waits or ended, and if sites refused it, how many and the first one's words."""
-    reason, refusals = driver.machine.waiting_for, driver.history.refusals
+    reason, refusals = driver.waiting_for, driver.history.refusals
     if not reason or not refusals:
         return reason
     site, refusal = min(refusals.items())

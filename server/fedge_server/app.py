@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import tempfile
 from collections.abc import Callable
@@ -13,12 +14,13 @@ import grpc
 from grpc import aio
 
 import fedge
-from fedge.errors import ConfigError
-from fedge.files import private_folder
+from fedge.errors import ConfigError, StorageError
+from fedge.files import exclusive, private_folder
 from fedge.memory import use_one_arena
 from fedge.wire.address import split_address
 from fedge.wire.limits import CHANNEL_OPTIONS
 from fedge_server.admin import AdminService
+from fedge_server.archive import Archive
 from fedge_server.callers import now
 from fedge_server.coordinator import Coordinator
 from fedge_server.handlers import add_services
@@ -26,6 +28,8 @@ from fedge_server.identity import Authority
 from fedge_server.service import EnrolmentService, FederationService
 from fedge_server.settings import ServerSettings
 from fedge_server.spool import Spool
+from fedge_server.store.database import Database
+from fedge_server.store.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +60,20 @@ async def serve(settings: ServerSettings, folder: Path, *, ready: Callable[[int]
     authority = Authority.load(folder / settings.identity)
     spool = private_folder(folder / settings.spool)
     _check_writable(spool)
-    coordinator = Coordinator(settings, Spool(spool))
+    state = private_folder(folder / settings.state)
+    database = Database(settings.database or _own_database(state / "fedge.db"))
+    with exclusive(state):
+        database.open()
+        try:
+            archive = Archive(Store(database), state / "checkpoints")
+            await _serve(settings, authority, Coordinator(settings, Spool(spool), archive), ready)
+        finally:
+            database.close()
+
+
+async def _serve(
+    settings: ServerSettings, authority: Authority, coordinator: Coordinator, ready: Callable[[int], None]
+) -> None:
     server = aio.server(options=_OPTIONS)
     software = f"fedge {fedge.__version__}"
     federation = FederationService(coordinator, authority, software=software)
@@ -73,6 +90,7 @@ async def serve(settings: ServerSettings, folder: Path, *, ready: Callable[[int]
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
+    await coordinator.recover()
     await server.start()
     try:
         log.info(
@@ -82,9 +100,19 @@ async def serve(settings: ServerSettings, folder: Path, *, ready: Callable[[int]
         await stop.wait()
         log.info("coordinator_stopping")
     finally:
-        await coordinator.shut_down()
+        await coordinator.shut_down(settings.shutdown_grace_s)
         await server.stop(settings.shutdown_grace_s)
+        coordinator.archive.close()
         log.info("coordinator_stopped")
+
+
+def _own_database(path: Path) -> str:
+    """The URL of the SQLite database in a file that only its owner can read."""
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be opened: {error.strerror}") from None
+    return f"sqlite:///{path.resolve()}"
 
 
 def _bind(server: aio.Server, listen: str, credentials: grpc.ServerCredentials) -> int:

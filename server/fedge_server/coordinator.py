@@ -5,32 +5,50 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import time
+from dataclasses import dataclass
 
-from fedge.errors import ConfigError, RunError
+from fedge.errors import ConfigError, FedgeError, RunError
 from fedge.federation import Stop
 from fedge.refusal import Refusal
-from fedge.round import Failed, Joined, Left, OrderId
+from fedge.round import Failed, OrderId
 from fedge.run import RunConfig
 from fedge.strategy import load_strategy
 from fedge.vector import Model
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire.codec import encode_layout, encode_work
-from fedge_server.driver import RunDriver
+from fedge_server.archive import Archive
+from fedge_server.driver import RunDriver, Surroundings
+from fedge_server.moments import start_of
+from fedge_server.past import PastRun
 from fedge_server.sessions import Session
 from fedge_server.settings import ServerSettings
 from fedge_server.spool import Spool
+from fedge_server.store.records import KeptRun, RunRecord
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A run to begin: its run.toml as text and as checked, and its initial model."""
+
+    run_toml: str
+    config: RunConfig
+    model: Model
 
 
 class Coordinator:
     """Sessions by site and runs by id. All methods belong to the event loop's thread."""
 
-    def __init__(self, settings: ServerSettings, spool: Spool) -> None:
+    def __init__(self, settings: ServerSettings, spool: Spool, archive: Archive) -> None:
         self.settings = settings
         self.spool = spool
+        self.archive = archive
         self.sessions: dict[str, Session] = {}
         self.runs: dict[str, RunDriver] = {}
+        self.past: dict[str, PastRun] = {}
+        """Runs that no process drives: those that ended before this one, and those that cannot go on here."""
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
     # Sessions.
@@ -58,7 +76,7 @@ class Coordinator:
             return
         del self.sessions[session.site]
         for run_id in session.joined:
-            self.runs[run_id].post(Left(session.site))
+            self.runs[run_id].leave(session.site)
         log.info(
             "site_disconnected site=%s session=%d because=%s",
             session.site,
@@ -76,7 +94,7 @@ class Coordinator:
         elif run_id not in session.joined:
             session.joined.add(run_id)
             driver.history.refusals.pop(session.site, None)
-            driver.post(Joined(session.site))
+            driver.join(session.site)
             driver.history.touch()
 
     def refuse(self, session: Session, run_id: str, refusal: Refusal) -> None:
@@ -87,9 +105,8 @@ class Coordinator:
         log.warning("run_refused run=%s site=%s reason=%s", run_id, session.site, refusal)
         driver.history.refusals[session.site] = refusal
         driver.history.touch()
-        if run_id in session.joined:
-            session.joined.discard(run_id)
-            driver.post(Left(session.site))
+        session.joined.discard(run_id)
+        driver.leave(session.site)
 
     def fail(self, session: Session, run_id: str, order: OrderId, refusal: Refusal) -> None:
         """A site could not do an order."""
@@ -101,74 +118,157 @@ class Coordinator:
 
     # Runs.
 
-    def submit(self, config: RunConfig, model: Model) -> RunDriver:
-        """Begin a run and offer it to every connected site.
+    async def submit(self, submission: Submission, *, admin: str = "") -> RunDriver:
+        """Begin a run, and offer it to every connected site once it is kept.
 
         Raises:
             ConfigError: the strategy is unknown or its settings are wrong.
             RunError: there are as many open runs as the operator allows.
+            StorageError: the run cannot be kept.
         """
+        config, model = submission.config, submission.model
         if len(self._open_runs()) >= self.settings.max_runs:
             raise RunError(f"this coordinator has its {self.settings.max_runs} open runs; stop one first")
         strategy = load_strategy(config.strategy, config.work, allowed=self.settings.strategies)
-        run_id = f"{config.name}-{secrets.token_hex(4)}"
+        record = RunRecord(
+            run_id=f"{config.name}-{secrets.token_hex(4)}",
+            name=config.name,
+            run_toml=submission.run_toml,
+            layout=encode_layout(model.layout).SerializeToString(deterministic=True),
+            strategy=repr(strategy),
+            submitted_at=time.time(),
+            submitted_by=admin,
+        )
         try:
-            driver = RunDriver(run_id, config, strategy, model, outbox=self._send)
+            driver = RunDriver.begin(record, config, strategy, model, self._surroundings())
+            first = driver.first_moment()
+        except ConfigError:
+            raise
         except Exception as error:  # a user's strategy may raise anything
             raise ConfigError(
                 f"strategy {config.strategy.name!r} cannot begin this run: {type(error).__name__}: {error}"
             ) from error
-        self._forget_old_runs()
-        self.runs[run_id] = driver
-        task = self._tasks[run_id] = asyncio.create_task(driver.run(), name=f"run {run_id}")
-        task.add_done_callback(lambda _: self._free_spool())
-        log.info("run_submitted run=%s strategy=%s rounds=%d", run_id, driver.strategy_repr, config.rounds)
+        await self.archive.call(self.archive.add_run, record, first)
+        await self._forget_old_runs()
+        self._drive(driver)
+        self.archive.note("run_submitted", record.run_id, actor=admin)
+        log.info("run_submitted run=%s strategy=%s rounds=%d", record.run_id, record.strategy, config.rounds)
         offer = _offer(driver)
         for session in self.sessions.values():
             session.send(offer)
         return driver
 
-    def find(self, run_id: str) -> RunDriver:
+    async def recover(self) -> None:
+        """Go on with every run that an earlier process has kept, before any site is served.
+
+        Raises:
+            StorageError: the store cannot be read.
+        """
+        for kept in await self.archive.call(self.archive.store.runs):
+            run_id, past = kept.record.run_id, None
+            try:
+                past = self.past[run_id] = await self.archive.call(PastRun.of, kept, self.archive)
+                if kept.progress.status == "running":
+                    driver = await self._resumed(kept, past)
+                    del self.past[run_id]
+                    self._drive(driver)
+                    log.info("run_resumed run=%s round=%d", run_id, driver.machine.committed)
+            except FedgeError as error:
+                log.error("run_not_resumed run=%s reason=%s", run_id, error)
+                self._hold(past, str(error))
+            except Exception as error:  # a user's strategy may raise anything; the other runs go on
+                log.exception("run_not_resumed run=%s", run_id)
+                self._hold(past, f"{type(error).__name__}: {error}")
+        self.spool.sweep()
+
+    def _hold(self, past: PastRun | None, reason: str) -> None:
+        if past is not None:
+            self.past[past.run_id] = past.holding(reason)
+
+    async def _resumed(self, kept: KeptRun, past: PastRun) -> RunDriver:
+        strategy = load_strategy(past.config.strategy, past.config.work, allowed=self.settings.strategies)
+        start = await self.archive.call(start_of, kept, strategy, past.layout, self.archive, self.spool)
+        return RunDriver(kept.record, past.config, start, self._surroundings())
+
+    def _drive(self, driver: RunDriver) -> None:
+        self.runs[driver.run_id] = driver
+        task = self._tasks[driver.run_id] = asyncio.create_task(driver.run(), name=f"run {driver.run_id}")
+        task.add_done_callback(lambda _: self._ended(driver))
+
+    def _ended(self, driver: RunDriver) -> None:
+        if driver.machine.status != "running":
+            self.archive.note("run_ended", driver.run_id, detail=driver.machine.status)
+        if not self._open_runs():
+            self.spool.shrink()
+
+    def _surroundings(self) -> Surroundings:
+        return Surroundings(self._send, self.archive, self.settings.max_kept_bytes)
+
+    def all_runs(self) -> list[RunDriver | PastRun]:
+        """Those that are over first, then those that are driven here, oldest first."""
+        return [*self.past.values(), *self.runs.values()]
+
+    def find(self, run_id: str) -> RunDriver | PastRun:
         """The run of that id.
 
         Raises:
             RunError: there is none.
         """
-        driver = self.runs.get(run_id)
-        if driver is None:
+        run = self.runs.get(run_id) or self.past.get(run_id)
+        if run is None:
             raise RunError(
                 f"expected the id of a run on this coordinator, found {run_id[:80]!r}; see fedge run list"
             )
-        return driver
+        return run
+
+    def driver(self, run_id: str) -> RunDriver:
+        """The run of that id, if it is one that this process drives.
+
+        Raises:
+            RunError: it is not.
+        """
+        if run_id not in self.runs:
+            self.find(run_id)
+            raise RunError(f"run {run_id} is over, or cannot go on here; see fedge run show")
+        return self.runs[run_id]
 
     def stop(self, run_id: str) -> None:
         """End a run; what it has committed stays."""
-        self.find(run_id).post(Stop())
+        if self.find(run_id).machine.status == "running":
+            self.driver(run_id).post(Stop())
 
-    async def shut_down(self) -> None:
-        """End every session and every run's task."""
+    async def shut_down(self, grace_s: float) -> None:
+        """End every session, and every run's task once the run is kept, if that takes no longer than this."""
         for session in list(self.sessions.values()):
             session.close("the coordinator is shutting down")
-        for run_id, task in self._tasks.items():
-            if not task.done():
-                log.warning("run_interrupted run=%s round=%d", run_id, self.runs[run_id].machine.committed)
+        for driver in self.runs.values():
+            driver.drain()
+        tasks = [task for task in self._tasks.values() if not task.done()]
+        if tasks:
+            _, late = await asyncio.wait(tasks, timeout=grace_s)
+            for task in late:
+                log.error("run_not_kept %s: its last moments will be done again", task.get_name())
                 task.cancel()
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     def _open_runs(self) -> list[RunDriver]:
         return [driver for driver in self.runs.values() if driver.machine.status == "running"]
 
-    def _free_spool(self) -> None:
-        if not self._open_runs():
-            self.spool.shrink()
-
-    def _forget_old_runs(self) -> None:
-        ended = [run_id for run_id, driver in self.runs.items() if driver.machine.status != "running"]
-        for run_id in ended[: max(0, len(ended) - self.settings.max_finished_runs + 1)]:
+    async def _forget_old_runs(self) -> None:
+        """Runs that are over leave memory when others come and, past so many, the store as well."""
+        for run_id in [run_id for run_id, driver in self.runs.items() if driver.over]:
+            kept = await self.archive.call(self.archive.store.run, run_id)
+            self.past[run_id] = await self.archive.call(PastRun.of, kept, self.archive)
             del self.runs[run_id]
             self._tasks.pop(run_id, None)
             for session in self.sessions.values():
                 session.joined.discard(run_id)
+        ended = sorted(
+            (past for past in self.past.values() if not past.held), key=lambda past: past.kept.ended_at or 0
+        )
+        for past in ended[: max(0, len(ended) - self.settings.max_finished_runs)]:
+            await self.archive.call(self.archive.forget, past.run_id)
+            del self.past[past.run_id]
 
     def _send(self, site: str, message: pb.ServerMessage) -> None:
         session = self.sessions.get(site)
@@ -183,7 +283,7 @@ def _offer(driver: RunDriver) -> pb.ServerMessage:
             run_id=driver.run_id,
             name=config.name,
             task=config.task,
-            strategy=driver.strategy_repr,
+            strategy=driver.record.strategy,
             rounds=config.rounds,
             seed=config.seed,
             work=encode_work(config.work),

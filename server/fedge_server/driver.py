@@ -1,14 +1,14 @@
 """The shell around one run: feeds events to the sans-IO machine and executes its effects, in order.
 
 One task owns the run: events wait in its queue, so the machine, the aggregate and the strategy's state
-have a single writer. What takes long for large models runs on a thread meanwhile.
+have a single writer. What takes long for large models runs on a thread meanwhile. Between two events the
+run may be kept, so that the next process goes on from there.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from fedge import federation
-from fedge.errors import RunError, StorageError
-from fedge.federation import Finish, Plan, RunEffect, RunEvent
+from fedge.errors import LinkError, RunError, StorageError
+from fedge.federation import Finish, Plan, Returned, RunEffect, RunEvent
 from fedge.history import Row
 from fedge.learning import Learning
 from fedge.pipeline import Update
@@ -31,6 +31,7 @@ from fedge.round import (
     Failed,
     GiveUp,
     Joined,
+    Left,
     OrderId,
     Reject,
     Send,
@@ -41,16 +42,23 @@ from fedge.strategy import AnyStrategy
 from fedge.vector import Array, Model
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire.codec import encode_order_id
+from fedge_server.archive import Archive, Moment
 from fedge_server.history import History
+from fedge_server.keeper import Keeper
+from fedge_server.moments import Start, moment_of
 from fedge_server.orders import Orders
 from fedge_server.shelf import Shelf
 from fedge_server.spool import Upload
-from fedge_server.waiting import Waiting
+from fedge_server.store.records import RunRecord
+from fedge_server.traffic import Traffic
+from fedge_server.waiting import Accepted, Waiting
 
 log = logging.getLogger(__name__)
 
 _ON_THREAD_BYTES = 1 << 20
 MAX_WAITING_EVENTS = 100_000
+REJOIN_S = 60.0
+"""How long the clients of a run count as present when the coordinator has started again."""
 
 _NO_VECTOR: Array = np.zeros(0, np.float32)
 _ENDED = Refusal(RefusalCode.RUN_ENDED, "the run is over")
@@ -68,32 +76,65 @@ class Delivery:
     receipt: asyncio.Future[Refusal | None]
 
 
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a run needs of its coordinator: how to reach clients, and where to keep itself."""
+
+    outbox: Outbox
+    archive: Archive
+    max_kept_bytes: int = 64 << 30
+
+
 class RunDriver:
     """One run on this coordinator. All methods belong to the event loop's thread."""
 
     def __init__(
-        self, run_id: str, config: RunConfig, strategy: AnyStrategy, model: Model, *, outbox: Outbox
+        self, record: RunRecord, config: RunConfig, start: Start, surroundings: Surroundings
     ) -> None:
-        self.run_id = run_id
+        self.run_id = record.run_id
+        self.record = record
         self.config = config
-        self.strategy = strategy
-        self.layout = model.layout
-        self.history = History()
+        self.layout = start.learning.layout
+        self.history = History(list(start.rows))
         self.shelf = Shelf()
-        self.submitted_at = time.time()
-        self.run_toml = ""
-        self._outbox = outbox
-        self._learning = Learning.begin(strategy, model)
-        self._orders = Orders(run_id, self.shelf)
-        kind = self._learning.order(1).kind
-        self.machine, self._first = federation.begin(
-            Plan.of(config, kind=kind, max_staleness=strategy.max_staleness)
-        )
-        self._queue: asyncio.Queue[tuple[RunEvent, Delivery | None]] = asyncio.Queue()
+        self.machine = start.machine
+        self.keeper = Keeper(surroundings.archive, config.checkpoint, committed=start.machine.committed)
+        self._first = start.effects
+        self._learning = start.learning
+        self._outbox = surroundings.outbox
+        self._orders = Orders(record.run_id, self.shelf)
+        self._queue: asyncio.Queue[tuple[RunEvent | None, Delivery | None]] = asyncio.Queue()
         self._timers: dict[tuple[OrderId, str], asyncio.TimerHandle] = {}
-        self._waiting = Waiting()
-        self._traffic = _Traffic()
+        self._waiting = Waiting(surroundings.max_kept_bytes)
+        for accepted in start.accepted:
+            self._waiting.add(accepted)
+        self._expected = set(start.machine.clients)
+        self._traffic = Traffic()
+        self._changed = False
+        self._kept_revision = self.history.revision
+        self._nudge: asyncio.TimerHandle | None = None
+        self._draining = False
         self._over = False
+
+    @classmethod
+    def begin(
+        cls,
+        record: RunRecord,
+        config: RunConfig,
+        strategy: AnyStrategy,
+        model: Model,
+        surroundings: Surroundings,
+    ) -> RunDriver:
+        """A new run. It is not kept yet: see `first_moment`."""
+        learning = Learning.begin(strategy, model)
+        kind = learning.order(1).kind
+        plan = Plan.of(config, kind=kind, max_staleness=strategy.max_staleness)
+        machine, effects = federation.begin(plan)
+        return cls(record, config, Start(learning, machine, effects), surroundings)
+
+    def first_moment(self) -> Moment:
+        """The run before its first event, with the initial model."""
+        return moment_of(self.run_id, self.machine, self._learning)
 
     @property
     def model(self) -> Model:
@@ -101,13 +142,32 @@ class RunDriver:
         return self._learning.model
 
     @property
-    def strategy_repr(self) -> str:
-        return repr(self.strategy)
+    def waiting_for(self) -> str:
+        """Why nothing moves, in words; empty while something does."""
+        if self.keeper.trouble:
+            return f"the coordinator cannot keep this run, and goes on when it can: {self.keeper.trouble}"
+        return self.machine.waiting_for
 
     @property
     def over(self) -> bool:
         """Whether nothing will happen any more: the run has ended, or its coordinator shuts down."""
         return self._over
+
+    def join(self, client: str) -> None:
+        """A client is ready for this run."""
+        back = client in self._expected
+        self._expected.discard(client)
+        self.post(Returned(client) if back else Joined(client))
+
+    def leave(self, client: str) -> None:
+        """A client's link is gone, or it does not want to take part any more."""
+        self._expected.discard(client)
+        self.post(Left(client))
+
+    def drain(self) -> None:
+        """End after the event that is being handled, with everything kept: the next process goes on."""
+        self._draining = True
+        self._queue.put_nowait((None, None))
 
     def post(self, event: RunEvent, delivery: Delivery | None = None) -> None:
         """Hand the run an event; it is handled after those before it."""
@@ -146,20 +206,79 @@ class RunDriver:
         self._traffic.up += up
 
     async def run(self) -> None:
-        """Drive the run to its end. Returns when it is done, failed or stopped."""
+        """Drive the run to its end, or until it is drained."""
+        rejoin = asyncio.get_running_loop().call_later(REJOIN_S, self._give_up_waiting)
         try:
-            await self._publish(1)
+            await self._publish(self.machine.committed + 1)
             await self._execute(self._first, None)
-            while self.machine.status == "running":
+            while self.machine.status == "running" and not self._draining:
+                self._keep_if_due()
                 event, delivery = await self._queue.get()
-                await self._handle(event, delivery)
+                if self.keeper.trouble:  # what comes now could not be kept: it waits
+                    await self.keeper.settled()
+                if event is not None:
+                    await self._handle(event, delivery)
         except (RunError, StorageError) as error:
             await self._fail(str(error))
         except Exception as error:  # one run's defect must not end the others
             log.exception("run_crashed run=%s", self.run_id)
             await self._fail(f"internal error: {type(error).__name__}: {error}")
         finally:
-            self._wind_up()
+            rejoin.cancel()
+            try:
+                await self._keep_to_the_end()
+            finally:
+                self._wind_up()
+
+    def _give_up_waiting(self) -> None:
+        """Clients that counted as present since the coordinator started again, and have not come: they are gone."""
+        for client in sorted(self._expected):
+            log.warning("client_not_back run=%s client=%s", self.run_id, client)
+            self.leave(client)
+
+    def _keep_if_due(self) -> None:
+        """Between two events: begin to keep this moment, or see to it that it will be thought of in time."""
+        if not self._changed:
+            return
+        due_in_s = self.keeper.due_in_s(self.machine.committed)
+        if due_in_s is None:
+            return  # another moment is being kept; the end of that is an event
+        if due_in_s == 0:
+            self._keep()
+        elif self._nudge is None:
+            loop = asyncio.get_running_loop()
+            self._nudge = loop.call_later(due_in_s, self._wake)
+
+    def _wake(self) -> None:
+        self._nudge = None
+        self._queue.put_nowait((None, None))
+
+    def _keep(self) -> None:
+        if self._nudge is not None:
+            self._nudge.cancel()
+            self._nudge = None
+        unkept, revision = self._waiting.unkept(), self.history.revision
+
+        def kept() -> None:
+            self._waiting.were_kept(unkept)
+            self._kept_revision = revision
+            self._queue.put_nowait((None, None))
+
+        self._changed = False
+        self.keeper.keep(self._moment(unkept), kept)
+
+    async def _keep_to_the_end(self) -> None:
+        """Keep the last moment, however long that takes."""
+        await self.keeper.settled()
+        if self._changed or self.machine.status != "running":
+            self._keep()
+            await self.keeper.settled()
+
+    def _moment(self, unkept: list[Accepted]) -> Moment:
+        committed = self.machine.committed > self.keeper.committed
+        rows = self.history.since(self._kept_revision)
+        learning = self._learning if committed else None
+        return moment_of(self.run_id, self.machine, learning, rows=rows, accepted=unkept)
 
     async def _fail(self, reason: str) -> None:
         self.machine, effects = federation.fail(self.machine, reason)
@@ -171,13 +290,19 @@ class RunDriver:
         self._timers.clear()
         self.shelf.clear()
         self._waiting.clear()
+        self.keeper.stop()
+        if self._nudge is not None:
+            self._nudge.cancel()
         self._over = True
+        if self.machine.status == "running":
+            self._leave_to_the_next_process()
+            return
         clients = set(self.machine.clients)
         while not self._queue.empty():
             event, delivery = self._queue.get_nowait()
             if delivery is not None:
                 _answer(delivery, _ENDED)
-            if isinstance(event, Joined):  # ready a moment too late
+            if isinstance(event, Joined | Returned):  # ready a moment too late
                 clients.add(event.client)
         for client in sorted(clients):
             self._outbox(client, self.ended_message())
@@ -185,6 +310,17 @@ class RunDriver:
         log.info(
             "run_ended run=%s status=%s reason=%s", self.run_id, self.machine.status, self.machine.reason
         )
+
+    def _leave_to_the_next_process(self) -> None:
+        while not self._queue.empty():
+            _, delivery = self._queue.get_nowait()
+            if delivery is not None:
+                # No answer: the sender keeps it, and brings it to the next process.
+                delivery.receipt.set_exception(LinkError("the coordinator is shutting down"))
+                if delivery.upload is not None:
+                    delivery.upload.close()
+        self.history.touch()
+        log.info("run_interrupted run=%s round=%d", self.run_id, self.machine.committed)
 
     def ended_message(self) -> pb.ServerMessage:
         return pb.ServerMessage(
@@ -196,6 +332,7 @@ class RunDriver:
             self._traffic.refused += 1
             self.history.refusals[event.client] = event.refusal
         waited = self.machine.waiting_for
+        self._changed = True
         self.machine, effects = federation.step(self.machine, event)
         try:
             await self._execute(effects, delivery)
@@ -252,7 +389,7 @@ class RunDriver:
         upload = delivery.upload
         vector = upload if upload is not None else _NO_VECTOR
         update = Update(client, vector, delivery.num_examples, delivery.metrics, staleness)
-        full = self._waiting.add(order.kind, update, upload)
+        full = self._waiting.add(Accepted(order, update, upload))
         self._traffic.up += upload.size if upload is not None else 0
         self.shelf.withdraw(client, order.kind)
         self.history.refusals.pop(client, None)
@@ -271,6 +408,7 @@ class RunDriver:
         with self._waiting.taken(order.kind) as updates:
             size = self._bytes_of(order)
             self._learning, aggregate = await _off_loop(size, self._learning.close, order, *updates)
+        self._waiting.drop(order.kind)
         if order.kind == "evaluate":
             self.history.add_metrics(order.round, aggregate.metrics)
             return
@@ -313,28 +451,6 @@ class RunDriver:
     def _drop_timers(self, order: OrderId) -> None:
         for key in [key for key in self._timers if key[0] == order]:
             self._timers.pop(key).cancel()
-
-
-class _Traffic:
-    """Bytes, refusals and seconds since the last committed round."""
-
-    def __init__(self) -> None:
-        self.down = self.up = self.refused = 0
-        self.seconds = 0.0
-        self._began: float | None = None
-
-    def begin(self, order: OrderId) -> None:
-        if order.kind != "evaluate" and self._began is None:
-            self._began = time.monotonic()
-
-    def end(self, order: OrderId) -> _Traffic:
-        """What the committed round took; counting starts again at zero."""
-        done = _Traffic()
-        done.down, done.up, done.refused = self.down, self.up, self.refused
-        done.seconds = time.monotonic() - self._began if self._began is not None else 0.0
-        self.down = self.up = self.refused = 0
-        self._began = None
-        return done
 
 
 def _answer(delivery: Delivery, refusal: Refusal | None) -> None:

@@ -167,7 +167,7 @@ class FederationService:
         """Bytes that the caller's order named, from any offset, as encoded Chunks."""
         try:
             site = caller(context, self._authority, role="site").name
-            driver = self._coordinator.find(request.run_id)
+            driver = self._coordinator.driver(request.run_id)
             view = driver.shelf.find(site, request.digest)
             if view is None:
                 raise RemoteProtocolError("expected the digest of something that an open order names")
@@ -218,6 +218,8 @@ class FederationService:
     def _begin(self, site: str, order: OrderId, update: pb.Update) -> tuple[RunDriver, Upload | None]:
         """Check everything that an update says of itself, before its bytes are read or room is made."""
         driver = self._coordinator.runs.get(update.run_id)
+        if driver is None and update.run_id in self._coordinator.past:
+            raise _refused(RefusalCode.RUN_ENDED, "the run is over")
         if driver is None:
             raise _refused(RefusalCode.UNKNOWN_RUN, "no such run here")
         unwanted = driver.unwanted(site, order)

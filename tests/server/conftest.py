@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,12 @@ from fedge.strategy import AnyStrategy
 from fedge.vector import Array, Layout, Model, Tensor, digest_of
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire.codec import decode_order_id
-from fedge_server.driver import RunDriver
+from fedge_server.archive import Archive
+from fedge_server.driver import RunDriver, Surroundings
 from fedge_server.spool import Spool, Upload
+from fedge_server.store.database import Database
+from fedge_server.store.records import RunRecord
+from fedge_server.store.store import Store
 
 LAYOUT = Layout((Tensor("w", (4,)),))
 
@@ -34,6 +40,10 @@ class Run:
     sent: list[tuple[str, pb.ServerMessage]] = field(default_factory=list)
     task: asyncio.Task[None] | None = None
     uploads: list[Upload] = field(default_factory=list)
+
+    @cached_property
+    def spool(self) -> Spool:
+        return Spool(self.folder / "spool")
 
     def orders(self, site: str, kind: str = "") -> list[OrderId]:
         """The orders that a site was sent, oldest first."""
@@ -64,7 +74,7 @@ class Run:
         if order.kind != "evaluate":
             size = self.driver.layout.size
             vector = value if isinstance(value, np.ndarray) else np.full(size, value, np.float32)
-            upload = Spool(self.folder).upload(size=vector.nbytes, digest=digest_of(vector))
+            upload = self.spool.upload(size=vector.nbytes, digest=digest_of(vector))
             upload.write(vector.tobytes())
             upload.finish()
         update = pb.Update(
@@ -109,19 +119,32 @@ StartRun = Callable[..., Coroutine[Any, Any, Run]]
 
 
 @pytest.fixture
-def start_run(tmp_path: Path) -> StartRun:
+def archive(tmp_path: Path) -> Iterator[Archive]:
+    """A store in a SQLite file, and folders for checkpoints and uploads."""
+    database = Database(f"sqlite:///{tmp_path / 'fedge.db'}")
+    database.open()
+    (tmp_path / "spool").mkdir()
+    opened = Archive(Store(database), tmp_path / "checkpoints")
+    yield opened
+    opened.close()
+    database.close()
+
+
+@pytest.fixture
+def start_run(tmp_path: Path, archive: Archive) -> StartRun:
     """Begin a run of some strategy; `size` elements that are all 0; tables as in run.toml."""
+
+    numbers = count(1)
 
     async def start(strategy: AnyStrategy, *sites: str, size: int = 4, **tables: Any) -> Run:
         layout = LAYOUT if size == 4 else Layout((Tensor("w", (size,)),))
         sent: list[tuple[str, pb.ServerMessage]] = []
-        driver = RunDriver(
-            "a-1",
-            config_of(**tables),
-            strategy,
-            Model(np.zeros(size, np.float32), layout),
-            outbox=lambda site, message: sent.append((site, message)),
-        )
+        config = config_of(**tables)
+        record = RunRecord(f"a-{next(numbers)}", config.name, "", b"", repr(strategy), 0.0, "admin")
+        model = Model(np.zeros(size, np.float32), layout)
+        around = Surroundings(lambda site, message: sent.append((site, message)), archive)
+        driver = RunDriver.begin(record, config, strategy, model, around)
+        await archive.call(archive.add_run, record, driver.first_moment())
         run = Run(tmp_path, driver, sent)
         run.join(*sites)
         run.task = asyncio.create_task(driver.run())

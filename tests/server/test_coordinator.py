@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
@@ -12,19 +12,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tomlkit
 
 from fedge.errors import ConfigError, FedgeError, RunError
 from fedge.principal import Principal
 from fedge.refusal import Refusal, RefusalCode
 from fedge.round import OrderId
 from fedge.run import RunConfig
-from fedge.vector import Layout, Model, Tensor
+from fedge.vector import Layout, Model, Tensor, digest_of
 from fedge.wire import fedge_pb2 as pb
-from fedge_server.coordinator import Coordinator
+from fedge_server.archive import Archive
+from fedge_server.coordinator import Coordinator, Submission
 from fedge_server.driver import RunDriver
+from fedge_server.past import PastRun
 from fedge_server.sessions import Session
 from fedge_server.settings import ServerSettings
 from fedge_server.spool import Spool
+from fedge_server.store.database import Database
+from fedge_server.store.store import Store
 from fedge_strategies import FedAvg
 
 DAY = datetime(2026, 1, 1, tzinfo=UTC)
@@ -32,18 +37,33 @@ NO = Refusal(RefusalCode.NO_DATA, "no data")
 Play = Callable[[Coroutine[Any, Any, None]], None]
 
 
-def coordinator_of(**settings: Any) -> Coordinator:
-    return Coordinator(ServerSettings(listen="h:1", **settings), Spool(Path("nowhere")))
+@pytest.fixture
+def coordinator_of(tmp_path: Path) -> Iterator[Callable[..., Coordinator]]:
+    """Makes coordinators, one process after another as it were: all on the same store."""
+    database = Database(f"sqlite:///{tmp_path / 'fedge.db'}")
+    database.open()
+    (tmp_path / "spool").mkdir()
+    archives = []
+
+    def make(**settings: Any) -> Coordinator:
+        archives.append(Archive(Store(database), tmp_path / "checkpoints"))
+        return Coordinator(ServerSettings(listen="h:1", **settings), Spool(tmp_path / "spool"), archives[-1])
+
+    yield make
+    for archive in archives:
+        archive.close()
+    database.close()
 
 
 def session(site: str) -> Session:
     return Session(Principal("f" * 32, "site", site, 1, DAY, DAY))
 
 
-def submit(coordinator: Coordinator, **tables: Any) -> RunDriver:
+async def submit(coordinator: Coordinator, **tables: Any) -> RunDriver:
     table = {"name": "a", "task": "app:task", "rounds": 1, "cohort": {"size": 1}, **tables}
     model = Model(np.zeros(2, np.float32), Layout((Tensor("w", (2,)),)))
-    return coordinator.submit(RunConfig.from_table(table, source="run.toml"), model)
+    config = RunConfig.from_table(table, source="run.toml")
+    return await coordinator.submit(Submission(tomlkit.dumps(table), config, model))
 
 
 async def read(link: Session) -> list[Any]:
@@ -56,24 +76,26 @@ async def read(link: Session) -> list[Any]:
     return [(kind := m.WhichOneof("kind"), getattr(getattr(m, kind), "run_id", "")) for m in found]
 
 
-def test_every_connected_site_is_offered_every_open_run_and_one_that_comes_later_too(play: Play):
+def test_every_connected_site_is_offered_every_open_run_and_one_that_comes_later_too(
+    coordinator_of, play: Play
+):
     async def scenario() -> None:
         coordinator, early, late = coordinator_of(), session("early"), session("late")
         coordinator.connect(early)
-        one, two = submit(coordinator), submit(coordinator)
+        one, two = await submit(coordinator), await submit(coordinator)
         coordinator.stop(one.run_id)
         assert await read(early) == [("offer", one.run_id), ("offer", two.run_id)]
         coordinator.connect(late)
         assert await read(late) == [("offer", two.run_id)]
-        await coordinator.shut_down()
+        await coordinator.shut_down(20)
 
     play(scenario())
 
 
-def test_a_site_takes_part_once_it_accepts_until_it_refuses_or_is_gone(play: Play):
+def test_a_site_takes_part_once_it_accepts_until_it_refuses_or_is_gone(coordinator_of, play: Play):
     async def scenario() -> None:
         coordinator, north, south = coordinator_of(), session("north"), session("south")
-        run = submit(coordinator, cohort={"size": 2})
+        run = await submit(coordinator, cohort={"size": 2})
         for site in (north, south):
             coordinator.connect(site)
             coordinator.accept(site, run.run_id)
@@ -89,15 +111,17 @@ def test_a_site_takes_part_once_it_accepts_until_it_refuses_or_is_gone(play: Pla
         await read(north)
         assert run.machine.clients == {"north"}
         assert run.history.refusals == {}
-        await coordinator.shut_down()
+        await coordinator.shut_down(20)
 
     play(scenario())
 
 
-def test_a_site_that_connects_again_takes_over_and_what_the_old_session_says_is_nobodys(play: Play):
+def test_a_site_that_connects_again_takes_over_and_what_the_old_session_says_is_nobodys(
+    coordinator_of, play: Play
+):
     async def scenario() -> None:
         coordinator, old, new = coordinator_of(), session("north"), session("north")
-        run = submit(coordinator, cohort={"size": 2})
+        run = await submit(coordinator, cohort={"size": 2})
         coordinator.connect(old)
         coordinator.accept(old, run.run_id)
         coordinator.connect(new)
@@ -110,15 +134,15 @@ def test_a_site_that_connects_again_takes_over_and_what_the_old_session_says_is_
         await read(new)
         assert coordinator.sessions == {"north": new}
         assert run.machine.clients == {"north"}
-        await coordinator.shut_down()
+        await coordinator.shut_down(20)
 
     play(scenario())
 
 
-def test_a_failure_counts_only_from_a_site_that_takes_part(play: Play):
+def test_a_failure_counts_only_from_a_site_that_takes_part(coordinator_of, play: Play):
     async def scenario() -> None:
         coordinator, north = coordinator_of(), session("north")
-        run = submit(coordinator)
+        run = await submit(coordinator)
         coordinator.connect(north)
         coordinator.fail(north, run.run_id, OrderId("train", 1), NO)
         coordinator.fail(north, "another", OrderId("train", 1), NO)
@@ -128,15 +152,15 @@ def test_a_failure_counts_only_from_a_site_that_takes_part(play: Play):
         coordinator.fail(north, run.run_id, OrderId("train", 1), NO)
         await read(north)
         assert run.history.refusals == {"north": NO}
-        await coordinator.shut_down()
+        await coordinator.shut_down(20)
 
     play(scenario())
 
 
-def test_a_site_that_is_ready_too_late_is_told_that_the_run_is_over(play: Play):
+def test_a_site_that_is_ready_too_late_is_told_that_the_run_is_over(coordinator_of, play: Play):
     async def scenario() -> None:
         coordinator, north = coordinator_of(), session("north")
-        run = submit(coordinator)
+        run = await submit(coordinator)
         coordinator.connect(north)
         coordinator.stop(run.run_id)
         await read(north)
@@ -144,17 +168,17 @@ def test_a_site_that_is_ready_too_late_is_told_that_the_run_is_over(play: Play):
         assert await read(north) == [("ended", run.run_id)]
         coordinator.accept(north, "unknown")
         coordinator.refuse(north, "unknown", NO)
-        await coordinator.shut_down()
+        await coordinator.shut_down(20)
 
     play(scenario())
 
 
-def test_the_operators_limits_hold(play: Play):
+def test_the_operators_limits_hold(coordinator_of, play: Play):
     async def scenario() -> None:
         coordinator = coordinator_of(max_runs=2, max_sessions=1)
-        first, _ = submit(coordinator), submit(coordinator)
+        first, _ = await submit(coordinator), await submit(coordinator)
         with pytest.raises(RunError, match="has its 2 open runs; stop one first"):
-            submit(coordinator)
+            await submit(coordinator)
         north = session("north")
         coordinator.connect(north)
         with pytest.raises(RunError, match="has its 1 sessions"):
@@ -162,30 +186,35 @@ def test_the_operators_limits_hold(play: Play):
         coordinator.connect(session("north"))  # the same site: no further one
         coordinator.stop(first.run_id)
         await read(north)
-        submit(coordinator)
-        await coordinator.shut_down()
+        await submit(coordinator)
+        await coordinator.shut_down(20)
 
     play(scenario())
 
 
-def test_old_runs_are_forgotten_oldest_first_and_open_ones_never(play: Play):
+def test_old_runs_are_forgotten_oldest_first_and_open_ones_never(coordinator_of, play: Play, tmp_path: Path):
     async def scenario() -> None:
         coordinator, north = coordinator_of(max_finished_runs=2), session("north")
         coordinator.connect(north)
-        open_run = submit(coordinator)
+        open_run = await submit(coordinator)
         ended = []
         for _ in range(4):
-            ended.append(submit(coordinator).run_id)
-            coordinator.accept(north, ended[-1])
-            coordinator.stop(ended[-1])
+            run_id = (await submit(coordinator)).run_id
+            ended.append(run_id)
+            coordinator.accept(north, run_id)
+            coordinator.stop(run_id)
+            await coordinator._tasks[run_id]
             await read(north)
-        kept = submit(coordinator).run_id
-        assert list(coordinator.runs) == [open_run.run_id, *ended[-1:], kept]
-        for run_id in ended[:3]:
+        kept = (await submit(coordinator)).run_id
+        assert list(coordinator.runs) == [open_run.run_id, kept]
+        assert list(coordinator.past) == ended[2:]
+        assert (tmp_path / "checkpoints" / ended[2]).exists()
+        for run_id in ended[:2]:
+            assert not (tmp_path / "checkpoints" / run_id).exists()
             with pytest.raises(RunError, match="expected the id of a run on this coordinator"):
                 coordinator.find(run_id)
         coordinator.disconnect(north)  # also of the runs that are gone
-        await coordinator.shut_down()
+        await coordinator.shut_down(20)
 
     play(scenario())
 
@@ -208,29 +237,31 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> str:
     return "trial_strategy:Broken"
 
 
-def test_a_strategy_that_cannot_begin_is_the_submitters_error_and_leaves_no_run(play: Play, broken: str):
+def test_a_strategy_that_cannot_begin_is_the_submitters_error_and_leaves_no_run(
+    coordinator_of, play: Play, broken: str
+):
     async def scenario() -> None:
         coordinator = coordinator_of(strategies=[broken])
         with pytest.raises(
             ConfigError, match="'trial_strategy:Broken' cannot begin this run: KeyError: 'weights'"
         ):
-            submit(coordinator, strategy={"name": broken})
+            await submit(coordinator, strategy={"name": broken})
         assert coordinator.runs == {}
         with pytest.raises(FedgeError, match="is not one that this coordinator may import"):
-            submit(coordinator_of(), strategy={"name": broken})
+            await submit(coordinator_of(), strategy={"name": broken})
 
     play(scenario())
 
 
-def test_a_shutdown_ends_every_session_and_every_run(play: Play):
+def test_a_shutdown_ends_every_session_and_every_run(coordinator_of, play: Play):
     async def scenario() -> None:
         coordinator, north = coordinator_of(), session("north")
         before = asyncio.all_tasks()
-        run = submit(coordinator)
+        run = await submit(coordinator)
         coordinator.connect(north)
         coordinator.accept(north, run.run_id)
         await read(north)
-        await coordinator.shut_down()
+        await coordinator.shut_down(20)
         assert north.closed
         assert "shutting down" in north.ended_because
         assert asyncio.all_tasks() == before
@@ -238,18 +269,118 @@ def test_a_shutdown_ends_every_session_and_every_run(play: Play):
     play(scenario())
 
 
-def test_an_offer_says_all_that_a_site_needs_to_decide(play: Play):
+def test_an_offer_says_all_that_a_site_needs_to_decide(coordinator_of, play: Play):
     async def scenario() -> None:
         coordinator, north = coordinator_of(), session("north")
         coordinator.connect(north)
-        submit(coordinator, seed=9, rounds=4, privacy={"unit": "none", "clip": 0.5}, work={"steps": 3})
+        await submit(coordinator, seed=9, rounds=4, privacy={"unit": "none", "clip": 0.5}, work={"steps": 3})
         offer: pb.Offer = north._queue[0].offer
         assert (offer.name, offer.task, offer.rounds, offer.seed) == ("a", "app:task", 4, 9)
         assert (offer.clip, offer.work.steps) == (0.5, 3)
         assert offer.strategy == repr(FedAvg())
         assert [tensor.name for tensor in offer.layout.tensors] == ["w"]
-        submit(coordinator)
+        await submit(coordinator)
         assert not north._queue[1].offer.HasField("clip")
-        await coordinator.shut_down()
+        await coordinator.shut_down(20)
 
     play(scenario())
+
+
+# The next process.
+
+
+def test_a_run_goes_on_in_the_next_process_with_what_was_kept(coordinator_of, play: Play):
+    async def scenario() -> None:
+        first = coordinator_of()
+        run = await submit(first, cohort={"size": 2}, rounds=3, evaluation={"every": 0})
+        for name in ("north", "south"):
+            link = session(name)
+            first.connect(link)
+            first.accept(link, run.run_id)
+        await hand_in(first, run, "north", OrderId("train", 1), 1.0)
+        await hand_in(first, run, "south", OrderId("train", 1), 3.0)
+        await hand_in(first, run, "north", OrderId("train", 2), 4.0)
+        await first.shut_down(20)
+
+        second = coordinator_of()
+        await second.recover()
+        again = second.driver(run.run_id)
+        assert again.machine.committed == 1
+        assert [row.clients for row in again.history.rows] == [("north", "south")]
+        np.testing.assert_array_equal(again.model.vector, np.float32([2, 2]))
+        link = session("north")
+        second.connect(link)
+        second.accept(link, run.run_id)
+        assert ("order", run.run_id) not in await read(link), "its update is here already"
+        assert again.unwanted("north", OrderId("train", 2)).code == RefusalCode.DUPLICATE
+        link = session("south")
+        second.connect(link)
+        second.accept(link, run.run_id)
+        assert ("order", run.run_id) in await read(link), "it is asked again"
+        await hand_in(second, again, "south", OrderId("train", 2), 0.0)
+        np.testing.assert_array_equal(again.model.vector, np.float32([4, 4]))
+        await second.shut_down(20)
+
+    play(scenario())
+
+
+def test_a_run_that_has_ended_is_still_known_to_the_next_process(coordinator_of, play: Play):
+    async def scenario() -> None:
+        first = coordinator_of()
+        run = await submit(first, evaluation={"every": 0})
+        link = session("north")
+        first.connect(link)
+        first.accept(link, run.run_id)
+        await hand_in(first, run, "north", OrderId("train", 1), 5.0)
+        await first._tasks[run.run_id]
+        await first.shut_down(20)
+        second = coordinator_of()
+        await second.recover()
+        (past,) = second.all_runs()
+        assert isinstance(past, PastRun)
+        assert (past.machine.status, past.machine.committed, past.waiting_for) == ("done", 1, "")
+        np.testing.assert_array_equal(past.read_model().vector, np.float32([5, 5]))
+        second.stop(run.run_id)
+        with pytest.raises(RunError, match="is over, or cannot go on here"):
+            second.driver(run.run_id)
+        await second.shut_down(20)
+
+    play(scenario())
+
+
+def test_a_run_whose_strategy_is_not_to_be_had_waits_and_says_why(
+    coordinator_of, play: Play, monkeypatch: pytest.MonkeyPatch
+):
+    async def scenario() -> None:
+        module = ModuleType("trial_strategy")
+        module.Own = FedAvg
+        monkeypatch.setitem(sys.modules, "trial_strategy", module)
+        own = "trial_strategy:Own"
+        first = coordinator_of(strategies=[own])
+        run = await submit(first, strategy={"name": own})
+        other = await submit(first)
+        await first.shut_down(20)
+        second = coordinator_of()
+        await second.recover()
+        assert list(second.runs) == [other.run_id], "the others go on"
+        held = second.find(run.run_id)
+        assert held.machine.status == "running"
+        assert "its operator adds it to `strategies` in server.toml" in held.waiting_for
+        await second.shut_down(20)
+        third = coordinator_of(strategies=[own])
+        await third.recover()
+        assert set(third.runs) == {run.run_id, other.run_id}
+        await third.shut_down(20)
+
+    play(scenario())
+
+
+async def hand_in(coordinator: Coordinator, run: RunDriver, site: str, order: OrderId, value: float) -> None:
+    """An update that counts."""
+    vector = np.full(2, value, np.float32)
+    upload = coordinator.spool.upload(size=vector.nbytes, digest=digest_of(vector))
+    upload.write(vector.tobytes())
+    upload.finish()
+    assert await run.deliver(site, order, pb.Update(num_examples=1), upload) is None
+    for _ in range(20):
+        await asyncio.sleep(0)

@@ -1,4 +1,4 @@
-"""An arriving update is checked chunk by chunk, and waits in little memory and in no file with a name."""
+"""An arriving update is checked chunk by chunk, waits in little memory, and outlives its process."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_a_chunk_that_cuts_an_element_is_refused(tmp_path: Path):
     upload.close()
 
 
-def test_a_large_update_waits_in_a_file_without_a_name_and_takes_little_memory(tmp_path: Path):
+def test_a_large_update_waits_in_a_private_file_and_takes_little_memory(tmp_path: Path):
     chunk = vector(MEBI // 4).tobytes()
     count = LARGE // MEBI
     digest = digest_of(chunk * count)
@@ -140,7 +140,8 @@ def test_a_large_update_waits_in_a_file_without_a_name_and_takes_little_memory(t
         for _ in range(count):
             upload.write(chunk)
         upload.finish()
-        assert list(tmp_path.iterdir()) == [], "nothing is left behind, however the process ends"
+        (path,) = tmp_path.iterdir()
+        assert path.stat().st_mode & 0o777 == 0o600
         assert all(upload[at : at + BLOCK].tobytes() for at in range(0, LARGE // 4, BLOCK))
         _, peak = tracemalloc.get_traced_memory()
     finally:
@@ -148,7 +149,8 @@ def test_a_large_update_waits_in_a_file_without_a_name_and_takes_little_memory(t
     assert peak < LARGE // 2
     upload.close()
     upload.close()
-    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="not closed yet"):
+        upload[0:1]
 
 
 def test_a_small_update_never_touches_the_disk(tmp_path: Path):
@@ -215,7 +217,7 @@ def test_a_file_still_in_use_by_a_thread_serves_nobody_else_even_if_its_upload_i
 
 
 def open_files(folder: Path) -> int:
-    """Files in it that this process has open, though they have no name."""
+    """Files in it that this process has open."""
     descriptors = (descriptor.name for descriptor in list(Path("/proc/self/fd").iterdir()))
     return sum(_path_of(descriptor).startswith(str(folder)) for descriptor in descriptors)
 
@@ -225,3 +227,38 @@ def _path_of(descriptor: str) -> str:
         return str(Path(f"/proc/self/fd/{descriptor}").readlink())
     except FileNotFoundError:  # the one that listed the folder
         return ""
+
+
+def test_a_complete_upload_is_found_again_by_the_next_process(tmp_path: Path):
+    upload, values = filled(Spool(tmp_path), 1)
+    held = upload.held()
+    held.sync()
+    found = Spool(tmp_path).find(held.place, size=upload.size, digest=upload.digest)
+    assert found is not None
+    np.testing.assert_array_equal(found[0 : len(values)], values)
+
+
+def test_a_file_that_holds_other_bytes_by_now_is_not_found(tmp_path: Path):
+    upload, _ = filled(Spool(tmp_path), 1)
+    place = upload.held().place
+    assert Spool(tmp_path).find(place, size=upload.size, digest=bytes(32)) is None
+    assert Spool(tmp_path).find(place, size=2 * upload.size, digest=upload.digest) is None
+    assert Spool(tmp_path).find("../" + place, size=upload.size, digest=upload.digest) is None
+    assert Spool(tmp_path).find("7.update", size=upload.size, digest=upload.digest) is None
+    spool = Spool(tmp_path)
+    found = spool.find(place, size=upload.size, digest=upload.digest)
+    assert found is not None
+    assert spool.find(place, size=upload.size, digest=upload.digest) is None, "it has one owner"
+
+
+def test_what_nobody_finds_again_is_swept_away_and_nothing_else(tmp_path: Path):
+    first = Spool(tmp_path)
+    uploads = [filled(first, seed)[0] for seed in range(2)]
+    (tmp_path / "notes.txt").write_text("mine")
+    second = Spool(tmp_path)
+    found = second.find(uploads[1].held().place, size=uploads[1].size, digest=uploads[1].digest)
+    new, _ = filled(second, 3)
+    second.sweep()
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"notes.txt", uploads[1].held().place, new.held().place}
+    assert found is not None

@@ -101,14 +101,14 @@ def test_updates_of_orders_that_are_over_are_forgotten(begun: Store) -> None:
     assert begun.runs()[0].progress.updates == ()
 
 
-def test_the_newest_checkpoint_counts_and_older_ones_can_be_let_go(begun: Store) -> None:
+def test_the_newest_checkpoints_stay_and_older_ones_are_let_go(begun: Store) -> None:
     for round in (1, 2, 3):
-        begun.save(replace(FIRST, checkpoint=Checkpoint(round, f"c{round}", round)), now=1.0)
-    begun.save(replace(FIRST, checkpoint=Checkpoint(3, "again", 4)), now=1.0)
+        begun.save(replace(FIRST, checkpoint=Checkpoint(round, f"c{round}", round)), now=1.0, keep=2)
+    begun.save(replace(FIRST, checkpoint=Checkpoint(3, "again", 4)), now=1.0, keep=2)
+    begun.save(replace(FIRST, checkpoint=None), now=1.0)
     assert begun.runs()[0].progress.checkpoint == Checkpoint(3, "again", 4)
-    assert begun.digests() == {"aa", "c1", "c2", "again"}
-    begun.trim_checkpoints("icu-1", keep=2)
-    assert begun.digests() == {"c2", "again"}
+    assert begun.digests("icu-1") == {"c2", "again"}
+    assert begun.digests("another") == frozenset()
 
 
 def test_the_end_of_a_run_is_dated(begun: Store) -> None:

@@ -88,22 +88,36 @@ def test_an_agent_that_is_killed_and_started_again_takes_part_in_the_same_round(
     assert rows(enrolled, run_id) == [ALL] * 4
 
 
-def test_an_agent_outlives_a_killed_coordinator_and_serves_the_next_one(
-    tmp_path_factory: pytest.TempPathFactory,
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "drained"])
+def test_a_run_and_its_agents_outlive_their_coordinator(
+    tmp_path_factory: pytest.TempPathFactory, how: signal.Signals
 ) -> None:
-    """What it had of the runs that are gone is forgotten: it has room for one at a time."""
+    """It ends in the middle of a round: the next process goes on, to the same bits as without it."""
+    text = run_toml("outlives", rounds=4, size=2, more=QUIET + "[checkpoint]\nseconds = 0\n")
     with coordinator(tmp_path_factory.mktemp("restarted")) as federation:
-        federation.enrol("only", policy={"max_runs": 1})
-        agent = federation.start("only")
-        lost = federation.submit(run_toml("lost", quorum=2, size=2))
-        until(lambda: "only" in federation.ready(lost), "the site has joined")
-        federation.server.signal(signal.SIGKILL)
-        again = federation.restarted()
+        agents = []
+        for name in HONEST:
+            federation.enrol(name)
+            agents.append(federation.start(name))
+        with federation.blocked("client-0"):
+            run_id = federation.submit(text)
+            federation.at_work("client-0")
+            federation.server.signal(how)
+            again = federation.restarted()
+            until(lambda: again.ready(run_id) == set(HONEST), "the agents are back")
         try:
-            until(lambda: "only" in again.connected(), "the agent is back")
-            detail = again.run(run_toml("kept", rounds=1, quorum=1, size=1))
-            assert rows(again, detail.summary.run_id) == [["only"]]
-            assert agent.process.poll() is None
-            assert "Traceback" not in agent.output
+            assert again.finish(run_id).status == "done"
+            assert rows(again, run_id) == [HONEST] * 4
+            assert again.digest(run_id) == simulated(text)
+            assert all(agent.process.poll() is None for agent in agents)
+            assert not any("Traceback" in agent.output for agent in agents)
+            assert "Traceback" not in again.server.output
+            again.server.signal(signal.SIGTERM)
+            last = again.restarted()
+            try:
+                assert last.show(run_id).summary.status == "done", "and it stays known"
+                assert last.digest(run_id) == simulated(text)
+            finally:
+                last.server.end()
         finally:
             again.server.end()

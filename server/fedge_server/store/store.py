@@ -12,6 +12,7 @@ from typing import cast
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
+from fedge.errors import StorageError
 from fedge.federation import Status
 from fedge.history import Row
 from fedge.round import OrderId
@@ -44,8 +45,8 @@ class Store:
             connection.execute(sa.insert(schema.runs).values(**values, **_standing(progress), ended_at=None))
             self._write(connection, progress)
 
-    def save(self, progress: Progress, *, now: float) -> None:
-        """Keep a moment of a run, whole.
+    def save(self, progress: Progress, *, now: float, keep: int = 1) -> None:
+        """Keep a moment of a run, whole; of its checkpoints, the newest `keep` stay.
 
         Raises:
             StorageError: nothing was kept; trying again may help.
@@ -58,6 +59,8 @@ class Store:
                 .values(**_standing(progress), ended_at=ended_at)
             )
             self._write(connection, progress)
+            if progress.checkpoint is not None:
+                self._trim_checkpoints(connection, progress.run_id, keep)
 
     def runs(self) -> tuple[KeptRun, ...]:
         """Every run as it was last kept, oldest first; their rows are read with `rows`."""
@@ -66,6 +69,18 @@ class Store:
                 sa.select(schema.runs).order_by(schema.runs.c.submitted_at, schema.runs.c.run_id)
             )
             return tuple(self._kept_run(connection, row._mapping) for row in found.fetchall())
+
+    def run(self, run_id: str) -> KeptRun:
+        """One run, as `runs` gives it.
+
+        Raises:
+            StorageError: it is not known.
+        """
+        with self._database.reading() as connection:
+            found = connection.execute(sa.select(schema.runs).where(schema.runs.c.run_id == run_id)).first()
+            if found is None:
+                raise StorageError(f"store: expected run {run_id!r}, found none")
+            return self._kept_run(connection, found._mapping)
 
     def rows(self, run_id: str) -> tuple[Row, ...]:
         """A run's committed rounds, in order."""
@@ -77,22 +92,12 @@ class Store:
             )
             return tuple(_row(row._mapping) for row in found)
 
-    def trim_checkpoints(self, run_id: str, *, keep: int) -> None:
-        """Forget all but a run's newest `keep` checkpoints.
-
-        Raises:
-            StorageError: none was forgotten.
-        """
+    def digests(self, run_id: str) -> frozenset[str]:
+        """Those of a run's checkpoints: a file of it that none of them names serves nobody."""
         table = schema.checkpoints
-        newest = sa.select(table.c.round).where(table.c.run_id == run_id).order_by(table.c.round.desc())
-        with self._database.writing() as connection:
-            kept = [row.round for row in connection.execute(newest.limit(keep))]
-            connection.execute(sa.delete(table).where(table.c.run_id == run_id, table.c.round.not_in(kept)))
-
-    def digests(self) -> frozenset[str]:
-        """Those of all checkpoints that are known: a file that none of them names serves nobody."""
         with self._database.reading() as connection:
-            return frozenset(row.digest for row in connection.execute(sa.select(schema.checkpoints.c.digest)))
+            found = connection.execute(sa.select(table.c.digest).where(table.c.run_id == run_id))
+            return frozenset(row.digest for row in found)
 
     def forget_run(self, run_id: str) -> None:
         """Drop all that is known of a run.
@@ -156,6 +161,12 @@ class Store:
         ]
         if members:
             connection.execute(sa.insert(schema.members), members)
+
+    def _trim_checkpoints(self, connection: sa.Connection, run_id: str, keep: int) -> None:
+        table = schema.checkpoints
+        newest = sa.select(table.c.round).where(table.c.run_id == run_id).order_by(table.c.round.desc())
+        kept = [row.round for row in connection.execute(newest.limit(keep))]
+        connection.execute(sa.delete(table).where(table.c.run_id == run_id, table.c.round.not_in(kept)))
 
     def _kept_run(self, connection: sa.Connection, row: sa.RowMapping) -> KeptRun:
         run_id = row["run_id"]

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "fedge_client": {"fedge", "fedge_client"},
     "fedge_sim": set(ROLES),
 }
-SHELLS_OF_THE_CORE = {"fedge/cli.py", "fedge/logs.py", "fedge/new.py", "fedge/parallel.py"}
+SHELLS_OF_THE_CORE = {"fedge/cli.py", "fedge/faults.py", "fedge/logs.py", "fedge/new.py", "fedge/parallel.py"}
 FORBIDDEN_IN_THE_CORE = {
     *("grpc", "asyncio", "socket", "threading", "time", "random", "logging", "torch", "flwr"),
     *("secrets", "uuid", "multiprocessing", "subprocess", "concurrent"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import time
 from collections import deque
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -27,7 +28,9 @@ from fedge_client.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
 
-_BACKOFF_S = 0.5
+_BACKOFF_S = 0.25
+_SOON_S = 60.0
+_MAX_BACKOFF_SOON_S = 2.0
 _MAX_BACKOFF_S = 30.0
 _MAX_QUEUED_JOBS = 256
 _RENEW_AT = 2 / 3
@@ -79,7 +82,7 @@ class Agent:
 
     async def _stay_connected(self) -> None:
         """Open a session, again and again, with full jitter between attempts that fail."""
-        failures = 0
+        failures, down_since = 0, time.monotonic()
         while True:
             connected = False
             try:
@@ -100,8 +103,11 @@ class Agent:
                 log.warning("session_failed reason=%s", error)
             except FedgeError as error:
                 log.warning("session_failed reason=%s", error)
-            failures = 0 if connected else failures + 1
-            await asyncio.sleep(random.uniform(0, backoff_s(failures)))  # noqa: S311  # jitter, not a secret
+            if connected:
+                failures, down_since = 0, time.monotonic()
+            longest = backoff_s(failures, down_s=time.monotonic() - down_since)
+            failures += 1
+            await asyncio.sleep(random.uniform(0, longest))  # noqa: S311  # jitter, not a secret
 
     async def _session(self, link: Link) -> bool:
         """One session from greeting to end; True if it was greeted."""
@@ -238,9 +244,14 @@ class Agent:
         return identity
 
 
-def backoff_s(failures: int) -> float:
-    """The longest wait after so many failures in a row, of which there may be any number."""
-    return min(_MAX_BACKOFF_S, _BACKOFF_S * 2.0 ** min(failures, 10))
+def backoff_s(failures: int, *, down_s: float) -> float:
+    """The longest wait after so many failures in a row, of which there may be any number.
+
+    A coordinator that restarts is back within seconds, and its runs wait for their clients: in the first
+    minute the longest wait stays short.
+    """
+    cap = _MAX_BACKOFF_SOON_S if down_s < _SOON_S else _MAX_BACKOFF_S
+    return min(cap, _BACKOFF_S * 2.0 ** min(failures, 10))
 
 
 def _for_good(error: FedgeError) -> bool:

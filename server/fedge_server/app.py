@@ -15,6 +15,7 @@ from grpc import aio
 
 import fedge
 from fedge.errors import ConfigError, StorageError
+from fedge.faults import Faults
 from fedge.files import exclusive, private_folder
 from fedge.memory import use_one_arena
 from fedge.wire.address import split_address
@@ -57,15 +58,18 @@ async def serve(settings: ServerSettings, folder: Path, *, ready: Callable[[int]
         IdentityError: the authority's files are damaged or the server's certificate has expired.
     """
     use_one_arena()
+    faults = Faults.of(os.environ)
+    if faults.armed:
+        log.warning("fault_armed point=%s", faults.armed)
     authority = Authority.load(folder / settings.identity)
     spool = private_folder(folder / settings.spool)
     _check_writable(spool)
     state = private_folder(folder / settings.state)
-    database = Database(settings.database or _own_database(state / "fedge.db"))
+    database = Database(settings.database or _own_database(state / "fedge.db"), faults)
     with exclusive(state):
         database.open()
         try:
-            archive = Archive(Store(database), state / "checkpoints")
+            archive = Archive(Store(database), state / "checkpoints", faults)
             await _serve(settings, authority, Coordinator(settings, Spool(spool), archive), ready)
         finally:
             database.close()

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from fedge.errors import StorageError
+from fedge.faults import Faults
 from fedge.files import private_folder
 from fedge.snapshot import Snapshot, take
 from fedge.vector import Array
@@ -53,8 +54,9 @@ class Moment:
 class Archive:
     """The store, the checkpoints' folders and the thread that writes to them."""
 
-    def __init__(self, store: Store, folder: Path) -> None:
+    def __init__(self, store: Store, folder: Path, faults: Faults | None = None) -> None:
         self.store = store
+        self.faults = faults or Faults()
         self._folder = private_folder(folder)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
 
@@ -63,7 +65,7 @@ class Archive:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
     def checkpoints(self, run_id: str) -> Checkpoints:
-        return Checkpoints(self._folder / run_id)
+        return Checkpoints(self._folder / run_id, self.faults)
 
     def add_run(self, record: RunRecord, moment: Moment) -> None:
         """Keep a new run.
@@ -79,8 +81,10 @@ class Archive:
         Raises:
             StorageError: the moment that was kept before stands.
         """
+        self.faults.reach("updates.before")
         for held in moment.uploads:
             held.sync()
+        self.faults.reach("updates.after")
         progress = self._with_checkpoint(moment)
         self.store.save(progress, now=time.time(), keep=KEPT_CHECKPOINTS)
         if moment.saved is not None:

@@ -148,7 +148,9 @@ class Coordinator:
             raise ConfigError(
                 f"strategy {config.strategy.name!r} cannot begin this run: {type(error).__name__}: {error}"
             ) from error
+        self.archive.faults.reach("submit.before")
         await self.archive.call(self.archive.add_run, record, first)
+        self.archive.faults.reach("submit.after")
         await self._forget_old_runs()
         self._drive(driver)
         self.archive.note("run_submitted", record.run_id, actor=admin)
@@ -164,6 +166,7 @@ class Coordinator:
         Raises:
             StorageError: the store cannot be read.
         """
+        self.archive.faults.reach("recover.before")
         for kept in await self.archive.call(self.archive.store.runs):
             run_id, past = kept.record.run_id, None
             try:
@@ -180,6 +183,7 @@ class Coordinator:
                 log.exception("run_not_resumed run=%s", run_id)
                 self._hold(past, f"{type(error).__name__}: {error}")
         self.spool.sweep()
+        self.archive.faults.reach("recover.after")
 
     def _hold(self, past: PastRun | None, reason: str) -> None:
         if past is not None:

@@ -102,6 +102,7 @@ class RunDriver:
         self._first = start.effects
         self._learning = start.learning
         self._outbox = surroundings.outbox
+        self._reach = surroundings.archive.faults.reach
         self._orders = Orders(record.run_id, self.shelf)
         self._queue: asyncio.Queue[tuple[RunEvent | None, Delivery | None]] = asyncio.Queue()
         self._timers: dict[tuple[OrderId, str], asyncio.TimerHandle] = {}
@@ -331,6 +332,7 @@ class RunDriver:
         if isinstance(event, Failed):
             self._traffic.refused += 1
             self.history.refusals[event.client] = event.refusal
+        self._reach("event.before")
         waited = self.machine.waiting_for
         self._changed = True
         self.machine, effects = federation.step(self.machine, event)
@@ -345,38 +347,44 @@ class RunDriver:
 
     async def _execute(self, effects: tuple[RunEffect, ...], delivery: Delivery | None) -> None:
         for effect in effects:
-            match effect:
-                case Send(client, order):
-                    self._send(client, order)
-                case Accept(client, order, staleness):
-                    assert delivery is not None  # an Accept answers an Arrived, which carries one
-                    await self._take(client, order, staleness, delivery)
-                case Reject(client, order, refusal):
-                    self._traffic.refused += 1
-                    log.info(
-                        "update_refused run=%s client=%s order=%s reason=%s",
-                        self.run_id,
-                        client,
-                        order,
-                        refusal,
-                    )
-                    if delivery is not None:
-                        _answer(delivery, refusal)
-                case Cancel(client, order):
-                    cancel = pb.Cancel(run_id=self.run_id, id=encode_order_id(order))
-                    self._outbox(client, pb.ServerMessage(cancel=cancel))
-                    self.shelf.withdraw(client, order.kind)
-                case StartTimer(order, phase, seconds):
-                    self._start_timer(DeadlinePassed(order, phase), seconds)
-                case Close(order, _):
-                    await self._close(order)
-                case GiveUp(order, reason):
-                    log.warning("round_given_up run=%s order=%s reason=%s", self.run_id, order, reason)
-                    self._waiting.drop(order.kind)
-                    self._learning = self._learning.abandon(order)
-                    self._drop_timers(order)
-                case Finish():
-                    pass  # `run` sees the machine's status
+            name = type(effect).__name__.lower()
+            self._reach(f"effect.{name}.before")
+            await self._do(effect, delivery)
+            self._reach(f"effect.{name}.after")
+
+    async def _do(self, effect: RunEffect, delivery: Delivery | None) -> None:
+        match effect:
+            case Send(client, order):
+                self._send(client, order)
+            case Accept(client, order, staleness):
+                assert delivery is not None  # an Accept answers an Arrived, which carries one
+                await self._take(client, order, staleness, delivery)
+            case Reject(client, order, refusal):
+                self._traffic.refused += 1
+                log.info(
+                    "update_refused run=%s client=%s order=%s reason=%s",
+                    self.run_id,
+                    client,
+                    order,
+                    refusal,
+                )
+                if delivery is not None:
+                    _answer(delivery, refusal)
+            case Cancel(client, order):
+                cancel = pb.Cancel(run_id=self.run_id, id=encode_order_id(order))
+                self._outbox(client, pb.ServerMessage(cancel=cancel))
+                self.shelf.withdraw(client, order.kind)
+            case StartTimer(order, phase, seconds):
+                self._start_timer(DeadlinePassed(order, phase), seconds)
+            case Close(order, _):
+                await self._close(order)
+            case GiveUp(order, reason):
+                log.warning("round_given_up run=%s order=%s reason=%s", self.run_id, order, reason)
+                self._waiting.drop(order.kind)
+                self._learning = self._learning.abandon(order)
+                self._drop_timers(order)
+            case Finish():
+                pass  # `run` sees the machine's status
 
     def _send(self, client: str, order: OrderId) -> None:
         message = self._orders.message(order, deadline_s=self.config.cohort.deadline_s)

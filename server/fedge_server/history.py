@@ -20,6 +20,9 @@ class History:
     _changed_at: list[int] = field(default_factory=list)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
+    def __post_init__(self) -> None:
+        self._changed_at = [0] * len(self.rows)  # rows of an earlier process
+
     def add(self, row: Row) -> None:
         self.rows.append(row)
         self._changed_at.append(self.revision + 1)

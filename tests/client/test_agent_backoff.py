@@ -5,7 +5,8 @@ from __future__ import annotations
 from fedge_client.agent import backoff_s
 
 
-def test_waits_grow_to_half_a_minute_and_stay_there_for_ever() -> None:
-    waits = [backoff_s(failures) for failures in range(5000)]
-    assert waits == sorted(waits)
-    assert (waits[0], waits[1], waits[-1]) == (0.5, 1.0, 30.0)
+def test_waits_are_short_in_the_first_minute_and_grow_to_half_a_minute_afterwards() -> None:
+    for down_s, longest in ((0.0, 2.0), (59.0, 2.0), (60.0, 30.0), (1e9, 30.0)):
+        waits = [backoff_s(failures, down_s=down_s) for failures in range(5000)]
+        assert waits == sorted(waits)
+        assert (waits[0], waits[1], waits[-1]) == (0.25, 0.5, longest)

@@ -73,3 +73,10 @@ def test_a_row_in_plain_values_is_all_of_it():
         "staleness": 0,
         "metrics": {"loss": 0.5},
     }
+
+
+def test_rows_of_an_earlier_process_are_told_to_those_who_know_nothing_yet():
+    history = History([row(1), row(2)])
+    history.add_metrics(2, {"loss": 1.0})
+    assert [each.round for each in history.since(-1)] == [1, 2]
+    assert [each.round for each in history.since(0)] == [2]

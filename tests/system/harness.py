@@ -23,6 +23,7 @@ import tiny
 import tomlkit
 import wide
 
+from fedge import faults
 from fedge.config import parse_toml
 from fedge.files import write_private
 from fedge.run import RunConfig
@@ -91,12 +92,12 @@ class Running:
     log: Path
 
     @classmethod
-    def start(cls, *arguments: str | Path, log: Path, cwd: Path | None = None) -> Running:
+    def start(cls, *arguments: str | Path, log: Path, cwd: Path | None = None, fault: str = "") -> Running:
         with log.open("ab") as out:
             process = subprocess.Popen(
                 [_FEDGE, *map(str, arguments)],
                 cwd=cwd,
-                env=_ENVIRONMENT,
+                env=_ENVIRONMENT | ({faults.VARIABLE: fault} if fault else {}),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
@@ -180,6 +181,8 @@ class Federation:
     server: Running
     admin: services.AdminStub
     clients: dict[str, Running] = field(default_factory=dict)
+    servers: list[Running] = field(default_factory=list)
+    """Every coordinator process there was, the present one last."""
 
     @property
     def home(self) -> Path:
@@ -233,10 +236,12 @@ class Federation:
         assert client.process.poll() is None, client.output
         return client
 
-    def restarted(self) -> Federation:
+    def restarted(self, *, fault: str = "", ready: bool = True) -> Federation:
         """The same federation with a new coordinator process, once that is ready."""
-        server = Running.start("server", "start", self.home / "server.toml", log=self.server.log)
-        server.says("coordinator ready", times=self.server.output.count("coordinator ready") + 1)
+        server = Running.start("server", "start", self.home / "server.toml", log=self.server.log, fault=fault)
+        if ready:
+            server.says("coordinator ready", times=self.server.output.count("coordinator ready") + 1)
+        self.servers.append(server)
         return replace(self, server=server)
 
     def connected(self) -> set[str]:
@@ -305,8 +310,8 @@ def coordinator(folder: Path) -> Iterator[Federation]:
             started = Federation(folder, address, server, admin)
             yield started
     finally:
-        for client in [*(started.clients.values() if started else ())]:
-            client.end()
+        for running in [*started.clients.values(), *started.servers] if started else []:
+            running.end()
         server.end()
 
 

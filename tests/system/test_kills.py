@@ -105,19 +105,13 @@ def test_a_run_and_its_agents_outlive_their_coordinator(
             federation.server.signal(how)
             again = federation.restarted()
             until(lambda: again.ready(run_id) == set(HONEST), "the agents are back")
-        try:
-            assert again.finish(run_id).status == "done"
-            assert rows(again, run_id) == [HONEST] * 4
-            assert again.digest(run_id) == simulated(text)
-            assert all(agent.process.poll() is None for agent in agents)
-            assert not any("Traceback" in agent.output for agent in agents)
-            assert "Traceback" not in again.server.output
-            again.server.signal(signal.SIGTERM)
-            last = again.restarted()
-            try:
-                assert last.show(run_id).summary.status == "done", "and it stays known"
-                assert last.digest(run_id) == simulated(text)
-            finally:
-                last.server.end()
-        finally:
-            again.server.end()
+        assert again.finish(run_id).status == "done"
+        assert rows(again, run_id) == [HONEST] * 4
+        assert again.digest(run_id) == simulated(text)
+        assert all(agent.process.poll() is None for agent in agents)
+        assert not any("Traceback" in agent.output for agent in agents)
+        assert "Traceback" not in again.server.output
+        again.server.signal(signal.SIGTERM)
+        last = again.restarted()
+        assert last.show(run_id).summary.status == "done", "and it stays known"
+        assert last.digest(run_id) == simulated(text)

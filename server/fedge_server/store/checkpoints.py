@@ -10,6 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from fedge.errors import StorageError
+from fedge.faults import Faults
 from fedge.files import private_folder
 from fedge.snapshot import TREE_KEY, Snapshot
 from fedge.vector import new_digest
@@ -22,8 +23,9 @@ _TEMPORARY = "."
 class Checkpoints:
     """A folder of states. Safe to use from several threads."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, faults: Faults | None = None) -> None:
         self._folder = private_folder(folder)
+        self._faults = faults or Faults()
 
     def write(self, snapshot: Snapshot, *, round: int) -> Checkpoint:
         """Keep a state; it is durable when this returns. The same state twice is one file.
@@ -38,8 +40,10 @@ class Checkpoints:
         checkpoint = Checkpoint(round, digest.hexdigest(), size)
         path = self._path(checkpoint.digest)
         try:
+            self._faults.reach("checkpoint.before")
             if not (path.exists() and path.stat().st_size == size):
                 self._write(snapshot, path)
+            self._faults.reach("checkpoint.after")
         except OSError as error:
             raise StorageError(f"{self._folder}: a checkpoint cannot be written: {error.strerror}") from None
         return checkpoint
@@ -80,8 +84,10 @@ class Checkpoints:
             with os.fdopen(handle, "wb") as file:
                 for part in snapshot.parts():
                     file.write(part)
+                    self._faults.reach("checkpoint.half")
                 file.flush()
                 os.fsync(file.fileno())
+            self._faults.reach("checkpoint.rename")
             Path(temporary).replace(path)
         except BaseException:
             with suppress(OSError):

@@ -19,6 +19,7 @@ from alembic.config import Config
 from sqlalchemy import event, exc
 
 from fedge.errors import ConfigError, StorageError
+from fedge.faults import Faults
 
 _BUSY_S: Final = 10
 _STATEMENT_S: Final = 60
@@ -30,13 +31,14 @@ _MIGRATIONS: Final = Path(__file__).parent / "migrations"
 class Database:
     """Connections to one database. Safe to use from several threads; writing is one at a time."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, faults: Faults | None = None) -> None:
         """Take a URL, without connecting.
 
         Raises:
             ConfigError: it is not the URL of a database that this version knows.
         """
         self._engine = _engine(url)
+        self._faults = faults or Faults()
         self.dialect: Final = self._engine.dialect.name
         self._where = self._engine.url.render_as_string(hide_password=True)
         self._writer: sa.Connection | None = None
@@ -76,10 +78,13 @@ class Database:
             StorageError: the database cannot be reached or written now; trying again may help.
         """
         with self._turn, self._errors():
+            self._faults.reach("store.before")
             connection = self._claimed()
             try:
                 with connection.begin():
                     yield connection
+                    self._faults.reach("store.commit")
+                self._faults.reach("store.after")
             except exc.DBAPIError:
                 self._drop_writer()  # whatever state it is in: the next one is new
                 raise
@@ -127,6 +132,8 @@ class Database:
                 raise
             words = " ".join(str(getattr(error, "orig", None) or error).split())
             raise StorageError(f"{self._where}: cannot be used now: {words}") from error
+        except OSError as error:
+            raise StorageError(f"{self._where}: cannot be used now: {error.strerror}") from error
 
 
 def _engine(url: str) -> sa.Engine:

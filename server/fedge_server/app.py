@@ -34,6 +34,8 @@ from fedge_server.store.store import Store
 
 log = logging.getLogger(__name__)
 
+_SETTLE_S = 1.0
+
 _OPTIONS = (
     *CHANNEL_OPTIONS,
     ("grpc.so_reuseport", 0),  # a second coordinator on the same port must fail, not share it
@@ -58,6 +60,7 @@ async def serve(settings: ServerSettings, folder: Path, *, ready: Callable[[int]
         IdentityError: the authority's files are damaged or the server's certificate has expired.
     """
     use_one_arena()
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     faults = Faults.of(os.environ)
     if faults.armed:
         log.warning("fault_armed point=%s", faults.armed)
@@ -106,8 +109,16 @@ async def _serve(
     finally:
         await coordinator.shut_down(settings.shutdown_grace_s)
         await server.stop(settings.shutdown_grace_s)
+        await _settle()
         coordinator.archive.close()
         log.info("coordinator_stopped")
+
+
+async def _settle() -> None:
+    """gRPC's tasks end a moment after it says that it has stopped; cut off then, each would log a traceback."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    if others:
+        await asyncio.wait(others, timeout=_SETTLE_S)
 
 
 def _own_database(path: Path) -> str:

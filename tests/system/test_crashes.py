@@ -105,8 +105,8 @@ def test_a_round_that_was_being_given_up_is_given_up_or_completed(
 
 
 def test_a_full_disk_makes_a_run_wait_and_say_so_until_there_is_room(sites: Federation) -> None:
-    text = run_toml("full-disk", rounds=60, more=OFTEN)
-    full = sites.restarted(fault="store.commit:8:fail:4")
+    text = run_toml("full-disk", rounds=300, more=OFTEN)
+    full = sites.restarted(fault="store.commit:5:fail:4")
     run_id = full.submit(text)
 
     def waits() -> bool:
@@ -116,5 +116,5 @@ def test_a_full_disk_makes_a_run_wait_and_say_so_until_there_is_room(sites: Fede
     until(waits, "the run waits for room")
     shown = fedge("run", "show", run_id, "--admin", full.admin_toml)
     assert "cannot keep this run, and goes on when it can" in " ".join(shown.stdout.split())
-    check(full, run_id, text, rounds=60)
+    check(full, run_id, text, rounds=300)
     full.server.says("run_kept_again")

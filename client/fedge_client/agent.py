@@ -15,7 +15,14 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from fedge.errors import ConfigError, FedgeError, IdentityError, RefusedError, RemoteProtocolError
+from fedge.errors import (
+    ConfigError,
+    FedgeError,
+    IdentityError,
+    LinkError,
+    RefusedError,
+    RemoteProtocolError,
+)
 from fedge.memory import give_back_freed
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire.codec import printable
@@ -103,6 +110,8 @@ class Agent:
                 log.warning("session_failed reason=%s", error)
             except FedgeError as error:
                 log.warning("session_failed reason=%s", error)
+            except Exception:  # a defect in one session must not end a site's part in its runs
+                log.exception("session_crashed")
             if connected:
                 failures, down_since = 0, time.monotonic()
             longest = backoff_s(failures, down_s=time.monotonic() - down_since)
@@ -118,7 +127,7 @@ class Agent:
         self._jobs.new_session()
         self._queue = deque(message for message in self._queue if not message.HasField("offer"))
         self._outgoing = asyncio.Queue(_MAX_QUEUED_JOBS)
-        writer = asyncio.create_task(self._write(call, self._outgoing), name="session writer")
+        writer = asyncio.create_task(self._write(link, call, self._outgoing), name="session writer")
         try:
             async for message in link.read(call):
                 self._take(message)
@@ -130,10 +139,10 @@ class Agent:
                 await writer
         return True
 
-    async def _write(self, call: SessionCall, outgoing: asyncio.Queue[pb.ClientMessage]) -> None:
-        with suppress(asyncio.InvalidStateError):  # the call is over; its reader says so
+    async def _write(self, link: Link, call: SessionCall, outgoing: asyncio.Queue[pb.ClientMessage]) -> None:
+        with suppress(LinkError):  # the call is over; its reader says so
             while True:
-                await call.write(await outgoing.get())
+                await link.write(call, await outgoing.get())
 
     def _send(self, message: pb.ClientMessage) -> None:
         """Queue a message for the session; without one it is dropped, since a new session starts afresh."""

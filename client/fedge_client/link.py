@@ -10,7 +10,7 @@ import grpc
 from grpc import aio
 
 import fedge
-from fedge.errors import ConfigError, LinkError, RemoteProtocolError
+from fedge.errors import ConfigError, FedgeError, LinkError, RemoteProtocolError
 from fedge.vector import Array, bytes_of, new_digest
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire import fedge_pb2_grpc as services
@@ -103,6 +103,18 @@ class Link:
             while isinstance(batch := await call.read(), pb.ServerMessages):
                 for message in batch.messages:
                     yield message
+
+    async def write(self, call: SessionCall, message: pb.ClientMessage) -> None:
+        """Send a message in a session.
+
+        Raises:
+            LinkError: the session is over.
+        """
+        try:
+            with self._errors():
+                await call.write(message)
+        except (FedgeError, asyncio.InvalidStateError) as error:
+            raise LinkError(f"the session with {self.server} is over: {error}") from None
 
     async def fetch(self, run_id: str, blob: pb.Blob, out: Array) -> None:
         """Fill `out` with a blob's bytes, which rode inline or are fetched.

@@ -21,7 +21,7 @@ from fedge.wire.limits import CHUNK_BYTES, check_size
 from fedge_server.callers import Context, answering, caller, refuse
 from fedge_server.coordinator import Coordinator, Submission
 from fedge_server.driver import RunDriver
-from fedge_server.identity import Authority
+from fedge_server.membership import Membership
 from fedge_server.past import PastRun
 
 log = logging.getLogger(__name__)
@@ -33,14 +33,14 @@ MESSAGE_WAIT_S = 120.0
 class AdminService(services.AdminServicer):
     """What the holder of an admin credential may call."""
 
-    def __init__(self, coordinator: Coordinator, authority: Authority) -> None:
+    def __init__(self, coordinator: Coordinator, membership: Membership) -> None:
         self._coordinator = coordinator
-        self._authority = authority
+        self._membership = membership
 
     @answering
     async def Submit(self, request_iterator: AsyncIterator[pb.SubmitRequest], context: Context) -> pb.RunRef:
         """Begin a run: its run.toml, its model's layout and initial values."""
-        admin = caller(context, self._authority, role="admin")
+        admin = await caller(context, self._membership, role="admin")
         try:
             first = await asyncio.wait_for(anext(request_iterator), MESSAGE_WAIT_S)
             if first.WhichOneof("kind") != "submission":
@@ -68,12 +68,12 @@ class AdminService(services.AdminServicer):
 
     @answering
     async def List(self, request: pb.ListRequest, context: Context) -> pb.RunList:
-        caller(context, self._authority, role="admin")
+        await caller(context, self._membership, role="admin")
         return pb.RunList(runs=[_summary(driver) for driver in self._coordinator.all_runs()])
 
     @answering
     async def Show(self, request: pb.RunRef, context: Context) -> pb.RunDetail:
-        caller(context, self._authority, role="admin")
+        await caller(context, self._membership, role="admin")
         driver = self._coordinator.find(request.run_id)
         return pb.RunDetail(
             summary=_summary(driver),
@@ -86,7 +86,7 @@ class AdminService(services.AdminServicer):
     async def Watch(self, request: pb.RunRef, context: Context) -> AsyncIterator[pb.WatchEvent]:
         """What there is, then what changes, until the run is over."""
         try:
-            caller(context, self._authority, role="admin")
+            await caller(context, self._membership, role="admin")
             driver = self._coordinator.find(request.run_id)
         except FedgeError as error:
             await refuse(context, error)
@@ -108,15 +108,15 @@ class AdminService(services.AdminServicer):
 
     @answering
     async def Stop(self, request: pb.RunRef, context: Context) -> pb.Done:
-        admin = caller(context, self._authority, role="admin")
-        self._coordinator.stop(request.run_id)
+        admin = await caller(context, self._membership, role="admin")
+        self._coordinator.stop(request.run_id, admin=admin.name)
         log.info("run_stopped_by admin=%s run=%s", admin.name, request.run_id)
         return pb.Done()
 
     async def Export(self, request: pb.RunRef, context: Context) -> AsyncIterator[pb.ExportReply]:
         """The model of the last committed round: its layout, then its vector."""
         try:
-            caller(context, self._authority, role="admin")
+            await caller(context, self._membership, role="admin")
             run = self._coordinator.find(request.run_id)
             model = run.model if isinstance(run, RunDriver) else await asyncio.to_thread(run.read_model)
         except FedgeError as error:
@@ -128,7 +128,7 @@ class AdminService(services.AdminServicer):
 
     @answering
     async def Sites(self, request: pb.SitesRequest, context: Context) -> pb.SiteList:
-        caller(context, self._authority, role="admin")
+        await caller(context, self._membership, role="admin")
         sites = [
             pb.SiteInfo(
                 name=site.name,
@@ -136,15 +136,15 @@ class AdminService(services.AdminServicer):
                 revoked=site.revoked,
                 enrolled_at=site.enrolled_at.timestamp(),
             )
-            for site in self._authority.sites()
+            for site in await self._membership.sites()
         ]
         return pb.SiteList(sites=sites)
 
     @answering
     async def Revoke(self, request: pb.SiteRef, context: Context) -> pb.Done:
         """Refuse a site from now on, and end its session."""
-        admin = caller(context, self._authority, role="admin")
-        self._authority.revoke(request.name)
+        admin = await caller(context, self._membership, role="admin")
+        await self._membership.revoke(request.name, actor=admin.name)
         session = self._coordinator.sessions.get(request.name)
         if session is not None:
             session.close("the site was revoked")

@@ -14,7 +14,7 @@ import grpc
 from grpc import aio
 
 import fedge
-from fedge.errors import ConfigError, StorageError
+from fedge.errors import ConfigError
 from fedge.faults import Faults
 from fedge.files import exclusive, private_folder
 from fedge.memory import use_one_arena
@@ -22,14 +22,16 @@ from fedge.wire.address import split_address
 from fedge.wire.limits import CHANNEL_OPTIONS
 from fedge_server.admin import AdminService
 from fedge_server.archive import Archive
-from fedge_server.callers import now
+from fedge_server.clock import now
 from fedge_server.coordinator import Coordinator
 from fedge_server.handlers import add_services
 from fedge_server.identity import Authority
+from fedge_server.membership import Membership
 from fedge_server.service import EnrolmentService, FederationService
 from fedge_server.settings import ServerSettings
 from fedge_server.spool import Spool
-from fedge_server.store.database import Database
+from fedge_server.state import database_of, state_folder
+from fedge_server.store.registry import Registry
 from fedge_server.store.store import Store
 
 log = logging.getLogger(__name__)
@@ -64,14 +66,14 @@ async def serve(settings: ServerSettings, folder: Path, *, ready: Callable[[int]
     faults = Faults.of(os.environ)
     if faults.armed:
         log.warning("fault_armed point=%s", faults.armed)
-    authority = Authority.load(folder / settings.identity)
     spool = private_folder(folder / settings.spool)
     _check_writable(spool)
-    state = private_folder(folder / settings.state)
-    database = Database(settings.database or _own_database(state / "fedge.db"), faults)
+    state = state_folder(settings, folder)
+    database = database_of(settings, folder, faults)
     with exclusive(state):
         database.open()
         try:
+            authority = Authority.load(folder / settings.identity, Registry(database))
             archive = Archive(Store(database), state / "checkpoints", faults)
             await _serve(settings, authority, Coordinator(settings, Spool(spool), archive), ready)
         finally:
@@ -83,9 +85,10 @@ async def _serve(
 ) -> None:
     server = aio.server(options=_OPTIONS)
     software = f"fedge {fedge.__version__}"
-    federation = FederationService(coordinator, authority, software=software)
-    enrolment = EnrolmentService(coordinator, authority)
-    add_services(server, federation, enrolment, AdminService(coordinator, authority))
+    membership = Membership(authority)
+    federation = FederationService(coordinator, membership, software=software)
+    enrolment = EnrolmentService(coordinator, membership)
+    add_services(server, federation, enrolment, AdminService(coordinator, membership))
     credential = authority.server_credential(now=now())
     credentials = grpc.ssl_server_credentials(
         [(credential.key_pem, credential.certificate_pem)],
@@ -111,6 +114,7 @@ async def _serve(
         await server.stop(settings.shutdown_grace_s)
         await _settle()
         coordinator.archive.close()
+        membership.close()
         log.info("coordinator_stopped")
 
 
@@ -119,15 +123,6 @@ async def _settle() -> None:
     others = asyncio.all_tasks() - {asyncio.current_task()}
     if others:
         await asyncio.wait(others, timeout=_SETTLE_S)
-
-
-def _own_database(path: Path) -> str:
-    """The URL of the SQLite database in a file that only its owner can read."""
-    try:
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be opened: {error.strerror}") from None
-    return f"sqlite:///{path.resolve()}"
 
 
 def _bind(server: aio.Server, listen: str, credentials: grpc.ServerCredentials) -> int:

@@ -6,7 +6,6 @@ import asyncio
 import functools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from datetime import UTC, datetime
 from typing import Any, NoReturn, TypeVar
 
 import grpc
@@ -17,7 +16,7 @@ from fedge.errors import FedgeError, IdentityError, RemoteProtocolError, Storage
 from fedge.principal import Principal, Role, principal_of
 from fedge.wire.codec import shorten
 from fedge.wire.status import status_of
-from fedge_server.identity import Authority
+from fedge_server.membership import Membership
 
 log = logging.getLogger(__name__)
 
@@ -28,21 +27,18 @@ R = TypeVar("R")
 Context = aio.ServicerContext[Any, Any]
 
 
-def now() -> datetime:
-    return datetime.now(UTC)
-
-
 # A connection presents the same bytes on every call; parsing them once is enough.
 _parse = functools.lru_cache(maxsize=4096)(principal_of)
 
 
-def caller(context: Context, authority: Authority, *, role: Role) -> Principal:
+async def caller(context: Context, membership: Membership, *, role: Role) -> Principal:
     """The caller, if its certificate has this role and still counts.
 
     TLS checks a certificate when a connection opens; connections outlive certificates and revocations.
 
     Raises:
         IdentityError: it has another role, has expired, was revoked or superseded.
+        StorageError: the records that say so cannot be read.
     """
     pems = context.auth_context().get("x509_pem_cert")
     if not pems:
@@ -50,7 +46,7 @@ def caller(context: Context, authority: Authority, *, role: Role) -> Principal:
     principal = _parse(next(iter(pems)))
     if principal.role != role:
         raise IdentityError(f"expected a certificate of the role {role!r}, found {principal.uri}")
-    authority.check(principal, now=now())
+    await membership.check(principal)
     return principal
 
 

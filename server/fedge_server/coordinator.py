@@ -236,10 +236,11 @@ class Coordinator:
             raise RunError(f"run {run_id} is over, or cannot go on here; see fedge run show")
         return self.runs[run_id]
 
-    def stop(self, run_id: str) -> None:
+    def stop(self, run_id: str, *, admin: str = "") -> None:
         """End a run; what it has committed stays."""
         if self.find(run_id).machine.status == "running":
             self.driver(run_id).post(Stop())
+            self.archive.note("run_stopped", run_id, actor=admin)
 
     async def shut_down(self, grace_s: float) -> None:
         """End every session, and every run's task once the run is kept, if that takes no longer than this."""

@@ -1,8 +1,8 @@
 """The authority: it lets sites in, knows who is still welcome, and keeps the federation's CA.
 
-Its folder holds `ca.key` and `ca.pem`, `server.key` and `server.pem`, and the registry's records, all
-0600 in folders 0700. Every caller arrives with a client certificate (TLS demands one); `check` then says,
-on every call, whether that certificate still counts:
+Its folder holds `ca.key` and `ca.pem`, `server.key` and `server.pem`, all 0600 in a folder 0700; its
+records are the registry's, in the coordinator's database. Every caller arrives with a client certificate
+(TLS demands one); `check` then says, on every call, whether that certificate still counts:
 
 * A certificate counts if it is in its holder's record. One that is not, whoever signed it, does not.
 * Enrolling with a token makes the new certificate the site's only one: every earlier one is superseded.
@@ -47,7 +47,7 @@ from fedge_server.certificates import (
     new_key,
     to_pem,
 )
-from fedge_server.registry import Holder, Kind, Registry
+from fedge_server.store.registry import Holder, Kind, Registry
 
 DAY_S: Final = 86_400
 MAX_TOKEN_S: Final = 30 * DAY_S
@@ -69,7 +69,8 @@ class Authority:
     """The CA of one federation and its records. Safe to use from several processes and threads.
 
     **Guarantees.** A token enrols at most once, through crashes, restarts and concurrent callers. A
-    revocation counts from the next call, in every process.
+    revocation counts from the next call, in every process. Whatever asks the records blocks, and raises
+    StorageError if they cannot be read or changed now: nobody is let in on a guess.
     """
 
     folder: Path
@@ -77,7 +78,9 @@ class Authority:
     registry: Registry = field(repr=False)
 
     @classmethod
-    def create(cls, folder: Path, *, hosts: Iterable[str], now: datetime) -> tuple[Authority, Credential]:
+    def create(
+        cls, folder: Path, registry: Registry, *, hosts: Iterable[str], now: datetime
+    ) -> tuple[Authority, Credential]:
         """A new federation in `folder`: its authority, and the credential of the admin named `admin`.
 
         `hosts` are the DNS names and IP addresses under which sites reach the coordinator; loopback is
@@ -91,7 +94,7 @@ class Authority:
         if (folder / "ca.key").exists():
             raise IdentityError(f"{folder}: holds a CA already; expected a new folder, or one without ca.key")
         issuer = make_ca(secrets.token_hex(8), now=now)
-        authority = cls(folder, issuer, Registry.open(folder))
+        authority = cls(folder, issuer, registry)
         authority.issue_server(hosts=hosts, now=now)
         write_private(folder / "ca.pem", authority.ca_pem)
         # Last, since it marks the folder as taken: an interrupted attempt can be repeated.
@@ -99,7 +102,7 @@ class Authority:
         return authority, authority.issue_admin("admin", now=now)
 
     @classmethod
-    def load(cls, folder: Path) -> Authority:
+    def load(cls, folder: Path, registry: Registry) -> Authority:
         """The authority that `create` made in `folder`.
 
         Raises:
@@ -107,7 +110,7 @@ class Authority:
             IdentityError: a file is damaged, or others may read the CA's key.
         """
         issuer = load_issuer(_read(folder / "ca.pem"), key_of_pem(_read_key(folder / "ca.key")))
-        return cls(folder, issuer, Registry.open(folder))
+        return cls(folder, issuer, registry)
 
     @property
     def federation(self) -> str:
@@ -169,7 +172,7 @@ class Authority:
         certificate = issue_client(
             self.issuer, key.public_key(), role="enrol", name=site, now=now, valid=valid
         )
-        self.registry.add_token(principal_of(certificate))
+        self.registry.add_token(principal_of(certificate), now=now)
         return Token.of(certificate, key, ca_fingerprint=fingerprint(self.issuer.certificate)).encode()
 
     def enrol(
@@ -190,7 +193,8 @@ class Authority:
         self.check(principal, now=now)
         certificate = self._sign(principal.name, csr_der, now=now, valid_for_s=valid_for_s)
         if not self.registry.enrol(principal, principal_of(certificate), now=now):
-            raise IdentityError(self._refusal(principal) or f"this token cannot be used: {_ASK}")
+            self.check(principal, now=now)  # somebody was faster: say what became of it
+            raise IdentityError(f"this token cannot be used: {_ASK}")
         return to_pem(certificate)
 
     def renew(
@@ -207,24 +211,23 @@ class Authority:
         self.check(principal, now=now)
         certificate = self._sign(principal.name, csr_der, now=now, valid_for_s=valid_for_s)
         if not self.registry.renew(principal, principal_of(certificate), now=now):
-            raise IdentityError(self._refusal(principal) or f"{principal.uri} cannot be renewed: enrol again")
+            self.check(principal, now=now)
+            raise IdentityError(f"{principal.uri} cannot be renewed: enrol again")
         return to_pem(certificate)
 
-    def revoke(self, name: str, *, kind: Kind = "site") -> None:
+    def revoke(self, name: str, *, now: datetime, kind: Kind = "site", actor: str = "") -> None:
         """Refuse a site (or an admin) from the next call on, and cancel its unused tokens.
+
+        `actor` is the admin who wants it, for the record.
 
         Raises:
             ConfigError: there is no such holder, nor an unused token for it.
         """
-        self.registry.revoke(kind, name)
+        self.registry.revoke(kind, name, now=now, actor=actor)
 
     def sites(self) -> tuple[Holder, ...]:
         """Every site that was ever enrolled, by name."""
         return self.registry.holders("site")
-
-    def is_revoked(self, principal: Principal) -> bool:
-        """Whether this certificate no longer counts: revoked, superseded, unknown, or a spent token."""
-        return self._refusal(principal) is not None
 
     def check(self, principal: Principal, *, now: datetime) -> None:
         """Ask on every call: TLS checks a certificate when a connection opens, and connections live long.
@@ -232,8 +235,25 @@ class Authority:
         Raises:
             IdentityError: it has expired, is not yet valid, or no longer counts; the message says which.
         """
+        match principal.role:
+            case "enrol":
+                principal.check(now=now)
+                refusal = self._foreign(principal) or _TOKEN_REFUSALS[self.registry.token_state(principal)]
+                if refusal is not None:
+                    raise IdentityError(refusal)
+            case "site" | "admin":
+                self.check_holder(principal, self.registry.holder(principal.role, principal.name), now=now)
+            case "coordinator":
+                raise IdentityError("the coordinator's own certificate is not for callers")
+
+    def check_holder(self, principal: Principal, holder: Holder | None, *, now: datetime) -> None:
+        """As `check`, for a site or an admin whose record was looked up already.
+
+        Raises:
+            IdentityError: as for `check`.
+        """
         principal.check(now=now)
-        refusal = self._refusal(principal)
+        refusal = self._foreign(principal) or _holder_refusal(principal, holder)
         if refusal is not None:
             raise IdentityError(refusal)
 
@@ -241,32 +261,22 @@ class Authority:
         key, valid = key_of_csr(csr_der), timedelta(seconds=valid_for_s)
         return issue_client(self.issuer, key, role="site", name=site, now=now, valid=valid)
 
-    def _refusal(self, principal: Principal) -> str | None:
-        """Why a certificate does not count; None if it does. Anything that is not known is refused."""
-        if principal.federation != self.federation:
-            return f"expected a certificate of federation {self.federation}, found {principal.uri}"
-        match principal.role:
-            case "enrol":
-                return _TOKEN_REFUSALS[self.registry.token_state(principal)]
-            case "site" | "admin":
-                return self._holder_refusal(principal.role, principal)
-            case "coordinator":
-                return "the coordinator's own certificate is not for callers"
+    def _foreign(self, principal: Principal) -> str | None:
+        if principal.federation == self.federation:
+            return None
+        return f"expected a certificate of federation {self.federation}, found {principal.uri}"
 
-    def _holder_refusal(self, kind: Kind, principal: Principal) -> str | None:
-        try:
-            if self.registry.accepts(kind, principal):
-                return None
-            holder = self.registry.holder(kind, principal.name)
-        except ConfigError:  # Its message names files of this machine, which are not the caller's business.
-            return f"the coordinator's record of {kind} {principal.name!r} is damaged: tell its operator"
-        if holder is None:
-            return f"{kind} {principal.name!r} is not enrolled here: {_ASK}"
-        if holder.revoked:
-            return f"{kind} {principal.name!r} is revoked: {_ASK}"
-        return (
-            f"this certificate of {kind} {principal.name!r} was superseded by a newer enrolment: use that one"
-        )
+
+def _holder_refusal(principal: Principal, holder: Holder | None) -> str | None:
+    """Why a certificate does not count; None if it does. Anything that is not known is refused."""
+    who = f"{principal.role} {principal.name!r}"
+    if holder is None:
+        return f"{who} is not enrolled here: {_ASK}"
+    if holder.revoked:
+        return f"{who} is revoked: {_ASK}"
+    if not holder.accepts(principal):
+        return f"this certificate of {who} was superseded by a newer enrolment: use that one"
+    return None
 
 
 _TOKEN_REFUSALS: Final = {

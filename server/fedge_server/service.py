@@ -26,10 +26,11 @@ from fedge.wire.codec import (
 )
 from fedge.wire.limits import CHUNK_BYTES, MAX_MESSAGE_BYTES, PROTOCOL
 from fedge_server import sessions
-from fedge_server.callers import Context, answering, caller, messages, now, refuse
+from fedge_server.callers import Context, answering, caller, messages, refuse
+from fedge_server.clock import now
 from fedge_server.coordinator import Coordinator
 from fedge_server.driver import RunDriver
-from fedge_server.identity import Authority
+from fedge_server.membership import Membership
 from fedge_server.spool import Upload
 
 log = logging.getLogger(__name__)
@@ -37,16 +38,14 @@ log = logging.getLogger(__name__)
 _INLINE_ON_LOOP_BYTES = 128 << 10
 FIRST_MESSAGE_S = 30.0
 CHUNK_WAIT_S = 120.0
-CHECK_EVERY_S = 1.0
-"""How long a session's messages ride on the last look at the site's standing; it is a read of a file."""
 
 
 class FederationService:
     """What enrolled sites may call; `handlers` says which method answers which call."""
 
-    def __init__(self, coordinator: Coordinator, authority: Authority, *, software: str) -> None:
+    def __init__(self, coordinator: Coordinator, membership: Membership, *, software: str) -> None:
         self._coordinator = coordinator
-        self._authority = authority
+        self._membership = membership
         self._software = software
 
     async def Session(
@@ -54,12 +53,13 @@ class FederationService:
     ) -> AsyncIterator[pb.ServerMessages]:
         """The site's stream: orders go out the moment they exist, small updates come in."""
         try:
-            principal = caller(context, self._authority, role="site")
+            principal = await caller(context, self._membership, role="site")
             requests = messages(request_iterator)
             hello = await self._greet(requests)
             if hello.probe:
                 yield self._welcome()
                 return
+            self._membership.check_known(principal)  # it may have been revoked while it greeted
             session = sessions.Session(principal)
             self._coordinator.connect(session)
         except FedgeError as error:
@@ -85,7 +85,7 @@ class FederationService:
             await refuse(context, session.error)
 
     def _welcome(self) -> pb.ServerMessages:
-        federation = self._authority.federation
+        federation = self._membership.federation
         welcome = pb.Welcome(protocol=PROTOCOL, software=self._software, federation=federation)
         return pb.ServerMessages(messages=[pb.ServerMessage(welcome=welcome)])
 
@@ -104,14 +104,10 @@ class FederationService:
     async def _read(self, session: sessions.Session, requests: AsyncIterator[pb.ClientMessage]) -> None:
         """Handle what the site sends until it stops; a message that breaks the protocol ends the session."""
         try:
-            checked = -CHECK_EVERY_S
-            loop = asyncio.get_running_loop()
             async for message in requests:
                 if session.closed:
                     return  # what comes after must not be done in its name
-                if loop.time() - checked >= CHECK_EVERY_S:
-                    self._authority.check(session.principal, now=now())
-                    checked = loop.time()
+                self._membership.check_known(session.principal)
                 await self._handle(session, message)
             session.close("the site ended its stream")
         except RemoteProtocolError as error:
@@ -166,7 +162,7 @@ class FederationService:
     async def Fetch(self, request: pb.FetchRequest, context: Context) -> AsyncIterator[bytes]:
         """Bytes that the caller's order named, from any offset, as encoded Chunks."""
         try:
-            site = caller(context, self._authority, role="site").name
+            site = (await caller(context, self._membership, role="site")).name
             driver = self._coordinator.driver(request.run_id)
             view = driver.shelf.find(site, request.digest)
             if view is None:
@@ -183,7 +179,7 @@ class FederationService:
     async def Deliver(self, request_iterator: AsyncIterator[bytes], context: Context) -> pb.Receipt:
         """A large update, as encoded DeliverRequests. One that cannot count is answered before it is read."""
         try:
-            site = caller(context, self._authority, role="site").name
+            site = (await caller(context, self._membership, role="site")).name
             async with asyncio.timeout(FIRST_MESSAGE_S):
                 update = open_deliver_request(await anext(request_iterator))
             if not isinstance(update, pb.Update):
@@ -258,8 +254,8 @@ class FederationService:
     @answering
     async def Renew(self, request: pb.EnrolRequest, context: Context) -> pb.EnrolReply:
         """The next certificate of an enrolled site."""
-        principal = caller(context, self._authority, role="site")
-        certificate = self._authority.renew(principal, request.csr, now=now())
+        principal = await caller(context, self._membership, role="site")
+        certificate = await self._membership.renew(principal, request.csr)
         log.info("site_renewed site=%s", principal.name)
         return pb.EnrolReply(certificate=certificate)
 
@@ -267,15 +263,15 @@ class FederationService:
 class EnrolmentService(services.EnrolmentServicer):
     """What the holder of a one-time token may call, once."""
 
-    def __init__(self, coordinator: Coordinator, authority: Authority) -> None:
+    def __init__(self, coordinator: Coordinator, membership: Membership) -> None:
         self._coordinator = coordinator
-        self._authority = authority
+        self._membership = membership
 
     @answering
     async def Enrol(self, request: pb.EnrolRequest, context: Context) -> pb.EnrolReply:
         """The site's certificate, for its signing request."""
-        principal = caller(context, self._authority, role="enrol")
-        certificate = self._authority.enrol(principal, request.csr, now=now())
+        principal = await caller(context, self._membership, role="enrol")
+        certificate = await self._membership.enrol(principal, request.csr)
         session = self._coordinator.sessions.get(principal.name)
         if session is not None:  # its certificate is superseded, and may be in the wrong hands
             session.close("the site was enrolled again")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from authorities import new_authority
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -31,12 +32,12 @@ DAY = timedelta(days=1)
 
 @pytest.fixture
 def authority(tmp_path: Path) -> Authority:
-    return Authority.create(tmp_path / "server", hosts=[], now=NOW)[0]
+    return new_authority(tmp_path / "server", hosts=[], now=NOW)[0]
 
 
 @pytest.fixture
 def foreign(tmp_path: Path) -> Authority:
-    return Authority.create(tmp_path / "foreign", hosts=[], now=NOW)[0]
+    return new_authority(tmp_path / "foreign", hosts=[], now=NOW)[0]
 
 
 def enrol(authority: Authority, site: str = "icu-1", *, now: datetime = NOW) -> Identity:

@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 import pytest
+from authorities import new_authority
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -24,7 +25,7 @@ DAY = timedelta(days=1)
 
 @pytest.fixture
 def authority(tmp_path: Path) -> Authority:
-    return Authority.create(tmp_path / "server", hosts=[], now=NOW)[0]
+    return new_authority(tmp_path / "server", hosts=[], now=NOW)[0]
 
 
 def csr(key: ec.EllipticCurvePrivateKey | None = None) -> bytes:
@@ -94,7 +95,7 @@ def test_tls_lets_in_every_role_and_tells_the_service_who_it_is(authority: Autho
 def test_tls_refuses_callers_without_a_valid_certificate_of_this_ca(
     authority: Authority, tmp_path: Path
 ) -> None:
-    foreign = Authority.create(tmp_path / "foreign", hosts=[], now=NOW)[0]
+    foreign = new_authority(tmp_path / "foreign", hosts=[], now=NOW)[0]
     own = authority.server_credential(now=NOW)
     with coordinator(own, authority.ca_pem) as address:
         good = credentials(authority, now=NOW)
@@ -112,7 +113,7 @@ def test_tls_refuses_callers_without_a_valid_certificate_of_this_ca(
 def test_a_client_refuses_a_coordinator_of_another_ca_and_a_site_that_plays_coordinator(
     authority: Authority, tmp_path: Path
 ) -> None:
-    foreign = Authority.create(tmp_path / "foreign", hosts=[], now=NOW)[0]
+    foreign = new_authority(tmp_path / "foreign", hosts=[], now=NOW)[0]
     pairs = credentials(authority, now=NOW)
     with coordinator(foreign.server_credential(now=NOW), authority.ca_pem) as address:
         assert refused(address, authority.ca_pem, pairs["site/icu-1"])
@@ -126,7 +127,7 @@ def test_a_client_refuses_a_coordinator_of_another_ca_and_a_site_that_plays_coor
 def test_the_addresses_in_a_certificate_are_the_ones_that_a_client_accepts(tmp_path: Path) -> None:
     other = "127.0.0.2"
     for hosts, accepted in (([], False), ([other], True)):
-        authority = Authority.create(tmp_path / str(accepted), hosts=hosts, now=NOW)[0]
+        authority = new_authority(tmp_path / str(accepted), hosts=hosts, now=NOW)[0]
         pair = credentials(authority, now=NOW)["site/icu-1"]
         with coordinator(authority.server_credential(now=NOW), authority.ca_pem) as address:
             port = address.rpartition(":")[2]

@@ -19,8 +19,7 @@ from databases import database_url, postgresql
 from fedge.errors import ConfigError, StorageError
 from fedge.history import Row
 from fedge.round import OrderId
-from fedge_server.store import schema
-from fedge_server.store import store as store_module
+from fedge_server.store import events, schema
 from fedge_server.store.database import Database
 from fedge_server.store.records import Checkpoint, Event, KeptUpdate, Progress, RunRecord
 from fedge_server.store.store import Store
@@ -147,8 +146,8 @@ def test_events_are_listed_newest_first(store: Store) -> None:
 
 
 def test_the_oldest_events_make_room(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "KEPT_EVENTS", 10)
-    monkeypatch.setattr(store_module, "_PRUNE_EVERY", 5)
+    monkeypatch.setattr(events, "KEPT_EVENTS", 10)
+    monkeypatch.setattr(events, "_PRUNE_EVERY", 5)
     for at in range(32):
         store.record(Event(float(at), "k", "s"))
     assert [event.at for event in store.events()] == [float(at) for at in range(31, 19, -1)]

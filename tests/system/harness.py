@@ -33,10 +33,11 @@ from fedge.wire import fedge_pb2_grpc as services
 from fedge_client.enrolment import enrol_site
 from fedge_client.identity import Identity
 from fedge_client.torch.framework import framework
-from fedge_server.callers import now
+from fedge_server.clock import now
 from fedge_server.commands.link import admin_link
 from fedge_server.commands.run import begin_run, fetch_model
 from fedge_server.identity import Authority
+from fedge_server.state import authority_beside
 from fedge_sim import simulate
 
 PATIENCE_S = 100.0
@@ -180,6 +181,8 @@ class Federation:
     address: str
     server: Running
     admin: services.AdminStub
+    authority: Authority
+    """Beside the coordinator's own, as `fedge server token` has it."""
     clients: dict[str, Running] = field(default_factory=dict)
     servers: list[Running] = field(default_factory=list)
     """Every coordinator process there was, the present one last."""
@@ -191,10 +194,6 @@ class Federation:
     @property
     def admin_toml(self) -> Path:
         return self.home / "admin.toml"
-
-    @property
-    def authority(self) -> Authority:
-        return Authority.load(self.home)
 
     def control(self, name: str) -> Path:
         """Where a site's tiny task looks for what to do wrong."""
@@ -217,9 +216,9 @@ class Federation:
 
     def enrol(self, name: str, **tables: dict[str, Any]) -> Identity:
         """Let a site in, with the tasks in its folder and `tables` in its client.toml."""
-        authority, folder = self.authority, self.folder / name
-        token = authority.issue_token(name, now=now())
-        identity = asyncio.run(enrol_site(self.address, token, ca_pem=authority.ca_pem, folder=folder))
+        folder, ca_pem = self.folder / name, self.authority.ca_pem
+        token = self.authority.issue_token(name, now=now())
+        identity = asyncio.run(enrol_site(self.address, token, ca_pem=ca_pem, folder=folder))
         self.control(name).mkdir(exist_ok=True)
         tasks_into(folder)
         defaults = {"worker": {"threads": 1}, "data": {"control": str(self.control(name))}}
@@ -306,8 +305,8 @@ def coordinator(folder: Path) -> Iterator[Federation]:
     started: Federation | None = None
     try:
         server.says("coordinator ready")
-        with admin_link(home / "admin.toml") as admin:
-            started = Federation(folder, address, server, admin)
+        with admin_link(home / "admin.toml") as admin, authority_beside(home / "server.toml") as authority:
+            started = Federation(folder, address, server, admin, authority)
             yield started
     finally:
         for running in [*started.clients.values(), *started.servers] if started else []:

@@ -10,7 +10,7 @@ from harness import Federation, fedge, fedge_ok, free_port, tasks_into
 
 from fedge.files import write_private
 from fedge.wire import fedge_pb2 as pb
-from fedge_server.callers import now
+from fedge_server.clock import now
 
 ADMIN = "--admin"
 HEAD = 'name = "wrong"\ntask = "tiny:task"\nrounds = 1\n'

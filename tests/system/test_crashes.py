@@ -39,7 +39,8 @@ def one_at_a_time(sites: Federation) -> Iterator[None]:
 
 def check(federation: Federation, run_id: str, text: str, *, rounds: int) -> None:
     """The run ends as it would have ended without any crash: to the bit, with every update counted once."""
-    assert federation.finish(run_id).status == "done"
+    summary = federation.finish(run_id)
+    assert summary.status == "done", summary.reason
     history = federation.show(run_id).history
     assert [row.round for row in history] == list(range(1, rounds + 1))
     assert [list(row.clients) for row in history] == [SITES] * rounds

@@ -18,9 +18,9 @@ from fedge.principal import key_to_pem
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire import fedge_pb2_grpc as services
 from fedge_client.identity import Identity, make_csr, open_token
-from fedge_server.callers import now
 from fedge_server.certificates import issue_client, to_pem
-from fedge_server.identity import Authority
+from fedge_server.clock import now
+from fedge_server.state import authority_beside
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +279,8 @@ def test_a_coordinator_whose_own_certificate_has_expired_does_not_start(
 ) -> None:
     home = tmp_path / "expired"
     shutil.copytree(other.home, home)
-    Authority.load(home).issue_server(hosts=[], now=now() - timedelta(days=800))
+    with authority_beside(home / "server.toml") as authority:
+        authority.issue_server(hosts=[], now=now() - timedelta(days=800))
     done = fedge("server", "start", home / "server.toml")
     assert done.returncode == 5
     assert "expired" in done.stderr

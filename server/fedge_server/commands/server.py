@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -11,13 +12,15 @@ import typer
 from rich.console import Console
 
 from fedge.errors import ConfigError
-from fedge.files import write_private
+from fedge.files import private_folder, write_private
 from fedge.logs import configure_logging
 from fedge.wire.address import split_address
 from fedge_server.app import serve
-from fedge_server.callers import now
+from fedge_server.clock import now
 from fedge_server.identity import DAY_S, Authority
 from fedge_server.settings import AdminSettings, ServerSettings, load_server
+from fedge_server.state import authority_beside, database_of
+from fedge_server.store.registry import Registry
 
 app = typer.Typer(help="Run a coordinator.", no_args_is_help=True, add_completion=False)
 
@@ -35,6 +38,12 @@ def init(
         list[str] | None,
         typer.Option(help="A further DNS name or address under which sites reach it; may be repeated."),
     ] = None,
+    database: Annotated[
+        str,
+        typer.Option(
+            help="A PostgreSQL URL (postgresql://user@host/name); without one, SQLite in DIR/state."
+        ),
+    ] = "",
 ) -> None:
     """Make a CA, the coordinator's certificate, server.toml and an admin credential.
 
@@ -49,13 +58,18 @@ def init(
             f"expected a new folder, found {folder / 'server.toml'} there: choose another folder"
         )
     hosts = [bound, *(host or [])]
-    authority, admin = Authority.create(folder, hosts=hosts, now=now())
     reachable = next((name for name in [*(host or []), bound] if name not in _EVERYWHERE), "localhost")
-    settings = ServerSettings(listen=listen)
+    settings = ServerSettings(listen=listen, database=database)
+    records = database_of(settings, private_folder(folder))
+    records.open()
+    try:
+        authority, admin = Authority.create(folder, Registry(records), hosts=hosts, now=now())
+    finally:
+        records.close()
     _write_toml(
         folder / "server.toml",
         "The coordinator of one federation. `fedge server start` reads this file.",
-        {"listen": settings.listen},
+        {"listen": listen} | ({"database": database} if database else {}),
     )
     write_private(folder / "admin.pem", admin.certificate_pem)
     write_private(folder / "admin.key", admin.key_pem)
@@ -106,16 +120,15 @@ def token(
 
     Example: fedge server token coordinator/server.toml --site st-mary
     """
-    settings = load_server(path)
-    authority = Authority.load(path.parent / settings.identity)
-    text = authority.issue_token(site, now=now(), valid_for_s=valid_hours * DAY_S / 24)
+    with authority_beside(path) as authority:
+        text = authority.issue_token(site, now=now(), valid_for_s=valid_hours * DAY_S / 24)
     Console(stderr=True).print(
         f"one-time token for {site}, valid {valid_hours:g} h; give it to that site alone", highlight=False
     )
     typer.echo(text)
 
 
-def _write_toml(path: Path, comment: str, table: dict[str, object]) -> None:
+def _write_toml(path: Path, comment: str, table: Mapping[str, object]) -> None:
     document = tomlkit.document()
     document.add(tomlkit.comment(comment))
     for key, value in table.items():

@@ -16,6 +16,8 @@ from typing import Any, Final
 import sqlalchemy as sa
 from alembic import command, util
 from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import event, exc
 
 from fedge.errors import ConfigError, StorageError
@@ -23,7 +25,8 @@ from fedge.faults import Faults
 
 _BUSY_S: Final = 10
 _STATEMENT_S: Final = 60
-_CLAIM: Final = 0x66656467  # the number of PostgreSQL's advisory lock: "fedg"
+_CLAIM: Final = 0x66656467  # the numbers of PostgreSQL's advisory locks: "fedg", and the one after it
+_TURN: Final = _CLAIM + 1
 _DEFECTS: Final = (exc.IntegrityError, exc.ProgrammingError, exc.DataError, exc.NotSupportedError)
 _MIGRATIONS: Final = Path(__file__).parent / "migrations"
 
@@ -43,6 +46,7 @@ class Database:
         self._where = self._engine.url.render_as_string(hide_password=True)
         self._writer: sa.Connection | None = None
         self._turn = threading.RLock()
+        self._beside = False
 
     def open(self) -> None:
         """Claim the database and bring its schema up to date.
@@ -63,6 +67,31 @@ class Database:
                     f"{self._where}: expected a database of this version of fedge or an older one, "
                     f"found one that it cannot bring up to date: {error}"
                 ) from None
+
+    def join(self) -> None:
+        """Use the database of a coordinator that may be running, without the claim: for one short change.
+
+        Raises:
+            StorageError: it cannot be reached.
+            ConfigError: its schema is not this version's.
+        """
+        self._beside = True
+        script = ScriptDirectory(str(_MIGRATIONS))
+        with self._errors(), self._engine.connect() as connection:
+            found = MigrationContext.configure(connection).get_current_revision()
+        if found != script.get_current_head():
+            raise ConfigError(
+                f"{self._where}: expected a database that a coordinator of this version has used, found "
+                f"schema {found or 'none'}: start the coordinator once, or see `fedge server init`"
+            )
+
+    def exclude(self, connection: sa.Connection) -> None:
+        """Let no other process come as far as this in a transaction until this one is over.
+
+        SQLite lets one process write at a time in any case.
+        """
+        if self.dialect == "postgresql":
+            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_TURN)))
 
     def close(self) -> None:
         """Give the claim back."""
@@ -103,7 +132,7 @@ class Database:
         """The connection that writes, which nobody else has."""
         if self._writer is None:
             connection = self._engine.connect()
-            if self.dialect == "postgresql":
+            if self.dialect == "postgresql" and not self._beside:
                 taken = connection.execute(sa.select(sa.func.pg_try_advisory_lock(_CLAIM))).scalar()
                 connection.commit()
                 if not taken:

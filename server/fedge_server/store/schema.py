@@ -98,3 +98,36 @@ events: Final = sa.Table(
     sa.Column("actor", sa.Text, nullable=False),
     sa.Column("detail", sa.Text, nullable=False),
 )
+
+# Who may call. `registry.py` says what the columns mean.
+tokens: Final = sa.Table(
+    "tokens",
+    metadata,
+    sa.Column("serial", sa.Text, primary_key=True),  # hexadecimal, of the bootstrap certificate
+    sa.Column("site", sa.Text, nullable=False, index=True),
+    sa.Column("state", sa.Text, nullable=False),
+    sa.Column("expires_at", sa.Double, nullable=False),
+)
+
+holders: Final = sa.Table(
+    "holders",
+    metadata,
+    sa.Column("kind", sa.Text, primary_key=True),
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("enrolled_at", sa.Double, nullable=False),
+    sa.Column("revoked", sa.Boolean, nullable=False),
+)
+
+certificates: Final = sa.Table(
+    "certificates",
+    metadata,
+    sa.Column("serial", sa.Text, primary_key=True),
+    sa.Column("kind", sa.Text, nullable=False),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("expires_at", sa.Double, nullable=False),
+    sa.Column("used", sa.BigInteger, nullable=False),  # grows with each use
+    sa.ForeignKeyConstraint(
+        ["kind", "name"], ["holders.kind", "holders.name"], ondelete="CASCADE", name="fk_certificates_holders"
+    ),
+    sa.Index("ix_certificates_holder", "kind", "name"),
+)

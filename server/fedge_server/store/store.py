@@ -18,10 +18,8 @@ from fedge.history import Row
 from fedge.round import OrderId
 from fedge_server.store import schema
 from fedge_server.store.database import Database
+from fedge_server.store.events import add_event, newest_events
 from fedge_server.store.records import Checkpoint, Event, KeptRun, KeptUpdate, Progress, RunRecord
-
-KEPT_EVENTS = 100_000
-_PRUNE_EVERY = 1000
 
 
 class Store:
@@ -114,19 +112,13 @@ class Store:
         Raises:
             StorageError: it was not kept.
         """
-        table = schema.events
         with self._database.writing() as connection:
-            values = {name: getattr(event, name) for name in Event.__dataclass_fields__}
-            key = connection.execute(sa.insert(table).values(**values)).inserted_primary_key
-            if key is not None and key[0] % _PRUNE_EVERY == 0:
-                connection.execute(sa.delete(table).where(table.c.id <= key[0] - KEPT_EVENTS))
+            add_event(connection, event)
 
     def events(self, *, limit: int = 1000) -> tuple[Event, ...]:
         """The newest events, newest first."""
-        table = schema.events
         with self._database.reading() as connection:
-            found = connection.execute(sa.select(table).order_by(table.c.id.desc()).limit(limit))
-            return tuple(Event(row.at, row.kind, row.subject, row.actor, row.detail) for row in found)
+            return newest_events(connection, limit=limit)
 
     def _write(self, connection: sa.Connection, progress: Progress) -> None:
         """Everything of a moment but the run's own row."""

@@ -18,12 +18,12 @@ from fedge.files import write_atomic, write_private
 from fedge.run import RunConfig
 from fedge.wire import fedge_pb2 as pb
 from fedge_client.enrolment import enrol_site
-from fedge_server.callers import now
+from fedge_server.clock import now
 from fedge_server.commands.link import CALL_S, admin_link
 from fedge_server.commands.run import begin_run, fetch_model, initial_model
 from fedge_server.commands.server import init
 from fedge_server.commands.watch import watch_run
-from fedge_server.identity import Authority
+from fedge_server.state import authority_beside
 from fedge_sim.demo.hospitals import HOSPITALS
 from fedge_sim.demo.processes import Started, free_port, running, wait_for
 
@@ -112,9 +112,9 @@ class Federation:
 
 def _enrol_all(folder: Path, address: str) -> None:
     """What each hospital's engineer would do with `fedge client enrol` and an editor."""
-    authority = Authority.load(folder / "coordinator")
-    for index, name in enumerate(HOSPITALS):
-        token = authority.issue_token(name, now=now())
+    with authority_beside(folder / "coordinator" / "server.toml") as authority:
+        tokens = [authority.issue_token(name, now=now()) for name in HOSPITALS]
+    for index, (name, token) in enumerate(zip(HOSPITALS, tokens, strict=True)):
         asyncio.run(enrol_site(address, token, ca_pem=authority.ca_pem, folder=folder / name))
         path = folder / name / "client.toml"
         document = tomlkit.parse(path.read_text(encoding="utf-8"))

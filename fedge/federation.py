@@ -26,6 +26,7 @@ from fedge.round import (
     Joined,
     Left,
     OrderId,
+    Progressed,
     Reject,
     Round,
     Send,
@@ -103,6 +104,8 @@ class Federation:
 
     `at_work` is used by runs without rounds: who is computing on the model of which round; `resting`
     are those that failed and are asked again after the next step.
+    Of such a run, `moving` says that somebody has made progress since its timer was started, `extensions`
+    how often it went on for that, and `missed` how many deadlines in a row passed without.
     `owed` is a round whose evaluation was due while another was under way: as soon as that is over, the
     model of that moment is evaluated.
     """
@@ -116,6 +119,9 @@ class Federation:
     previous: Round | None = None
     at_work: frozenset[tuple[str, int]] = frozenset()
     resting: frozenset[str] = frozenset()
+    moving: bool = False
+    extensions: int = 0
+    missed: int = 0
     owed: int = 0
     reason: str = ""
 
@@ -197,7 +203,7 @@ def step(run: Federation, event: RunEvent) -> RunStep:
             return _welcome_back(run, client)
         case Returned(client):
             return step(run, Joined(client))
-        case Arrived(_, order) | Failed(_, order, _) | DeadlinePassed(order, _):
+        case Arrived(_, order) | Failed(_, order, _) | Progressed(_, order, _) | DeadlinePassed(order, _):
             if run.evaluation is not None and order == run.evaluation.order:
                 return _in_evaluation(run, event)
             if run.plan.max_staleness is not None and order.kind != "evaluate":
@@ -328,7 +334,7 @@ def _end(run: Federation, status: Status, reason: str) -> RunStep:
     cancels: list[RunEffect] = []
     for round in (run.training, run.evaluation):
         if round is not None and round.phase == "open":
-            cancels += [Cancel(client, round.order) for client in sorted(round.pending)]
+            cancels += [Cancel(client, round.order) for client in round.at_work]
     cancels += [Cancel(client, OrderId(run.plan.kind, at)) for client, at in sorted(run.at_work)]
     ended = replace(
         run, status=status, reason=reason, training=None, evaluation=None, at_work=frozenset(), owed=0
@@ -397,10 +403,30 @@ def _on_arrival(run: Federation, event: Event) -> RunStep:
                 return run, ()  # there was progress since that timer was started
             if phase != ("open" if run.at_work else "waiting"):
                 return run, ()  # somebody came, or everybody left, and another timer runs
-            what = "update" if run.at_work else "client"
-            return _end(run, "failed", f"no {what} in time for round {order.round}")
+            if not run.at_work:
+                return _end(run, "failed", f"no client in time for round {order.round}")
+            return _go_on(run, order)
+        case Progressed(client, order, _):
+            return (replace(run, moving=True) if _is_at_work(run, client, order) else run), ()
         case Arrived(client, order):
             return _apply(run, client, order)
+
+
+def _go_on(run: Federation, order: OrderId) -> RunStep:
+    """No update in time: wait for work that goes on; else set everybody to work anew, a few times."""
+    timer = StartTimer(order, "open", run.plan.terms.deadline_s)
+    if run.moving and run.extensions < rounds.MAX_EXTENSIONS:
+        return replace(run, moving=False, extensions=run.extensions + 1), (timer,)
+    run = replace(run, missed=run.missed + 1)
+    if run.missed >= run.plan.attempts:
+        return _end(run, "failed", f"no update in time for round {order.round}, {run.missed} times in a row")
+    # Who computes on this model already is not told again: there is nothing else to do.
+    stale = frozenset(pair for pair in run.at_work if pair[1] != order.round)
+    cancels = tuple(Cancel(client, replace(order, round=at)) for client, at in sorted(stale))
+    anew = frozenset(client for client, _ in stale) | (run.resting & run.clients)
+    run = replace(run, at_work=run.at_work - stale, resting=frozenset())
+    run, sends = _put_to_work(run, anew, new_model=True)
+    return run, (*cancels, *sends)
 
 
 def _apply(run: Federation, client: str, order: OrderId) -> RunStep:
@@ -410,7 +436,7 @@ def _apply(run: Federation, client: str, order: OrderId) -> RunStep:
         return run, (Reject(client, order, refusal),)
     bound = run.plan.max_staleness
     assert bound is not None  # only such runs come here
-    run = replace(run, at_work=_without(run, client))
+    run = replace(run, at_work=_without(run, client), moving=False, extensions=0, missed=0)
     staleness = run.committed + 1 - order.round
     if staleness > bound:
         refusal = Refusal(

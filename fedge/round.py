@@ -7,6 +7,10 @@ keyed hash of the seed. The coordinator and the simulator drive this same machin
     open      a cohort has its orders               (a timer of `deadline_s`)
     closed    enough updates were accepted          (final)
     abandoned it could not be completed             (final)
+
+A deadline is about progress. A round that lacks its quorum when its time is over goes on as long as
+somebody's work does, and without those whose work stands still: a slow client with a large model or a long
+epoch needs no setting. `MAX_EXTENSIONS` bounds even a client that lies about it.
 """
 
 from __future__ import annotations
@@ -15,12 +19,15 @@ import hashlib
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from fedge.refusal import Refusal, RefusalCode
 from fedge.strategy import WorkKind
 
 Phase = Literal["waiting", "open", "closed", "abandoned"]
+
+MAX_EXTENSIONS: Final = 1000
+"""How often a round may outlive its deadline, for progress of a thousandth of the work each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +48,8 @@ class Terms:
     """How many are asked, how many are enough, how long they have.
 
     `ceil(size * over_select)` clients are asked. The round closes when `size` updates are in, or when
-    nobody is left to wait for or the deadline passes with at least `quorum`.
+    nobody is left to wait for or the deadline passes with at least `quorum`. With fewer, it goes on at the
+    deadline if one of those at work has made progress since the last one.
     """
 
     size: int
@@ -91,6 +99,15 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
+class Progressed:
+    """A client's work on an order, which is to fetch, to compute and to deliver, is so far done: 1 to 1000."""
+
+    client: str
+    order: OrderId
+    permille: int
+
+
+@dataclass(frozen=True, slots=True)
 class DeadlinePassed:
     """The timer that `StartTimer` asked for has run out."""
 
@@ -98,7 +115,7 @@ class DeadlinePassed:
     phase: Phase
 
 
-Event = Joined | Left | Arrived | Failed | DeadlinePassed
+Event = Joined | Left | Arrived | Failed | Progressed | DeadlinePassed
 
 
 # Effects: what the driver is to do, in this order.
@@ -171,7 +188,9 @@ class Round:
     """One round's state. A client is in at most one of pending, accepted, lost and failed.
 
     `candidates` are ranked by a keyed hash; those before `cursor` were asked. Of the others, those in
-    `away` have left for now.
+    `away` have left for now. `progress` is how far those at work have come, in thousandths; those in
+    `moving` have come further since the timer was started. Of the lost, those in `stalled` have their
+    link, but stood still for a whole deadline.
     """
 
     order: OrderId
@@ -185,12 +204,21 @@ class Round:
     accepted: frozenset[str] = frozenset()
     lost: frozenset[str] = frozenset()
     failed: frozenset[str] = frozenset()
+    progress: frozenset[tuple[str, int]] = frozenset()
+    moving: frozenset[str] = frozenset()
+    stalled: frozenset[str] = frozenset()
+    extensions: int = 0
     last_refusal: Refusal | None = None
 
     @property
     def present(self) -> int:
         """Clients that are here and could be asked."""
         return len(self.candidates) - self.cursor - len(self.away)
+
+    @property
+    def at_work(self) -> list[str]:
+        """Those who have the order and a link, by name."""
+        return sorted(self.pending | self.stalled)
 
     @property
     def cohort(self) -> dict[str, str]:
@@ -283,7 +311,7 @@ def _ask(round: Round) -> Step:
 
 def _joined(round: Round, event: Joined) -> Step:
     client = event.client
-    if client in round.lost:
+    if client in round.lost - round.stalled:
         back = replace(round, lost=round.lost - {client}, pending=round.pending | {client})
         return back, (Send(client, round.order),)
     if client in round.away:
@@ -303,8 +331,16 @@ def _joined(round: Round, event: Joined) -> Step:
 def _left(round: Round, event: Left) -> Step:
     client = event.client
     if client in round.pending:
-        lost = replace(round, pending=round.pending - {client}, lost=round.lost | {client})
+        lost = replace(
+            round,
+            pending=round.pending - {client},
+            lost=round.lost | {client},
+            progress=_others(round, client),
+            moving=round.moving - {client},
+        )
         return _settle(lost)
+    if client in round.stalled:
+        return replace(round, stalled=round.stalled - {client}, progress=_others(round, client)), ()
     if client in round.candidates[round.cursor :]:
         return _settle(replace(round, away=round.away | {client}))
     return round, ()
@@ -321,6 +357,7 @@ def _arrived(round: Round, event: Arrived) -> Step:
         round,
         pending=round.pending - {client},
         lost=round.lost - {client},
+        stalled=round.stalled - {client},
         accepted=round.accepted | {client},
     )
     settled, effects = _settle(accepted)
@@ -335,10 +372,33 @@ def _failed(round: Round, event: Failed) -> Step:
         round,
         pending=round.pending - {client},
         lost=round.lost - {client},
+        stalled=round.stalled - {client},
         failed=round.failed | {client},
         last_refusal=event.refusal,
     )
     return _settle(failed)
+
+
+def _progressed(round: Round, event: Progressed) -> Step:
+    client = event.client
+    if client not in round.pending and client not in round.stalled:
+        return round, ()
+    if event.permille <= dict(round.progress).get(client, 0):
+        return round, ()
+    # One that stood still for a whole deadline counts as lost; if its work goes on after all, it is at work.
+    moved = replace(
+        round,
+        pending=round.pending | {client},
+        lost=round.lost - {client},
+        stalled=round.stalled - {client},
+        progress=_others(round, client) | {(client, min(event.permille, 1000))},
+        moving=round.moving | {client},
+    )
+    return moved, ()
+
+
+def _others(round: Round, client: str) -> frozenset[tuple[str, int]]:
+    return frozenset(pair for pair in round.progress if pair[0] != client)
 
 
 def _settle(round: Round) -> Step:
@@ -353,17 +413,17 @@ def _settle(round: Round) -> Step:
     if len(round.accepted) >= round.terms.quorum:
         return _close(round)
     if len(round.accepted) + len(round.lost) >= round.terms.quorum:
-        return round, sends  # those who were cut off may come back before the deadline
+        return round, sends  # those who were cut off or stand still may go on before the deadline
     why = f"; the last one said: {round.last_refusal}" if round.last_refusal else ""
     reason = (
         f"{len(round.accepted)} of at least {round.terms.quorum} updates, "
         f"{len(round.failed)} clients failed and nobody else is here{why}"
     )
-    return replace(round, phase="abandoned"), (GiveUp(round.order, reason),)
+    return replace(round, phase="abandoned"), (*_cancels(round), GiveUp(round.order, reason))
 
 
 def _close(round: Round) -> Step:
-    effects: list[Effect] = [Cancel(client, round.order) for client in sorted(round.pending)]
+    effects: list[Effect] = [*_cancels(round)]
     effects.append(Close(round.order, tuple(sorted(round.accepted))))
     return replace(round, phase="closed"), tuple(effects)
 
@@ -381,7 +441,9 @@ def _deadline(round: Round, event: DeadlinePassed) -> Step:
         return round, ()  # the timer of an earlier phase
     if len(round.accepted) >= round.terms.quorum:
         return _close(round)
-    cancels = tuple(Cancel(client, round.order) for client in sorted(round.pending))
+    if round.phase == "open" and round.pending & round.moving and round.extensions < MAX_EXTENSIONS:
+        return _extend(round)
+    cancels = _cancels(round)
     if round.phase == "waiting":
         reason = f"{round.present} of at least {round.terms.quorum} clients after {round.terms.wait_s:g} s"
     else:
@@ -390,6 +452,25 @@ def _deadline(round: Round, event: DeadlinePassed) -> Step:
             f"after {round.terms.deadline_s:g} s"
         )
     return replace(round, phase="abandoned"), (*cancels, GiveUp(round.order, reason))
+
+
+def _cancels(round: Round) -> tuple[Effect, ...]:
+    return tuple(Cancel(client, round.order) for client in round.at_work)
+
+
+def _extend(round: Round) -> Step:
+    """Go on with those whose work goes on, and with others in place of those whose work stands still."""
+    still = round.pending - round.moving
+    round = replace(
+        round,
+        pending=round.pending - still,
+        lost=round.lost | still,
+        stalled=round.stalled | still,
+        moving=frozenset(),
+        extensions=round.extensions + 1,
+    )
+    round, sends = _settle(round)
+    return round, (*sends, StartTimer(round.order, "open", round.terms.deadline_s))
 
 
 def _too_late(order: OrderId) -> Refusal:
@@ -410,6 +491,7 @@ _TABLE: dict[tuple[Phase, type[Event]], Callable[[Round, Any], Step]] = {
     ("open", Left): _left,
     ("open", Arrived): _arrived,
     ("open", Failed): _failed,
+    ("open", Progressed): _progressed,
     ("open", DeadlinePassed): _deadline,
     ("closed", Arrived): _late,
     ("abandoned", Arrived): _late,

@@ -24,6 +24,7 @@ from fedge.round import (
     Joined,
     Left,
     OrderId,
+    Progressed,
     Reject,
     Send,
     StartTimer,
@@ -427,11 +428,37 @@ def test_when_all_have_left_the_run_waits_for_clients_and_not_for_their_work():
     assert effects == (Send("c", gradient(1)), StartTimer(gradient(1), "open", 60.0))
 
 
-def test_no_update_in_time_fails_the_run_and_a_timer_of_an_earlier_step_does_not():
+def test_no_update_in_time_sets_everybody_to_work_anew_and_after_a_few_times_fails_the_run():
     run, _ = play(begin(ARRIVALS), Arrived("a", gradient(1)))
-    assert play(run, DeadlinePassed(gradient(1), "open")) == (run, ())
+    assert play(run, DeadlinePassed(gradient(1), "open")) == (run, ()), "the timer of an earlier step"
+    run, effects = play(run, DeadlinePassed(gradient(2), "open"))
+    assert effects == (
+        Cancel("b", gradient(1)),
+        Send("b", gradient(2)),
+        StartTimer(gradient(2), "open", 60.0),
+    )
+    run, effects = play(run, DeadlinePassed(gradient(2), "open"))
+    assert effects == (StartTimer(gradient(2), "open", 60.0),)
     run, _ = play(run, DeadlinePassed(gradient(2), "open"))
-    assert (run.status, run.reason) == ("failed", "no update in time for round 2")
+    assert run.status == "failed"
+    assert run.reason == "no update in time for round 2, 3 times in a row"
+
+
+def test_an_update_in_time_makes_up_for_missed_deadlines():
+    missed = DeadlinePassed(gradient(1), "open"), DeadlinePassed(gradient(1), "open")
+    run, _ = play(begin(ARRIVALS), *missed)
+    assert run.missed == 2
+    run, _ = play(run, Arrived("a", gradient(1)))
+    assert (run.status, run.missed) == ("running", 0)
+
+
+def test_work_that_goes_on_outlives_the_deadline_of_a_run_without_rounds():
+    run = begin(ARRIVALS)
+    for permille in (1, 2, 3, 4, 5):
+        run, effects = play(run, Progressed("a", gradient(1), permille), DeadlinePassed(gradient(1), "open"))
+        assert effects == (StartTimer(gradient(1), "open", 60.0),)
+    assert run.missed == 0
+    assert play(run, Progressed("stranger", gradient(1), 5)) == (run, ())
 
 
 def test_no_client_in_time_fails_the_run_and_the_timer_of_work_that_nobody_does_does_not():

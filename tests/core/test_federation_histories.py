@@ -29,6 +29,7 @@ from fedge.round import (
     Left,
     OrderId,
     Phase,
+    Progressed,
     Reject,
     Send,
     StartTimer,
@@ -43,6 +44,7 @@ OPERATIONS = st.one_of(
     st.tuples(st.sampled_from(["join", "join", "leave", "fail", "repeat", "lie"]), st.sampled_from(CLIENTS)),
     st.tuples(st.just("answer"), st.sampled_from(CLIENTS)),
     st.tuples(st.just("answer"), st.sampled_from(CLIENTS)),
+    st.tuples(st.just("progress"), st.sampled_from(CLIENTS)),
     st.tuples(st.just("deadline"), st.sampled_from("012")),
 )
 HISTORIES = st.lists(OPERATIONS, max_size=40)
@@ -87,6 +89,7 @@ class Driver:
     expected: set[str] = field(default_factory=set)
     """Clients that count as present since the driver has started again, and have not come yet."""
     restarts: int = 0
+    so_far: int = 0
 
     def __post_init__(self) -> None:
         self.hands = {client: [] for client in CLIENTS}
@@ -117,6 +120,9 @@ class Driver:
                 hand.clear()
                 self.expected.discard(about)
                 self.feed(Left(about))
+            case "progress" if hand:
+                self.so_far += 1
+                self.feed(Progressed(about, hand[0], self.so_far))
             case "answer" if hand:
                 self.feed(Arrived(about, hand.pop(0)))
             case "fail" if hand:

@@ -12,6 +12,7 @@ import pytest
 
 from fedge.refusal import Refusal, RefusalCode
 from fedge.round import (
+    MAX_EXTENSIONS,
     Accept,
     Arrived,
     Cancel,
@@ -22,6 +23,7 @@ from fedge.round import (
     Joined,
     Left,
     OrderId,
+    Progressed,
     Reject,
     Round,
     Send,
@@ -428,3 +430,66 @@ def test_orders_and_refusals_read_as_sentences():
     assert reject.refusal.message == (
         "the train order of round 3 was complete or given up before this update arrived"
     )
+
+
+# A deadline is about progress.
+
+
+def progressed(client: str, permille: int) -> Progressed:
+    return Progressed(client, ORDER, permille)
+
+
+def test_a_round_without_its_quorum_outlives_its_deadline_while_somebody_makes_progress():
+    round = after(begin(2, size=2, quorum=2), arrived(A), progressed(B, 100))
+    round, out = step(round, OPEN_PASSED)
+    assert (round.phase, out) == ("open", (StartTimer(ORDER, "open", 60.0),))
+    round = after(round, progressed(B, 200), OPEN_PASSED, progressed(B, 201), OPEN_PASSED)
+    assert round.phase == "open"
+    assert after(round, arrived(B)).phase == "closed"
+
+
+def test_one_who_stands_still_for_a_whole_deadline_is_not_waited_for():
+    round = after(begin(2, size=2, quorum=2), arrived(A), progressed(B, 100), OPEN_PASSED, progressed(B, 100))
+    round, out = step(round, OPEN_PASSED)
+    assert round.phase == "abandoned"
+    assert out[0] == Cancel(B, ORDER)
+    assert isinstance(out[1], GiveUp)
+
+
+def test_with_a_quorum_the_deadline_closes_the_round_however_hard_others_work():
+    round = after(begin(3, size=3, quorum=2), arrived(A), arrived(B), progressed(C, 999))
+    round, out = step(round, OPEN_PASSED)
+    assert (round.phase, out) == ("closed", (Cancel(C, ORDER), Close(ORDER, tuple(sorted([A, B])))))
+
+
+def test_at_the_deadline_those_who_stand_still_are_replaced_and_may_still_deliver():
+    round = after(begin(3, size=2, quorum=2), progressed(A, 10))
+    round, out = step(round, OPEN_PASSED)
+    assert out == (Send(C, ORDER), StartTimer(ORDER, "open", 60.0))
+    assert (round.pending, round.stalled) == ({A, C}, {B})
+    late = after(round, arrived(B), arrived(A))
+    assert (late.phase, late.accepted) == ("closed", {A, B})
+    awake = after(round, progressed(B, 5))
+    assert (awake.pending, awake.stalled) == ({A, B, C}, set())
+
+
+def test_whoever_stands_still_is_told_when_the_round_is_over():
+    round = after(begin(3, size=2, quorum=2), progressed(A, 10), OPEN_PASSED, arrived(A))
+    assert effects(round, arrived(C)) == (Accept(C, ORDER), Cancel(B, ORDER), Close(ORDER, tuple(sorted([A, C]))))
+
+
+def test_a_client_that_lies_about_its_progress_cannot_hold_a_round_for_ever():
+    round = begin(1, size=1, quorum=1)
+    deadlines = 0
+    while round.phase == "open":
+        deadlines += 1
+        back = (Left(A), Joined(A)) if deadlines % 999 == 0 else ()  # progress begins anew with a link
+        round = after(round, *back, progressed(A, 1 + deadlines % 999), OPEN_PASSED)
+    assert round.phase == "abandoned"
+    assert deadlines <= MAX_EXTENSIONS + 2
+
+
+def test_progress_of_whom_nobody_waits_for_changes_nothing():
+    round = after(begin(3, size=2, quorum=2), arrived(A))
+    for nobody in (A, C, "stranger"):
+        assert step(round, progressed(nobody, 500)) == (round, ())

@@ -28,6 +28,7 @@ from fedge.round import (
     Left,
     OrderId,
     Phase,
+    Progressed,
     Reject,
     Round,
     Send,
@@ -46,6 +47,7 @@ Operation = tuple[str, str]
 OPERATIONS = st.one_of(
     st.tuples(st.sampled_from(["join", "leave", "arrive", "arrive", "fail"]), st.sampled_from(CLIENTS)),
     st.tuples(st.just("arrive old"), st.sampled_from(CLIENTS)),
+    st.tuples(st.just("progress"), st.sampled_from(CLIENTS)),
     st.tuples(st.just("deadline"), st.sampled_from(["waiting", "open"])),
 )
 HISTORIES = st.lists(OPERATIONS, max_size=25)
@@ -72,7 +74,9 @@ class World:
     """Clients that have the order and a live link."""
     asked: set[str] = field(default_factory=set)
     cut_off: set[str] = field(default_factory=set)
+    stood_still: set[str] = field(default_factory=set)
     log: list[Effect] = field(default_factory=list)
+    so_far: int = 0
 
     def __post_init__(self) -> None:
         self.round, effects = open_round(ORDER, self.terms, self.here, seed=self.seed)
@@ -94,6 +98,9 @@ class World:
                 self.feed(Arrived(about, ORDER))
             case "arrive old":
                 self.feed(Arrived(about, OLD))
+            case "progress":
+                self.so_far += 1
+                self.feed(Progressed(about, ORDER, self.so_far))
             case "fail":
                 self.feed(Failed(about, ORDER, NO))
             case "deadline" if about == "waiting" or about == "open":
@@ -104,6 +111,7 @@ class World:
     def feed(self, event: Event) -> None:
         before = self.round
         self.round, effects = step(before, event)
+        self.stood_still |= self.round.stalled
         answers = [effect for effect in effects if isinstance(effect, Accept | Reject)]
         if isinstance(event, Arrived):
             assert [(answer.client, answer.order) for answer in answers] == [(event.client, event.order)]
@@ -169,7 +177,8 @@ class World:
                 assert (ORDER, "open") in self.timers
                 assert len(round.accepted) < terms.size
                 assert round.pending <= self.here
-                assert not round.lost & self.here, "one who came back was not sent its order again"
+                assert round.stalled == round.lost & self.here, "one who came back was not sent its order again"
+                assert round.moving <= round.pending | round.accepted | round.failed
                 self.check_work()
             case "closed":
                 assert ends == [Close]
@@ -185,7 +194,7 @@ class World:
         if busy < terms.asked:
             assert self.here <= self.asked, "a client stands by while the cohort is short"
         # One who was cut off is replaced, and may yet deliver or come back.
-        assert busy <= terms.asked + len(self.cut_off)
+        assert busy <= terms.asked + len(self.cut_off | self.stood_still)
         if not round.pending:
             could_be = len(round.accepted) + len(round.lost)
             assert len(round.accepted) < terms.quorum <= could_be, "waits for nothing"

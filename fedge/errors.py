@@ -11,6 +11,7 @@
     │       └── LimitError      the peer's message is larger than the cap
     ├── IdentityError           a key, certificate or token is missing, wrong, used or expired
     ├── LinkError               the peer cannot be reached, or the link broke
+    │   └── BusyError           the peer has no room now, and says when to come back
     ├── RefusedError            a policy or a peer said no; carries a typed `Refusal`
     └── RunError                a run cannot go on
 
@@ -76,6 +77,14 @@ class LinkError(FedgeError):
     """The peer cannot be reached, or the link broke."""
 
     exit_code = 4
+
+
+class BusyError(LinkError):
+    """The peer has no room for this now; `retry_after_s` is when it would like to be asked again."""
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class IdentityError(FedgeError):

@@ -31,6 +31,7 @@ COORDINATOR_POINTS: Final = (
     "submit.after",
     "event.before",
     *(f"effect.{effect}.{when}" for effect in _EFFECTS for when in ("before", "after")),
+    "upload.chunk",
     "updates.before",
     "updates.after",
     "checkpoint.before",

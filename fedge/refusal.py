@@ -27,6 +27,7 @@ class RefusalCode(IntEnum):
     WORKER_CRASHED = 20
     WORKER_HUNG = 21
     OUT_OF_MEMORY = 22
+    UPDATE_LOST = 23
     # An update, as the gate or the coordinator sees it.
     NOT_FINITE = 30
     WRONG_LENGTH = 31

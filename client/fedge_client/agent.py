@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import random
 import time
 from collections import deque
@@ -16,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fedge.errors import (
+    BusyError,
     ConfigError,
     FedgeError,
     IdentityError,
@@ -23,9 +25,11 @@ from fedge.errors import (
     RefusedError,
     RemoteProtocolError,
 )
+from fedge.faults import Faults
 from fedge.memory import give_back_freed
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire.codec import printable
+from fedge.wire.status import MAX_RETRY_AFTER_S
 from fedge_client import gate
 from fedge_client.identity import Identity, accept_certificate, load_identity, make_csr, save_identity
 from fedge_client.jobs import Jobs, log_receipt
@@ -54,13 +58,18 @@ class Agent:
         self._supervisor = Supervisor(
             client_toml, self._identity.site, settings.worker, slots=settings.policy.max_runs
         )
-        self._jobs = Jobs(settings, self._folder, self._supervisor, self._send)
+        self._faults = Faults.of(os.environ)
+        if self._faults.armed:
+            log.warning("fault_armed point=%s", self._faults.armed)
+        self._jobs = Jobs(settings, self._folder, self._supervisor, self._send, self._faults)
         self._queue: deque[pb.ServerMessage] = deque()
         self._work_to_do = asyncio.Event()
         self._doing: pb.ServerMessage | None = None
         self._link: Link | None = None
         self._outgoing: asyncio.Queue[pb.ClientMessage] | None = None
         self._was_connected = False
+        self._back_in_s = 0.0
+        """When the coordinator would like this site back, if it has said so."""
 
     @property
     def site(self) -> str:
@@ -93,7 +102,8 @@ class Agent:
         while True:
             connected = False
             try:
-                self._link = Link.of(self._settings.server, self._identity)
+                self._back_in_s = 0.0
+                self._link = Link.of(self._settings.server, self._identity, self._faults)
                 try:
                     connected = await self._session(self._link)
                 finally:
@@ -110,13 +120,16 @@ class Agent:
                 log.warning("session_failed reason=%s", error)
             except FedgeError as error:
                 log.warning("session_failed reason=%s", error)
+                if isinstance(error, BusyError):
+                    self._back_in_s = error.retry_after_s
             except Exception:  # a defect in one session must not end a site's part in its runs
                 log.exception("session_crashed")
             if connected:
                 failures, down_since = 0, time.monotonic()
             longest = backoff_s(failures, down_s=time.monotonic() - down_since)
             failures += 1
-            await asyncio.sleep(random.uniform(0, longest))  # noqa: S311  # jitter, not a secret
+            wait_s = self._back_in_s * random.uniform(1, 1.1) or random.uniform(0, longest)  # noqa: S311  # jitter
+            await asyncio.sleep(wait_s)
 
     async def _session(self, link: Link) -> bool:
         """One session from greeting to end; True if it was greeted."""
@@ -152,6 +165,7 @@ class Agent:
     def _take(self, message: pb.ServerMessage) -> None:
         match message.WhichOneof("kind"):
             case "offer" | "order":
+                self._supersede(message.order)
                 if message == self._doing or message in self._queue:
                     return  # sent again after a reconnection
                 if len(self._queue) == _MAX_QUEUED_JOBS:
@@ -179,7 +193,14 @@ class Agent:
             raise IdentityError(
                 f"another client connected as site {self.site!r}: each site runs one client; stop one of them"
             )
-        log.warning("session_ending because=%s", reason)
+        self._back_in_s = min(max(closing.retry_after_s, 0.0), MAX_RETRY_AFTER_S)
+        log.warning("session_ending because=%s back_in_s=%.1f", reason, self._back_in_s)
+
+    def _supersede(self, order: pb.Order) -> None:
+        """An order of the same name on another model: the coordinator has lost the round that the first was of."""
+        doing = self._doing.order if self._doing is not None else None
+        if doing is not None and (doing.run_id, doing.id) == (order.run_id, order.id) and doing != order:
+            self._jobs.cancel()
 
     def _cancel(self, cancel: pb.Cancel) -> None:
         doing = self._doing.order if self._doing is not None else None

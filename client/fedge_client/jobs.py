@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedge.errors import FedgeError, LinkError, RefusedError
+from fedge.errors import FedgeError, LinkError, RefusedError, StorageError
+from fedge.faults import Faults
 from fedge.pipeline import Layer
 from fedge.refusal import Refusal, RefusalCode
 from fedge.round import OrderId
@@ -29,14 +31,18 @@ from fedge_client import gate
 from fedge_client import pipe_pb2 as pipe
 from fedge_client.holding import Holding
 from fedge_client.link import Link
+from fedge_client.outbox import Lost, Outbox, Prepared
 from fedge_client.settings import ClientSettings
 from fedge_client.supervisor import Supervisor
+from fedge_client.transfer import Transfers
 
 log = logging.getLogger(__name__)
 
+OUTBOX = "outbox"
 _ON_THREAD_BYTES = 1 << 20
-_TRIES = 4
-_RETRY_S = 1.0
+_FETCHED, _COMPUTED = 250, 750
+"""How much of an order's work is done, in thousandths, when its model is here, and when it is computed."""
+
 
 Send = Callable[[pb.ClientMessage], None]
 
@@ -50,20 +56,31 @@ class Participation:
     layers: tuple[Layer, ...]
     holding: Holding
     update: Array
-    prepared: tuple[OrderId, pb.Update, Array] | None = None
+    prepared: Prepared | Lost | None = None
+    sent: bool = False
+    """Whether a part of `prepared` may have arrived."""
 
 
 class Jobs:
     """The site's runs. Every answer goes out through `send`; refusals never end the agent."""
 
-    def __init__(self, settings: ClientSettings, folder: Path, supervisor: Supervisor, send: Send) -> None:
+    def __init__(
+        self,
+        settings: ClientSettings,
+        folder: Path,
+        supervisor: Supervisor,
+        send: Send,
+        faults: Faults | None = None,
+    ) -> None:
         self._settings = settings
         self._folder = folder
         self._supervisor = supervisor
         self._send = send
+        self._outbox = Outbox(folder / OUTBOX)
+        self._reach = (faults or Faults()).reach
+        self._transfers = Transfers()
         self.runs: dict[str, Participation] = {}
         self._offered: set[str] = set()
-        self._unwanted = False
 
     def new_session(self) -> None:
         """From now on the coordinator offers every open run again: one that it does not is over."""
@@ -89,6 +106,7 @@ class Jobs:
             "run_joined run=%s task=%s parameters=%d", offer.run_id, offer.task, participation.layout.size
         )
         self._send(pb.ClientMessage(accept=pb.Accept(run_id=offer.run_id)))
+        self._reach("job.joined")
 
     async def _join(self, offer: pb.Offer) -> Participation:
         run_id = check_text("a run's id", offer.run_id)
@@ -117,16 +135,20 @@ class Jobs:
         log.info("task_loaded task=%s train=%d test=%d", task, loaded.train_examples, loaded.test_examples)
         model, update = self._supervisor.vectors(slot, layout.size)
         layers = gate.layers_of(offer.clip if offer.HasField("clip") else None)
-        return Participation(run_id, layout, layers, Holding(run_id, layout, model), update)
+        prepared = await asyncio.to_thread(self._outbox.read, run_id)  # by this agent before it was started
+        return Participation(
+            run_id, layout, layers, Holding(run_id, layout, model), update, prepared, sent=True
+        )
 
     def leave(self, run_id: str) -> None:
         """The run is over."""
         if self.runs.pop(run_id, None) is not None:
             self._supervisor.release(run_id)
+        self._outbox.forget(run_id)
 
     def cancel(self) -> None:
-        """The order under way is no longer wanted, whether or not the worker has begun with it."""
-        self._unwanted = True
+        """The order under way is no longer wanted, whether it is being fetched, done or handed in."""
+        self._transfers.call_off()
         self._supervisor.cancel()
 
     async def do(self, message: pb.Order, link: Link) -> None:
@@ -134,16 +156,24 @@ class Jobs:
         run = self.runs.get(message.run_id)
         if run is None:
             return
-        order = decode_order_id(message.id)
-        self._unwanted = False
+        order, model = decode_order_id(message.id), message.model.digest
+        self._transfers.begin()
+        self._reach("job.ordered")
         try:
-            if run.prepared is None or run.prepared[0] != order:
-                run.prepared = None
-                await run.holding.reach(message, link)
-                if self._unwanted:
-                    raise RefusedError(Refusal(RefusalCode.CANCELLED, "cancelled before the work began"))
-                run.prepared = await self._perform(run, order)
-            await self._hand_in(run, order, link)
+            if isinstance(run.prepared, Lost) and run.prepared.answers(order, model):
+                lost, run.prepared = run.prepared, None
+                self._outbox.forget(run.run_id)
+                raise RefusedError(lost.refusal)
+            if run.prepared is None or not run.prepared.answers(order, model):
+                run.prepared, run.sent = None, False
+                await self._transfers.insist(link, lambda: run.holding.reach(message, link))
+                self._reach("job.fetched")
+                self._transfers.check_wanted()
+                run.prepared = await self._perform(run, order, message)
+                self._reach("job.prepared")
+            assert isinstance(run.prepared, Prepared)  # made just now, or of this order
+            await self._hand_in(run, run.prepared, link)
+            self._reach("update.sent")
         except RefusedError as error:
             if error.refusal.code != RefusalCode.CANCELLED:
                 log.warning("order_failed run=%s order=%s reason=%s", run.run_id, order, error.refusal)
@@ -161,10 +191,11 @@ class Jobs:
         failed = pb.Failed(run_id=run.run_id, id=encode_order_id(order), refusal=encode_refusal(refusal))
         self._send(pb.ClientMessage(failed=failed))
 
-    async def _perform(self, run: Participation, order: OrderId) -> tuple[OrderId, pb.Update, Array]:
+    async def _perform(self, run: Participation, order: OrderId, message: pb.Order) -> Prepared:
         """Have the worker do it, and pass the result through the gate: the last code before the wire."""
-        message = pipe.Perform(run_id=run.run_id, id=encode_order_id(order))
-        finished = await self._supervisor.perform(message, progress=_no_progress)
+        perform = pipe.Perform(run_id=run.run_id, id=encode_order_id(order))
+        finished = await self._supervisor.perform(perform, progress=self._teller(run, message))
+        self._reach("job.trained")
         metrics = {metric.name: metric.value for metric in finished.metrics}
         layout = None if order.kind == "evaluate" else run.layout
 
@@ -187,23 +218,54 @@ class Jobs:
             metrics=encode_metrics(released.metrics),
             vector=pb.Blob(digest=digest, size=vector.nbytes, inline=vector.tobytes() if small else None),
         )
-        return order, update, vector
+        prepared = Prepared(order, message.model.digest, update, vector)
+        self._remember(self._outbox.announce, prepared)
+        return prepared
 
-    async def _hand_in(self, run: Participation, order: OrderId, link: Link) -> None:
-        assert run.prepared is not None  # the caller has prepared it
-        _, update, vector = run.prepared
+    def _teller(self, run: Participation, message: pb.Order) -> Callable[[int, int], None]:
+        """Tells the coordinator now and then how far the worker is: a deadline is about progress."""
+        every_s = min(30.0, max(0.5, message.deadline_s / 8))
+        told = time.monotonic()
+
+        def tell(done: int, total: int) -> None:
+            nonlocal told
+            if time.monotonic() - told < every_s:
+                return
+            told = time.monotonic()
+            permille = _FETCHED + (_COMPUTED - _FETCHED) * min(done, total) // max(1, total)
+            progress = pb.Progress(run_id=run.run_id, id=message.id, permille=permille)
+            self._send(pb.ClientMessage(progress=progress))
+
+        return tell
+
+    def _remember(self, keep: Callable[[Prepared], None], prepared: Prepared) -> None:
+        """Keep an update for the case that this process ends: without it, the work would be done again."""
+        try:
+            keep(prepared)
+        except StorageError as error:
+            log.error(
+                "update_not_kept run=%s order=%s reason=%s", prepared.update.run_id, prepared.order, error
+            )
+
+    async def _hand_in(self, run: Participation, prepared: Prepared, link: Link) -> None:
+        update, vector = prepared.update, prepared.vector
         if update.vector.HasField("inline"):
             self._send(pb.ClientMessage(update=update))
             return
-        for attempt in range(1, _TRIES + 1):
-            try:
-                receipt = await link.deliver(update, vector)
-                break
-            except LinkError:
-                if attempt == _TRIES:
-                    raise
-                await asyncio.sleep(_RETRY_S * attempt)
-        log_receipt(receipt)
+        keeping = None
+        if not run.sent:  # it is new: it is written to disk while it is sent
+            keeping = asyncio.create_task(asyncio.to_thread(self._remember, self._outbox.write, prepared))
+
+        async def attempt() -> pb.Receipt:
+            offset = await link.resume(update) if run.sent else 0
+            run.sent = True
+            return await link.deliver(update, vector, offset=offset)
+
+        try:
+            log_receipt(await self._transfers.insist(link, attempt))
+        finally:
+            if keeping is not None:
+                await keeping  # the vector lies in the worker's memory, which the next order will change
 
 
 def _refusal_of(error: FedgeError, code: RefusalCode) -> Refusal:
@@ -221,7 +283,3 @@ def log_receipt(receipt: pb.Receipt) -> None:
         log.warning("update_refused run=%s order=%s reason=%s", printable(receipt.run_id), order, refusal)
     else:
         log.debug("update_accepted run=%s order=%s", printable(receipt.run_id), order)
-
-
-def _no_progress(done: int, total: int) -> None:
-    """Progress keeps the worker alive (see Supervisor); nobody else listens yet."""

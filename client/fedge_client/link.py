@@ -5,19 +5,21 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import grpc
 from grpc import aio
 
 import fedge
 from fedge.errors import ConfigError, FedgeError, LinkError, RemoteProtocolError
-from fedge.vector import Array, bytes_of, new_digest
+from fedge.faults import Faults
+from fedge.vector import Array, bytes_of
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire import fedge_pb2_grpc as services
 from fedge.wire.chunks import data_of_chunk, frames
-from fedge.wire.codec import check_blob
-from fedge.wire.limits import CHANNEL_OPTIONS, PROTOCOL
-from fedge.wire.status import error_of
+from fedge.wire.limits import CHANNEL_OPTIONS, CHUNK_BYTES, PROTOCOL
+from fedge.wire.status import RETRY_AFTER, error_of
+from fedge_client.download import Download
 from fedge_client.identity import Identity
 
 CALL_S = 60.0
@@ -41,8 +43,18 @@ SessionCall = aio.StreamStreamCall[pb.ClientMessage, pb.ServerMessages]
 class Link:
     """A channel to the coordinator under one identity. Its methods raise our errors, never gRPC's."""
 
-    def __init__(self, server: str, *, ca_pem: bytes, key_pem: bytes, certificate_pem: bytes) -> None:
+    def __init__(
+        self,
+        server: str,
+        *,
+        ca_pem: bytes,
+        key_pem: bytes,
+        certificate_pem: bytes,
+        faults: Faults | None = None,
+    ) -> None:
         self.server = server
+        self.closed = False
+        self._faults = faults or Faults()
         credentials = grpc.ssl_channel_credentials(ca_pem, key_pem, certificate_pem)
         self._channel = aio.secure_channel(server, credentials, options=_OPTIONS)
         self._federation: services.FederationAsyncStub = services.FederationStub(self._channel)
@@ -59,13 +71,18 @@ class Link:
         self._enrolment: services.EnrolmentAsyncStub = services.EnrolmentStub(self._channel)
 
     @classmethod
-    def of(cls, server: str, identity: Identity) -> Link:
+    def of(cls, server: str, identity: Identity, faults: Faults | None = None) -> Link:
         """The link of an enrolled site."""
         return cls(
-            server, ca_pem=identity.ca_pem, key_pem=identity.key_pem, certificate_pem=identity.certificate_pem
+            server,
+            ca_pem=identity.ca_pem,
+            key_pem=identity.key_pem,
+            certificate_pem=identity.certificate_pem,
+            faults=faults,
         )
 
     async def close(self) -> None:
+        self.closed = True
         await self._channel.close(None)
 
     async def enrol(self, csr_der: bytes) -> bytes:
@@ -116,57 +133,58 @@ class Link:
         except (FedgeError, asyncio.InvalidStateError) as error:
             raise LinkError(f"the session with {self.server} is over: {error}") from None
 
-    async def fetch(self, run_id: str, blob: pb.Blob, out: Array) -> None:
-        """Fill `out` with a blob's bytes, which rode inline or are fetched.
+    async def fetch(self, run_id: str, download: Download) -> None:
+        """Fetch what a download lacks still.
 
         Raises:
             RemoteProtocolError: its size or digest is not what was announced.
             LinkError: the link broke on the way, or the order that named the blob is over by now.
         """
-        check_blob(blob, expected_bytes=out.nbytes)
-        room = bytes_of(out)
-        if blob.HasField("inline"):
-            room[:] = blob.inline
+        if download.complete:
             return
         try:
-            await self._fetch_into(room, run_id, blob)
+            with self._errors():
+                request = pb.FetchRequest(run_id=run_id, digest=download.digest, offset=download.received)
+                async for message in self._fetch(request):
+                    download.take(data_of_chunk(message))
         except ConfigError as error:
             # An order can end while its model is on the way: nothing is wrong with this site's task.
             raise LinkError(f"what the order named is no longer there: {error}") from None
+        download.check()
 
-    async def _fetch_into(self, room: memoryview, run_id: str, blob: pb.Blob) -> None:
-        digest = new_digest()
-        received = 0
-        with self._errors():
-            request = pb.FetchRequest(run_id=run_id, digest=blob.digest, offset=0)
-            async for message in self._fetch(request):
-                data = data_of_chunk(message)
-                end = received + len(data)
-                if end > len(room):
-                    raise RemoteProtocolError(f"expected {len(room)} bytes, found more")
-                room[received:end] = data
-                digest.update(data)
-                received = end
-        if received != len(room) or digest.digest() != blob.digest:
-            raise RemoteProtocolError(f"expected {len(room)} bytes of the announced digest, found others")
-
-    async def deliver(self, update: pb.Update, vector: Array) -> pb.Receipt:
-        """Send a large update in chunks; the receipt says whether it counts."""
+    async def deliver(self, update: pb.Update, vector: Array, *, offset: int = 0) -> pb.Receipt:
+        """Send a large update in chunks, from `offset` on; the receipt says whether it counts."""
         view = bytes_of(vector)
 
         def requests() -> Iterator[bytes]:
-            yield pb.DeliverRequest(update=update).SerializeToString()
-            yield from frames(view, deliver=True)
+            yield pb.DeliverRequest(update=update, offset=offset).SerializeToString()
+            for number, frame in enumerate(frames(view, offset=offset, deliver=True), 1):
+                yield frame
+                if 2 * (offset + number * CHUNK_BYTES) >= len(view):
+                    self._faults.reach("update.half")
 
         with self._errors():
             return await self._deliver(requests())
+
+    async def resume(self, update: pb.Update) -> int:
+        """How many bytes of an update's vector have arrived already."""
+        with self._errors():
+            request = pb.ResumeRequest(run_id=update.run_id, id=update.id, digest=update.vector.digest)
+            reply = await self._federation.Resume(request, timeout=CALL_S)
+        if reply.received > update.vector.size or reply.received % 4:
+            raise RemoteProtocolError(
+                f"expected at most {update.vector.size} bytes to have arrived, found {reply.received}"
+            )
+        return reply.received
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
         try:
             yield
         except aio.AioRpcError as error:
-            raise error_of(error.code().name, error.details() or "", peer=self.server) from None
+            status, details = error.code().name, error.details() or ""
+            wish = _trailing(error, RETRY_AFTER)
+            raise error_of(status, details, peer=self.server, retry_after=wish) from None
         except aio.UsageError:
             raise LinkError(f"the link to {self.server} was closed before the call") from None
         except asyncio.CancelledError:
@@ -176,3 +194,9 @@ class Link:
             if task is None or task.cancelling():
                 raise
             raise LinkError(f"the link to {self.server} was closed during the call") from None
+
+
+def _trailing(error: aio.AioRpcError, wanted: str) -> str | None:
+    """What a peer that refused a call has added under this key."""
+    pairs: Any = error.trailing_metadata() or ()  # the stubs say that it cannot be iterated over
+    return next((str(value) for key, value in pairs if key == wanted), None)

@@ -40,7 +40,7 @@ def data_of_chunk(message: bytes) -> Piece:
     return data if data is not None else _parse(pb.Chunk, message).data
 
 
-def open_deliver_request(message: bytes) -> pb.Update | Piece:
+def open_deliver_request(message: bytes) -> pb.DeliverRequest | Piece:
     """What an encoded DeliverRequest carries: an update's description, or bytes of its vector.
 
     Raises:
@@ -52,7 +52,7 @@ def open_deliver_request(message: bytes) -> pb.Update | Piece:
     request = _parse(pb.DeliverRequest, message)
     match request.WhichOneof("kind"):
         case "update":
-            return request.update
+            return request
         case "data":
             return request.data
         case other:

@@ -330,6 +330,7 @@ class ClientMessage(_message.Message):
     REFUSE_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
     UPDATE_FIELD_NUMBER: _builtins.int
+    PROGRESS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello: ...
     @_builtins.property
@@ -340,6 +341,8 @@ class ClientMessage(_message.Message):
     def failed(self) -> Global___Failed: ...
     @_builtins.property
     def update(self) -> Global___Update: ...
+    @_builtins.property
+    def progress(self) -> Global___Progress: ...
     def __init__(
         self,
         *,
@@ -348,12 +351,13 @@ class ClientMessage(_message.Message):
         refuse: Global___Refuse | None = ...,
         failed: Global___Failed | None = ...,
         update: Global___Update | None = ...,
+        progress: Global___Progress | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["accept", b"accept", "failed", b"failed", "hello", b"hello", "kind", b"kind", "refuse", b"refuse", "update", b"update"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accept", b"accept", "failed", b"failed", "hello", b"hello", "kind", b"kind", "progress", b"progress", "refuse", b"refuse", "update", b"update"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accept", b"accept", "failed", b"failed", "hello", b"hello", "kind", b"kind", "refuse", b"refuse", "update", b"update"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accept", b"accept", "failed", b"failed", "hello", b"hello", "kind", b"kind", "progress", b"progress", "refuse", b"refuse", "update", b"update"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "accept", "refuse", "failed", "update"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "accept", "refuse", "failed", "update", "progress"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -756,6 +760,34 @@ class Failed(_message.Message):
 Global___Failed: _TypeAlias = Failed  # noqa: Y015
 
 @_typing.final
+class Progress(_message.Message):
+    """How much of an order's computation is done, now and then while it takes long."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    PERMILLE_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    permille: _builtins.int
+    @_builtins.property
+    def id(self) -> Global___OrderId: ...
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        id: Global___OrderId | None = ...,
+        permille: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "permille", b"permille", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Progress: _TypeAlias = Progress  # noqa: Y015
+
+@_typing.final
 class Receipt(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -819,18 +851,22 @@ class Closing(_message.Message):
 
     REASON_FIELD_NUMBER: _builtins.int
     REPLACED_FIELD_NUMBER: _builtins.int
+    RETRY_AFTER_S_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
     replaced: _builtins.bool
     """another client connected under this site's identity"""
+    retry_after_s: _builtins.float
+    """when it would like the site back"""
     def __init__(
         self,
         *,
         reason: _builtins.str = ...,
         replaced: _builtins.bool = ...,
+        retry_after_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "replaced", b"replaced"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "replaced", b"replaced", "retry_after_s", b"retry_after_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -888,7 +924,10 @@ class DeliverRequest(_message.Message):
 
     UPDATE_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
     data: _builtins.bytes
+    offset: _builtins.int
+    """with the update: where in its vector the data begins"""
     @_builtins.property
     def update(self) -> Global___Update:
         """first, its vector not inline"""
@@ -898,16 +937,64 @@ class DeliverRequest(_message.Message):
         *,
         update: Global___Update | None = ...,
         data: _builtins.bytes = ...,
+        offset: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "kind", b"kind", "update", b"update"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "kind", b"kind", "update", b"update"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "kind", b"kind", "offset", b"offset", "update", b"update"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["update", "data"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
 Global___DeliverRequest: _TypeAlias = DeliverRequest  # noqa: Y015
+
+@_typing.final
+class ResumeRequest(_message.Message):
+    """What has arrived of an update whose delivery was cut off. Whoever delivered it until now stops."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    digest: _builtins.bytes
+    @_builtins.property
+    def id(self) -> Global___OrderId: ...
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        id: Global___OrderId | None = ...,
+        digest: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "id", b"id", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeRequest: _TypeAlias = ResumeRequest  # noqa: Y015
+
+@_typing.final
+class ResumeReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECEIVED_FIELD_NUMBER: _builtins.int
+    received: _builtins.int
+    def __init__(
+        self,
+        *,
+        received: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["received", b"received"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeReply: _TypeAlias = ResumeReply  # noqa: Y015
 
 @_typing.final
 class EnrolRequest(_message.Message):
@@ -1074,6 +1161,7 @@ class RunSummary(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     STRATEGY_FIELD_NUMBER: _builtins.int
     SUBMITTED_AT_FIELD_NUMBER: _builtins.int
+    PROGRESS_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     name: _builtins.str
     status: _builtins.str
@@ -1084,6 +1172,8 @@ class RunSummary(_message.Message):
     strategy: _builtins.str
     submitted_at: _builtins.float
     """seconds since the epoch"""
+    progress: _builtins.str
+    """how far the open round is, and who is missing"""
     def __init__(
         self,
         *,
@@ -1095,10 +1185,11 @@ class RunSummary(_message.Message):
         reason: _builtins.str = ...,
         strategy: _builtins.str = ...,
         submitted_at: _builtins.float = ...,
+        progress: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "reason", b"reason", "round", b"round", "rounds", b"rounds", "run_id", b"run_id", "status", b"status", "strategy", b"strategy", "submitted_at", b"submitted_at"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "progress", b"progress", "reason", b"reason", "round", b"round", "rounds", b"rounds", "run_id", b"run_id", "status", b"status", "strategy", b"strategy", "submitted_at", b"submitted_at"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1147,7 +1238,7 @@ class RunClient(_message.Message):
     DETAIL_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     state: _builtins.str
-    """ready, refused, gone"""
+    """ready, working, refused, gone"""
     detail: _builtins.str
     def __init__(
         self,

@@ -51,6 +51,11 @@ class FederationStub:
                 request_serializer=fedge_dot_wire_dot_fedge__pb2.DeliverRequest.SerializeToString,
                 response_deserializer=fedge_dot_wire_dot_fedge__pb2.Receipt.FromString,
                 _registered_method=True)
+        self.Resume = channel.unary_unary(
+                '/fedge.v1.Federation/Resume',
+                request_serializer=fedge_dot_wire_dot_fedge__pb2.ResumeRequest.SerializeToString,
+                response_deserializer=fedge_dot_wire_dot_fedge__pb2.ResumeReply.FromString,
+                _registered_method=True)
         self.Renew = channel.unary_unary(
                 '/fedge.v1.Federation/Renew',
                 request_serializer=fedge_dot_wire_dot_fedge__pb2.EnrolRequest.SerializeToString,
@@ -81,6 +86,12 @@ class FederationServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Resume(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Renew(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -104,6 +115,11 @@ def add_FederationServicer_to_server(servicer, server):
                     servicer.Deliver,
                     request_deserializer=fedge_dot_wire_dot_fedge__pb2.DeliverRequest.FromString,
                     response_serializer=fedge_dot_wire_dot_fedge__pb2.Receipt.SerializeToString,
+            ),
+            'Resume': grpc.unary_unary_rpc_method_handler(
+                    servicer.Resume,
+                    request_deserializer=fedge_dot_wire_dot_fedge__pb2.ResumeRequest.FromString,
+                    response_serializer=fedge_dot_wire_dot_fedge__pb2.ResumeReply.SerializeToString,
             ),
             'Renew': grpc.unary_unary_rpc_method_handler(
                     servicer.Renew,
@@ -194,6 +210,33 @@ class Federation:
             '/fedge.v1.Federation/Deliver',
             fedge_dot_wire_dot_fedge__pb2.DeliverRequest.SerializeToString,
             fedge_dot_wire_dot_fedge__pb2.Receipt.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedge.v1.Federation/Resume',
+            fedge_dot_wire_dot_fedge__pb2.ResumeRequest.SerializeToString,
+            fedge_dot_wire_dot_fedge__pb2.ResumeReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -38,6 +38,7 @@ class FederationStub:
     Session: _grpc.StreamStreamMultiCallable[_fedge_pb2.ClientMessage, _fedge_pb2.ServerMessages]
     Fetch: _grpc.UnaryStreamMultiCallable[_fedge_pb2.FetchRequest, _fedge_pb2.Chunk]
     Deliver: _grpc.StreamUnaryMultiCallable[_fedge_pb2.DeliverRequest, _fedge_pb2.Receipt]
+    Resume: _grpc.UnaryUnaryMultiCallable[_fedge_pb2.ResumeRequest, _fedge_pb2.ResumeReply]
     Renew: _grpc.UnaryUnaryMultiCallable[_fedge_pb2.EnrolRequest, _fedge_pb2.EnrolReply]
 
 @_typing.type_check_only
@@ -48,6 +49,7 @@ class FederationAsyncStub(FederationStub):
     Session: _aio.StreamStreamMultiCallable[_fedge_pb2.ClientMessage, _fedge_pb2.ServerMessages]  # type: ignore[assignment]
     Fetch: _aio.UnaryStreamMultiCallable[_fedge_pb2.FetchRequest, _fedge_pb2.Chunk]  # type: ignore[assignment]
     Deliver: _aio.StreamUnaryMultiCallable[_fedge_pb2.DeliverRequest, _fedge_pb2.Receipt]  # type: ignore[assignment]
+    Resume: _aio.UnaryUnaryMultiCallable[_fedge_pb2.ResumeRequest, _fedge_pb2.ResumeReply]  # type: ignore[assignment]
     Renew: _aio.UnaryUnaryMultiCallable[_fedge_pb2.EnrolRequest, _fedge_pb2.EnrolReply]  # type: ignore[assignment]
 
 class FederationServicer(metaclass=_abc_1.ABCMeta):
@@ -73,6 +75,13 @@ class FederationServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_fedge_pb2.DeliverRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_fedge_pb2.Receipt, _abc.Awaitable[_fedge_pb2.Receipt]]: ...
+
+    @_abc_1.abstractmethod
+    def Resume(
+        self,
+        request: _fedge_pb2.ResumeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_fedge_pb2.ResumeReply, _abc.Awaitable[_fedge_pb2.ResumeReply]]: ...
 
     @_abc_1.abstractmethod
     def Renew(

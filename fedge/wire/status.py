@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from typing import Final
+
 from fedge.errors import (
+    BusyError,
     ConfigError,
     FedgeError,
     IdentityError,
@@ -14,7 +18,13 @@ from fedge.errors import (
 )
 from fedge.wire.codec import printable
 
+RETRY_AFTER: Final = "fedge-retry-after-s"
+"""The trailing metadata in which a busy peer says, in seconds, when it would like to be asked again."""
+
+MAX_RETRY_AFTER_S: Final = 3600.0
+
 _STATUS: tuple[tuple[type[FedgeError], str], ...] = (
+    (BusyError, "UNAVAILABLE"),
     (StorageError, "INTERNAL"),
     (IdentityError, "PERMISSION_DENIED"),
     (LimitError, "RESOURCE_EXHAUSTED"),
@@ -39,9 +49,14 @@ def status_of(error: FedgeError) -> str:
     return next((name for kind, name in _STATUS if isinstance(error, kind)), "INTERNAL")
 
 
-def error_of(status: str, details: str, *, peer: str) -> FedgeError:
-    """The error that a gRPC status from `peer` (HOST:PORT) means on this side."""
+def error_of(status: str, details: str, *, peer: str, retry_after: str | bytes | None = None) -> FedgeError:
+    """The error that a gRPC status from `peer` (HOST:PORT) means on this side.
+
+    `retry_after` is what the trailing metadata say under `RETRY_AFTER`.
+    """
     details = printable(details)
+    if status == "UNAVAILABLE" and retry_after is not None:
+        return BusyError(f"the coordinator at {peer} is busy: {details}", retry_after_s=_seconds(retry_after))
     if status in _ERRORS:
         return _ERRORS[status](details)
     if status == "UNAVAILABLE":
@@ -57,3 +72,12 @@ def error_of(status: str, details: str, *, peer: str) -> FedgeError:
     if status == "DEADLINE_EXCEEDED":
         return LinkError(f"the coordinator at {peer} did not answer in time")
     return LinkError(f"the coordinator at {peer} ended the call: {status.lower()}: {details}")
+
+
+def _seconds(text: str | bytes) -> float:
+    """A peer's wish, within reason."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        return 1.0
+    return min(max(seconds, 0.0), MAX_RETRY_AFTER_S) if math.isfinite(seconds) else 1.0

@@ -12,10 +12,10 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc import aio
 
-from fedge.errors import FedgeError, IdentityError, RemoteProtocolError, StorageError
+from fedge.errors import BusyError, FedgeError, IdentityError, RemoteProtocolError, StorageError
 from fedge.principal import Principal, Role, principal_of
 from fedge.wire.codec import shorten
-from fedge.wire.status import status_of
+from fedge.wire.status import RETRY_AFTER, status_of
 from fedge_server.membership import Membership
 
 log = logging.getLogger(__name__)
@@ -70,8 +70,9 @@ async def refuse(context: Context, error: FedgeError) -> NoReturn:
         # A file of ours that cannot be written: the operator's to know, with its path, not the peer's.
         log.error("store_failed reason=%s", error)
         details = "the coordinator cannot write its records; see its log"
+    trailing = ((RETRY_AFTER, f"{error.retry_after_s:.3f}"),) if isinstance(error, BusyError) else ()
     try:
-        await context.abort(grpc.StatusCode[status], details)
+        await context.abort(grpc.StatusCode[status], details, trailing)
     except aio.InternalError:  # the peer is gone: there is nobody to tell
         raise asyncio.CancelledError from None
 

@@ -8,7 +8,7 @@ import secrets
 import time
 from dataclasses import dataclass
 
-from fedge.errors import ConfigError, FedgeError, RunError
+from fedge.errors import BusyError, ConfigError, FedgeError, RunError
 from fedge.federation import Stop
 from fedge.refusal import Refusal
 from fedge.round import Failed, OrderId
@@ -19,14 +19,22 @@ from fedge.wire import fedge_pb2 as pb
 from fedge.wire.codec import encode_layout, encode_work
 from fedge_server.archive import Archive
 from fedge_server.driver import RunDriver, Surroundings
+from fedge_server.limits import Pace
 from fedge_server.moments import start_of
 from fedge_server.past import PastRun
 from fedge_server.sessions import Session
 from fedge_server.settings import ServerSettings
 from fedge_server.spool import Spool
 from fedge_server.store.records import KeptRun, RunRecord
+from fedge_server.uploads import Uploads
 
 log = logging.getLogger(__name__)
+
+IDLE_S = 60.0
+"""How long a site that takes part in no run keeps its place when others need it."""
+
+RESTART_S = 0.5
+"""How long a coordinator that is stopped takes to be back, if somebody starts it again at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +52,14 @@ class Coordinator:
     def __init__(self, settings: ServerSettings, spool: Spool, archive: Archive) -> None:
         self.settings = settings
         self.spool = spool
+        self.uploads = Uploads(spool, max_idle_bytes=settings.max_kept_bytes)
         self.archive = archive
         self.sessions: dict[str, Session] = {}
         self.runs: dict[str, RunDriver] = {}
         self.past: dict[str, PastRun] = {}
         """Runs that no process drives: those that ended before this one, and those that cannot go on here."""
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._pace = Pace()
 
     # Sessions.
 
@@ -57,18 +67,31 @@ class Coordinator:
         """A site's stream is up: an older one of the same site ends, and every open run is offered.
 
         Raises:
-            RunError: there are as many sessions as the operator allows.
+            BusyError: there are as many sessions as the operator allows, and all of them are needed.
         """
         old = self.sessions.get(session.site)
         if old is not None:
             old.close("another client connected as this site", replaced=True)
             self.disconnect(old)
         elif len(self.sessions) >= self.settings.max_sessions:
-            raise RunError(f"this coordinator has its {self.settings.max_sessions} sessions; try later")
+            self._make_room()
         self.sessions[session.site] = session
         log.info("site_connected site=%s session=%d", session.site, session.number)
         for driver in self._open_runs():
             session.send(_offer(driver))
+
+    def _make_room(self) -> None:
+        """Send the site away that has been idle for longest; it is told when to come back."""
+        now = asyncio.get_running_loop().time()
+        idle = [each for each in self.sessions.values() if not each.joined and now - each.since >= IDLE_S]
+        if not idle:
+            raise BusyError(
+                f"this coordinator has its {self.settings.max_sessions} sessions",
+                retry_after_s=self._pace.when_full(now=now),
+            )
+        oldest = min(idle, key=lambda each: each.since)
+        oldest.close("others need the place", retry_after_s=self._pace.when_full(now=now))
+        self.disconnect(oldest)
 
     def disconnect(self, session: Session) -> None:
         """A site's stream is gone; the runs it had joined hear of it."""
@@ -200,6 +223,7 @@ class Coordinator:
         task.add_done_callback(lambda _: self._ended(driver))
 
     def _ended(self, driver: RunDriver) -> None:
+        self.uploads.forget_run(driver.run_id)
         if driver.machine.status != "running":
             self.archive.note("run_ended", driver.run_id, detail=driver.machine.status)
         if not self._open_runs():
@@ -244,8 +268,10 @@ class Coordinator:
 
     async def shut_down(self, grace_s: float) -> None:
         """End every session, and every run's task once the run is kept, if that takes no longer than this."""
+        now = asyncio.get_running_loop().time()
         for session in list(self.sessions.values()):
-            session.close("the coordinator is shutting down")
+            back_in_s = self._pace.return_in_s(now=now, after_s=RESTART_S)
+            session.close("the coordinator is shutting down", retry_after_s=back_in_s)
         for driver in self.runs.values():
             driver.drain()
         tasks = [task for task in self._tasks.values() if not task.done()]

@@ -33,6 +33,7 @@ from fedge.round import (
     Joined,
     Left,
     OrderId,
+    Progressed,
     Reject,
     Send,
     StartTimer,
@@ -200,6 +201,22 @@ class RunDriver:
         if refusal is not None and machine != self.machine:
             self.post(Arrived(client, order))  # the sender of a stale gradient is given the current model
         return refusal
+
+    @property
+    def progress_every_s(self) -> float:
+        """How often progress is worth telling: several times within a deadline."""
+        return min(30.0, max(0.5, self.config.cohort.deadline_s / 8))
+
+    def progress(self, client: str, order: OrderId, permille: int) -> None:
+        """A client's work on an order goes on."""
+        if 0 < permille <= 1000 and not self._over and self._queue.qsize() < MAX_WAITING_EVENTS:
+            self._queue.put_nowait((Progressed(client, order, permille), None))
+
+    def fetched(self, client: str, done: int, size: int) -> None:
+        """A client is fetching what its orders name: so much of it is on its way."""
+        for order, cohort in self.machine.cohorts.items():
+            if cohort.get(client) in ("pending", "lost"):
+                self.progress(client, order, max(1, 250 * done // max(1, size)))
 
     def count(self, *, down: int = 0, up: int = 0) -> None:
         """Account for bytes of vectors on the wire."""

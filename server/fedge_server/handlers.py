@@ -29,6 +29,11 @@ def add_services(
             request_deserializer=None,
             response_serializer=pb.Receipt.SerializeToString,
         ),
+        "Resume": grpc.unary_unary_rpc_method_handler(
+            federation.Resume,
+            request_deserializer=pb.ResumeRequest.FromString,
+            response_serializer=pb.ResumeReply.SerializeToString,
+        ),
         "Renew": grpc.unary_unary_rpc_method_handler(
             federation.Renew,
             request_deserializer=pb.EnrolRequest.FromString,

@@ -7,37 +7,24 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import suppress
 
-from fedge.errors import FedgeError, RefusedError, RemoteProtocolError
-from fedge.exact import MAX_WEIGHT
-from fedge.refusal import Refusal, RefusalCode
-from fedge.round import OrderId
+from fedge.errors import FedgeError, RemoteProtocolError
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire import fedge_pb2_grpc as services
-from fedge.wire.chunks import Piece, frames, open_deliver_request
-from fedge.wire.codec import (
-    check_blob,
-    decode_metrics,
-    decode_order_id,
-    decode_refusal,
-    encode_order_id,
-    encode_refusal,
-    printable,
-    shorten,
-)
-from fedge.wire.limits import CHUNK_BYTES, MAX_MESSAGE_BYTES, PROTOCOL
+from fedge.wire.chunks import frames, open_deliver_request
+from fedge.wire.codec import decode_order_id, decode_refusal
+from fedge.wire.limits import CHUNK_BYTES, PROTOCOL
 from fedge_server import sessions
 from fedge_server.callers import Context, answering, caller, messages, refuse
 from fedge_server.clock import now
 from fedge_server.coordinator import Coordinator
+from fedge_server.deliveries import Deliveries
 from fedge_server.driver import RunDriver
+from fedge_server.limits import Concurrency, Pace
 from fedge_server.membership import Membership
-from fedge_server.spool import Upload
 
 log = logging.getLogger(__name__)
 
-_INLINE_ON_LOOP_BYTES = 128 << 10
 FIRST_MESSAGE_S = 30.0
-CHUNK_WAIT_S = 120.0
 
 
 class FederationService:
@@ -47,6 +34,9 @@ class FederationService:
         self._coordinator = coordinator
         self._membership = membership
         self._software = software
+        self._deliveries = Deliveries(coordinator)
+        self._fetches = Concurrency("downloads", each=coordinator.settings.max_site_downloads)
+        self._pace = Pace()
 
     async def Session(
         self, request_iterator: AsyncIterator[pb.ClientMessage], context: Context
@@ -59,6 +49,7 @@ class FederationService:
             if hello.probe:
                 yield self._welcome()
                 return
+            self._pace.admit(now=asyncio.get_running_loop().time())
             self._membership.check_known(principal)  # it may have been revoked while it greeted
             session = sessions.Session(principal)
             self._coordinator.connect(session)
@@ -134,30 +125,15 @@ class FederationService:
                 order, refusal = decode_order_id(failed.id), decode_refusal(failed.refusal)
                 self._coordinator.fail(session, failed.run_id, order, refusal)
             case "update":
-                receipt = await self._inline_update(session, message.update)
+                receipt = await self._deliveries.inline(session.site, message.update)
                 session.send(pb.ServerMessage(receipt=receipt), lazily=not receipt.HasField("refusal"))
+            case "progress":
+                progress = message.progress
+                driver = self._coordinator.runs.get(progress.run_id)
+                if driver is not None:
+                    driver.progress(session.site, decode_order_id(progress.id), progress.permille)
             case other:
                 raise RemoteProtocolError(f"expected a message of a known kind, found {other}")
-
-    async def _inline_update(self, session: sessions.Session, update: pb.Update) -> pb.Receipt:
-        order = decode_order_id(update.id)
-        try:
-            driver, upload = self._begin(session.site, order, update)
-            if not update.vector.HasField("inline"):
-                raise _refused(RefusalCode.WRONG_LENGTH, "expected an update with its vector in it")
-            try:
-                if upload is not None:
-                    await _write(upload, update.vector.inline)
-                    upload.finish()
-            except BaseException:
-                if upload is not None:
-                    upload.close()
-                raise
-            outcome = await driver.deliver(session.site, order, update, upload)
-        except RefusedError as error:
-            self._count_refusal(session.site, update.run_id, order, error.refusal)
-            outcome = error.refusal
-        return _receipt(update, outcome)
 
     async def Fetch(self, request: pb.FetchRequest, context: Context) -> AsyncIterator[bytes]:
         """Bytes that the caller's order named, from any offset, as encoded Chunks."""
@@ -171,85 +147,46 @@ class FederationService:
                 raise RemoteProtocolError(f"expected an offset up to {len(view)}, found {request.offset}")
         except FedgeError as error:
             await refuse(context, error)
-        starts = range(request.offset, len(view), CHUNK_BYTES)
-        for start, frame in zip(starts, frames(view, offset=request.offset), strict=True):
+        try:
+            with self._fetches.one_of(site):
+                async for frame in self._frames(site, driver, request.offset, view):
+                    yield frame
+        except FedgeError as error:
+            await refuse(context, error)
+
+    async def _frames(
+        self, site: str, driver: RunDriver, offset: int, view: memoryview
+    ) -> AsyncIterator[bytes]:
+        """What is left of a vector, in chunks; each that is taken is progress."""
+        clock = asyncio.get_running_loop().time
+        told = clock()
+        starts = range(offset, len(view), CHUNK_BYTES)
+        for start, frame in zip(starts, frames(view, offset=offset), strict=True):
             driver.count(down=min(CHUNK_BYTES, len(view) - start))
             yield frame
+            if clock() - told >= driver.progress_every_s:
+                told = clock()
+                driver.fetched(site, start, len(view))
 
     async def Deliver(self, request_iterator: AsyncIterator[bytes], context: Context) -> pb.Receipt:
-        """A large update, as encoded DeliverRequests. One that cannot count is answered before it is read."""
+        """A large update, as encoded DeliverRequests."""
         try:
             site = (await caller(context, self._membership, role="site")).name
             async with asyncio.timeout(FIRST_MESSAGE_S):
-                update = open_deliver_request(await anext(request_iterator))
-            if not isinstance(update, pb.Update):
+                first = open_deliver_request(await anext(request_iterator))
+            if not isinstance(first, pb.DeliverRequest):
                 raise RemoteProtocolError("expected an update's description first, found bytes")
-            return await self._receive(site, update, request_iterator)
+            return await self._deliveries.in_chunks(site, first, request_iterator)
         except (TimeoutError, StopAsyncIteration):
             await refuse(context, RemoteProtocolError("expected more of the update, found nothing in time"))
         except FedgeError as error:
             await refuse(context, error)
 
-    async def _receive(self, site: str, update: pb.Update, requests: AsyncIterator[bytes]) -> pb.Receipt:
-        order = decode_order_id(update.id)
-        try:
-            driver, upload = self._begin(site, order, update)
-            if upload is None:
-                raise _refused(RefusalCode.WRONG_LENGTH, "expected an update with a vector")
-            try:
-                await _fill(upload, requests)
-                if upload.missing:
-                    # A link that broke looks like this, too: it is not held against the site, which may retry.
-                    raise RemoteProtocolError(f"expected {upload.missing} more bytes, found the end")
-                upload.finish()
-            except BaseException:
-                upload.close()
-                raise
-            outcome = await driver.deliver(site, order, update, upload)
-        except RefusedError as error:
-            self._count_refusal(site, update.run_id, order, error.refusal)
-            outcome = error.refusal
-        return _receipt(update, outcome)
-
-    def _begin(self, site: str, order: OrderId, update: pb.Update) -> tuple[RunDriver, Upload | None]:
-        """Check everything that an update says of itself, before its bytes are read or room is made."""
-        driver = self._coordinator.runs.get(update.run_id)
-        if driver is None and update.run_id in self._coordinator.past:
-            raise _refused(RefusalCode.RUN_ENDED, "the run is over")
-        if driver is None:
-            raise _refused(RefusalCode.UNKNOWN_RUN, "no such run here")
-        unwanted = driver.unwanted(site, order)
-        if unwanted is not None:
-            raise RefusedError(unwanted)
-        if not 1 <= update.num_examples < MAX_WEIGHT:
-            raise _refused(
-                RefusalCode.BAD_WEIGHT,
-                f"expected 1 to {MAX_WEIGHT - 1} examples, found {update.num_examples}",
-            )
-        try:
-            decode_metrics(update.metrics)
-        except RemoteProtocolError as error:
-            raise _refused(RefusalCode.BAD_METRICS, str(error)) from None
-        expected = 0 if order.kind == "evaluate" else driver.layout.nbytes
-        if update.vector.size != expected:
-            raise _refused(
-                RefusalCode.WRONG_LENGTH, f"expected a vector of {expected} bytes, found {update.vector.size}"
-            )
-        try:
-            check_blob(update.vector, expected_bytes=expected)
-        except RemoteProtocolError as error:
-            raise _refused(RefusalCode.WRONG_DIGEST, str(error)) from None
-        if not expected:
-            return driver, None
-        return driver, self._coordinator.spool.upload(size=expected, digest=update.vector.digest)
-
-    def _count_refusal(self, site: str, run_id: str, order: OrderId, refusal: Refusal) -> None:
-        """A refused update costs the site its part in this round, unless it merely came late or twice."""
-        named = printable(shorten(run_id, cap=100))  # the site's words: it may be no run's id at all
-        log.warning("update_refused run=%s site=%s order=%s reason=%s", named, site, order, refusal)
-        session = self._coordinator.sessions.get(site)
-        if session is not None and refusal.code not in _HARMLESS:
-            self._coordinator.fail(session, run_id, order, refusal)
+    @answering
+    async def Resume(self, request: pb.ResumeRequest, context: Context) -> pb.ResumeReply:
+        """How much of an update is here whose delivery was cut off."""
+        site = (await caller(context, self._membership, role="site")).name
+        return pb.ResumeReply(received=await self._deliveries.resume(site, request))
 
     @answering
     async def Renew(self, request: pb.EnrolRequest, context: Context) -> pb.EnrolReply:
@@ -277,59 +214,3 @@ class EnrolmentService(services.EnrolmentServicer):
             session.close("the site was enrolled again")
         log.info("site_enrolled site=%s", principal.name)
         return pb.EnrolReply(certificate=certificate)
-
-
-_HARMLESS = frozenset(
-    {
-        RefusalCode.LATE,
-        RefusalCode.DUPLICATE,
-        RefusalCode.NOT_ASKED,
-        RefusalCode.STALE,
-        RefusalCode.RUN_ENDED,
-        RefusalCode.UNKNOWN_RUN,
-    }
-)
-
-
-async def _fill(upload: Upload, requests: AsyncIterator[bytes]) -> None:
-    """Keep what arrives until the sender ends; while one chunk is written the next is on its way."""
-    writing: asyncio.Task[None] | None = None
-    try:
-        while True:
-            async with asyncio.timeout(CHUNK_WAIT_S):
-                request = await anext(requests, None)
-            if writing is not None:
-                await writing
-            if request is None:
-                return
-            data = open_deliver_request(request)
-            if isinstance(data, pb.Update):
-                raise RemoteProtocolError("expected bytes of the update, found another update")
-            writing = asyncio.create_task(_write(upload, data))
-    finally:
-        if writing is not None:
-            writing.cancel()
-            with suppress(asyncio.CancelledError, FedgeError):  # what ends the upload is the first trouble
-                await writing
-
-
-async def _write(upload: Upload, data: Piece) -> None:
-    """Hash, check and keep a chunk; on a thread when it is large, so that the loop stays free."""
-    if len(data) > MAX_MESSAGE_BYTES:
-        raise _refused(RefusalCode.TOO_LARGE, f"expected chunks of at most {MAX_MESSAGE_BYTES} bytes")
-    if len(data) <= _INLINE_ON_LOOP_BYTES:
-        upload.write(data)
-    else:
-        await asyncio.to_thread(upload.write, data)
-
-
-def _receipt(update: pb.Update, outcome: Refusal | None) -> pb.Receipt:
-    return pb.Receipt(
-        run_id=update.run_id,
-        id=encode_order_id(decode_order_id(update.id)),
-        refusal=encode_refusal(outcome) if outcome is not None else None,
-    )
-
-
-def _refused(code: RefusalCode, message: str) -> RefusedError:
-    return RefusedError(Refusal(code, message))

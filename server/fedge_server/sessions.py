@@ -24,6 +24,7 @@ class Session:
         self.site = principal.name
         self.principal = principal
         self.number = next(_serials)
+        self.since = asyncio.get_running_loop().time()
         self.joined: set[str] = set()
         """Runs that this session has accepted."""
         self.ended_because = ""
@@ -50,10 +51,14 @@ class Session:
         elif len(self._queue) == 1:
             asyncio.get_running_loop().call_later(LAZY_S, self._news.set)
 
-    def close(self, because: str, *, replaced: bool = False) -> None:
-        """End the session; what is queued, and then the reason, is still sent if the peer reads."""
+    def close(self, because: str, *, replaced: bool = False, retry_after_s: float = 0.0) -> None:
+        """End the session; what is queued, and then the reason, is still sent if the peer reads.
+
+        `retry_after_s` is when the site should come back; 0 leaves that to it.
+        """
         if not self.closed:
-            self._queue.append(pb.ServerMessage(closing=pb.Closing(reason=because, replaced=replaced)))
+            closing = pb.Closing(reason=because, replaced=replaced, retry_after_s=retry_after_s)
+            self._queue.append(pb.ServerMessage(closing=closing))
             self.closed = True
             self.ended_because = because
             self._news.set()

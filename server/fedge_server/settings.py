@@ -30,6 +30,10 @@ class ServerSettings(Config):
     max_runs: Annotated[int, Field(ge=1, le=1000)] = 16
     max_finished_runs: Annotated[int, Field(ge=1, le=100_000)] = 100
     max_sessions: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000
+    max_uploads: Annotated[int, Field(ge=1, le=100_000)] = 256
+    max_site_uploads: Annotated[int, Field(ge=1, le=1000)] = 4
+    max_site_downloads: Annotated[int, Field(ge=1, le=1000)] = 8
+    max_site_bytes_per_s: Annotated[float, Field(ge=0, le=1e12)] = 0.0
     max_model_bytes: Annotated[int, Field(ge=1, le=1 << 40)] = 4 << 30
     max_kept_bytes: Annotated[int, Field(ge=0, le=1 << 50)] = 64 << 30
     shutdown_grace_s: Annotated[float, Field(ge=0, le=3600)] = 5.0

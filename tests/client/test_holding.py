@@ -15,11 +15,11 @@ from fedge.optimizer import Kind
 from fedge.pipeline import Pipeline, Update
 from fedge.round import OrderId
 from fedge.strategy import AnyStrategy
-from fedge.vector import Array, Layout, Model, Tensor, bytes_of, digest_of
+from fedge.vector import Array, Layout, Model, Tensor, digest_of
 from fedge.wire import fedge_pb2 as pb
-from fedge.wire.codec import check_blob
 from fedge.wire.limits import INLINE_BYTES
 from fedge_client import holding as holdings
+from fedge_client.download import Download
 from fedge_client.holding import Holding
 from fedge_server.orders import Orders
 from fedge_server.shelf import Shelf
@@ -72,20 +72,28 @@ class Link:
     fetched: list[int] = field(default_factory=list)
     breaks_after: int | None = None
     lies: bool = False
+    sent: int = 0
 
-    async def fetch(self, run_id: str, blob: pb.Blob, out: Array) -> None:
-        check_blob(blob, expected_bytes=out.nbytes)
-        self.fetched.append(out.nbytes)
-        data = blob.inline if blob.HasField("inline") else self.shelf.find("a", blob.digest)
-        assert data is not None, "the order names it"
+    async def fetch(self, run_id: str, download: Download) -> None:
+        self.fetched.append(download.out.nbytes)
+        broken = False
         if self.breaks_after is not None:
             self.breaks_after -= 1
-            if self.breaks_after < 0:
-                bytes_of(out)[: out.nbytes // 2] = data[: out.nbytes // 2]
-                raise LinkError("broken")
-        bytes_of(out)[:] = data
+            broken = self.breaks_after < 0
+        inline = download.complete
+        if not inline:
+            data = self.shelf.find("a", download.digest)
+            assert data is not None, "the order names it"
+            rest = data[download.received :]
+            part = rest[: 4 * (len(rest) // 8)] if broken else rest
+            self.sent += len(part)
+            download.take(bytes(len(part)) if self.lies else part)
+        if broken:
+            raise LinkError("broken")
         if self.lies:
             raise RemoteProtocolError("expected bytes of the announced digest, found others")
+        if not inline:
+            download.check()
 
 
 @dataclass
@@ -256,17 +264,45 @@ def test_a_fetch_that_breaks_leaves_a_mirror_that_can_still_move():
     assert site.counts == (1, 1)
 
 
-def test_a_model_that_broke_off_is_fetched_again_from_the_start():
-    coordinator = Coordinator(MirroredSgd("momentum", 0.05))
-    for cut in (0, 1):  # in the model, or in the slots behind it
-        site = Site(coordinator)
+@pytest.mark.parametrize("cut", [0, 1], ids=["in the model", "in the slots behind it"])
+def test_what_broke_off_goes_on_where_it_was(cut):
+    coordinator = Coordinator(MirroredSgd("momentum", 0.05), size=LARGE)
+    whole = Site(coordinator)
+    whole.reach()
+    site = Site(coordinator)
+    for _ in range(3):
         site.link.breaks_after = cut
         with pytest.raises(LinkError):
             site.reach()
         assert site.holding.digest == b""
-        site.link.breaks_after = None
+        cut = 0
+    site.link.breaks_after = None
+    site.reach()
+    site.check()
+    assert site.link.sent == whole.link.sent, "no byte came twice"
+
+
+def test_a_model_that_has_changed_meanwhile_is_fetched_from_its_start():
+    coordinator = Coordinator(MirroredSgd("momentum", 0.05), size=LARGE)
+    site = Site(coordinator)
+    site.link.breaks_after = 0
+    with pytest.raises(LinkError):
         site.reach()
-        site.check()
+    coordinator.step()
+    site.link.breaks_after = None
+    site.reach()
+    site.check()
+
+
+def test_bytes_that_were_not_what_was_announced_are_not_gone_on_with():
+    coordinator = Coordinator(MirroredSgd("momentum", 0.05), size=LARGE)
+    site = Site(coordinator)
+    site.link.lies = True
+    with pytest.raises(RemoteProtocolError):
+        site.reach()
+    site.link.lies = False
+    site.reach()
+    site.check()
 
 
 def test_an_order_with_an_optimiser_that_is_none_is_refused_and_the_mirror_is_as_it_was():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,9 @@ from fedge.wire.codec import encode_blob, encode_layout, encode_order_id, encode
 from fedge.wire.limits import INLINE_BYTES
 from fedge_client import jobs as jobs_module
 from fedge_client import pipe_pb2 as pipe
-from fedge_client.jobs import Jobs
+from fedge_client import transfer
+from fedge_client.download import Download
+from fedge_client.jobs import OUTBOX, Jobs
 from fedge_client.settings import ClientSettings, Policy
 
 SLOTS = 2
@@ -41,6 +44,7 @@ class Worker:
     metrics: dict[str, float] = field(default_factory=lambda: {"train_loss": 0.5})
     refusal: Refusal | None = None
     trouble: Exception | None = None
+    steps: int = 0
 
     def free_slot(self) -> int | None:
         used = {load.slot for load in self.loads.values()}
@@ -57,6 +61,8 @@ class Worker:
     async def perform(self, message: pipe.Perform, *, progress: Callable[[int, int], None]) -> pipe.Finished:
         self.performed.append(message)
         self._behave()
+        for done in range(1, self.steps + 1):
+            progress(done, self.steps)
         model, update = self.segments[self.loads[message.run_id].slot]
         update[:] = model + np.float32(self.result)
         metrics = [pb.Metric(name=name, value=value) for name, value in self.metrics.items()]
@@ -81,21 +87,32 @@ class Link:
 
     delivered: list[tuple[bytes, bytes]] = field(default_factory=list)
     breaks: int = 0
+    breaks_in: str = "fetch deliver"
     on_fetch: Callable[[], None] = lambda: None
+    on_break: Callable[[], None] = lambda: None
 
-    async def fetch(self, run_id: str, blob: pb.Blob, out: Array) -> None:
+    closed: bool = False
+    arrived: int = 0
+    """Bytes of the update that came before the link broke."""
+
+    async def fetch(self, run_id: str, download: Download) -> None:
         self.on_fetch()
-        self._break()
-        bytes_of(out)[:] = blob.inline
+        self._break("fetch")
+        assert download.complete, "it rides inline"
 
-    async def deliver(self, update: pb.Update, vector: Array) -> pb.Receipt:
-        self._break()
+    async def resume(self, update: pb.Update) -> int:
+        return self.arrived
+
+    async def deliver(self, update: pb.Update, vector: Array, *, offset: int = 0) -> pb.Receipt:
+        assert offset == self.arrived
+        self._break("deliver")
         self.delivered.append((update.SerializeToString(), vector.tobytes()))
         return pb.Receipt(run_id=update.run_id, id=update.id)
 
-    def _break(self) -> None:
-        if self.breaks:
+    def _break(self, where: str) -> None:
+        if self.breaks and where in self.breaks_in:
             self.breaks -= 1
+            self.on_break()
             raise LinkError("broken")
 
 
@@ -303,17 +320,117 @@ def test_an_order_cancelled_while_its_model_is_fetched_never_reaches_the_worker(
     assert site.do(order(2))[0].HasField("update"), "the next one is done"
 
 
-def test_a_link_that_breaks_is_no_failure_of_the_order(site: Site, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(jobs_module, "_RETRY_S", 0.0)
+def test_a_link_that_is_gone_is_no_failure_of_the_order(site: Site):
     site.consider(offer(size=LARGE))
+    site.link.closed = True
     site.link.breaks = 1  # on the way to the model: the order will be sent again
     assert site.do(order(size=LARGE)) == []
     assert site.worker.performed == []
     assert site.do(order(size=LARGE)) == []
     assert len(site.link.delivered) == 1
-    site.link.breaks = jobs_module._TRIES - 1  # on the way back: tried again here
-    site.do(order(2, size=LARGE))
+    site.link.breaks, site.link.breaks_in = 1, "deliver"
+    assert site.do(order(2, model=1.0, size=LARGE)) == []
+    assert len(site.link.delivered) == 1
+    site.link.arrived = 8  # before it broke
+    assert site.do(order(2, model=1.0, size=LARGE)) == []
     assert len(site.link.delivered) == 2
-    site.link.breaks = jobs_module._TRIES
-    assert site.do(order(3, model=1.0, size=LARGE)) == []
-    assert len(site.link.delivered) == 2
+    assert len(site.worker.performed) == 2
+
+
+def test_while_there_is_a_link_what_breaks_is_tried_again(site: Site, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(transfer, "_FIRST_S", 0.0)
+    site.consider(offer(size=LARGE))
+    site.link.breaks = 7
+    assert site.do(order(size=LARGE)) == []
+    assert len(site.link.delivered) == 1
+
+
+def test_what_is_called_off_while_it_is_handed_in_is_left_there_and_not_answered(site: Site):
+    site.consider(offer(size=LARGE))
+    site.link.breaks = 10**6
+    site.link.on_break = site.jobs.cancel
+    assert site.do(order(size=LARGE)) == []
+    assert site.link.delivered == []
+    assert site.do(order(2, model=1.0, size=LARGE)) == [], "the next one is not called off with it"
+
+
+def test_the_coordinator_hears_of_work_that_takes_long(site: Site, monkeypatch: pytest.MonkeyPatch):
+    clock = iter(range(0, 10**6, 10))
+    monkeypatch.setattr(jobs_module.time, "monotonic", lambda: next(clock))
+    site.worker.steps = 4
+    site.consider(offer())
+    wanted = order()
+    wanted.deadline_s = 60.0
+    *told, _ = site.do(wanted)
+    assert [message.progress.permille for message in told] == [375, 500, 625, 750]
+    assert told[0].progress.id == wanted.id
+
+
+# An agent that was killed and is started again, in the same folder.
+
+
+@pytest.mark.parametrize("size", [SIZE, LARGE])
+def test_an_agent_that_starts_again_hands_in_the_bytes_that_it_had_prepared(site: Site, size: int):
+    site.consider(offer(size=size))
+    before = site.do(order(size=size))
+    again = Site(site.folder)
+    again.consider(offer(size=size))
+    again.worker.result = 9.0  # were it done again, something else would come of it
+    after = again.do(order(size=size))
+    assert again.worker.performed == []
+    assert after == before
+    assert again.link.delivered == site.link.delivered
+    assert len(again.do(order(2, model=1.0, size=size)) + again.link.delivered[1:]) == 1, "and goes on"
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x00" * 8, b"\x01\x00\x00\x00" * LARGE])
+def test_an_agent_that_has_lost_what_it_had_prepared_says_so_once(site: Site, damage: bytes):
+    site.consider(offer(size=LARGE))
+    site.do(order(size=LARGE))
+    (vector,) = (site.folder / OUTBOX).glob("*.vector")
+    vector.write_bytes(damage)
+    again = Site(site.folder)
+    again.consider(offer(size=LARGE))
+    (answer,) = again.do(order(size=LARGE))
+    assert answer.failed.refusal.code == RefusalCode.UPDATE_LOST
+    assert again.worker.performed == []
+    again.do(order(2, model=1.0, size=LARGE))
+    assert len(again.link.delivered) == 1
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff" * 40])
+def test_a_description_that_cannot_be_read_is_an_update_that_was_lost(site: Site, damage: bytes):
+    site.consider(offer())
+    site.do(order())
+    (update,) = (site.folder / OUTBOX).glob("*.update")
+    update.write_bytes(damage)
+    again = Site(site.folder)
+    again.consider(offer())
+    (answer,) = again.do(order())
+    assert answer.failed.refusal.code == RefusalCode.UPDATE_LOST
+
+
+def test_an_order_of_the_same_name_on_another_model_is_another_order(site: Site):
+    """A coordinator that has lost its last rounds gives them again, perhaps to another cohort."""
+    site.consider(offer())
+    site.do(order(model=1.0))
+    for agent in (site, Site(site.folder)):
+        agent.consider(offer()) if agent is not site else None
+        (answer,) = agent.do(order(model=2.0))
+        assert np.frombuffer(answer.update.vector.inline, np.float32).tolist() == [3.0] * SIZE
+
+
+def test_a_run_that_is_over_leaves_nothing_behind(site: Site):
+    site.consider(offer(size=LARGE))
+    site.do(order(size=LARGE))
+    assert len(list((site.folder / OUTBOX).iterdir())) == 2
+    site.jobs.leave("run")
+    assert list((site.folder / OUTBOX).iterdir()) == []
+
+
+def test_a_full_disk_on_the_site_costs_nothing_but_the_copy(site: Site, monkeypatch: pytest.MonkeyPatch):
+    site.consider(offer())
+    (site.folder / OUTBOX).chmod(0o500)
+    monkeypatch.setattr(os, "open", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    (answer,) = site.do(order())
+    assert answer.HasField("update")

@@ -18,6 +18,7 @@ from fedge.wire import fedge_pb2 as pb
 from fedge.wire import fedge_pb2_grpc as services
 from fedge.wire.codec import encode_blob
 from fedge.wire.limits import CHUNK_BYTES, PROTOCOL
+from fedge_client.download import Download
 from fedge_client.link import Link
 
 VECTOR: Array = np.random.default_rng(0).normal(size=CHUNK_BYTES // 2 + 3).astype(np.float32)
@@ -96,7 +97,7 @@ def test_a_large_blob_is_fetched_in_chunks_of_any_size(talk, size):
 
     async def scenario(link: Link) -> None:
         out = np.empty_like(VECTOR)
-        await link.fetch("run", BLOB, out)
+        await link.fetch("run", Download(BLOB, out))
         np.testing.assert_array_equal(out, VECTOR)
         (request,) = coordinator.delivered
         assert (request.run_id, request.digest, request.offset) == ("run", BLOB.digest, 0)
@@ -109,7 +110,7 @@ def test_a_small_blob_rides_inline_and_nothing_is_asked_for(talk):
 
     async def scenario(link: Link) -> None:
         small, out = VECTOR[:10].copy(), np.empty(10, np.float32)
-        await link.fetch("run", encode_blob(bytes_of(small)), out)
+        await link.fetch("run", Download(encode_blob(bytes_of(small)), out))
         np.testing.assert_array_equal(out, small)
         assert coordinator.delivered == []
 
@@ -130,7 +131,7 @@ def test_a_small_blob_rides_inline_and_nothing_is_asked_for(talk):
 def test_bytes_that_are_not_what_was_announced_are_refused(talk, chunks):
     async def scenario(link: Link) -> None:
         with pytest.raises(RemoteProtocolError, match="bytes"):
-            await link.fetch("run", BLOB, np.empty_like(VECTOR))
+            await link.fetch("run", Download(BLOB, np.empty_like(VECTOR)))
 
     talk(Coordinator(chunks=chunks), scenario)
 
@@ -140,7 +141,7 @@ def test_a_claim_of_another_size_is_refused_before_anything_is_asked_for(talk):
 
     async def scenario(link: Link) -> None:
         with pytest.raises(RemoteProtocolError, match="found a claim of"):
-            await link.fetch("run", BLOB, np.empty(3, np.float32))
+            await link.fetch("run", Download(BLOB, np.empty(3, np.float32)))
         assert coordinator.delivered == []
 
     talk(coordinator, scenario)
@@ -203,7 +204,7 @@ def test_any_other_greeting_is_refused(talk, greeting):
 def test_what_grpc_says_becomes_an_error_of_ours_in_printable_words(talk, status, kind):
     async def scenario(link: Link) -> None:
         calls: list[Awaitable[object]] = [
-            link.fetch("run", BLOB, np.empty_like(VECTOR)),
+            link.fetch("run", Download(BLOB, np.empty_like(VECTOR))),
             link.deliver(pb.Update(), VECTOR),
             link.open_session(),
         ]
@@ -238,7 +239,7 @@ def test_an_upload_whose_link_is_closed_under_it_is_a_broken_link_and_not_the_en
         with pytest.raises(LinkError, match="closed"):
             await link.deliver(pb.Update(), VECTOR)
         with pytest.raises(LinkError, match="closed"):
-            await link.fetch("run", BLOB, np.empty_like(VECTOR))
+            await link.fetch("run", Download(BLOB, np.empty_like(VECTOR)))
 
     talk(coordinator, scenario)
 

@@ -475,7 +475,11 @@ def test_at_the_deadline_those_who_stand_still_are_replaced_and_may_still_delive
 
 def test_whoever_stands_still_is_told_when_the_round_is_over():
     round = after(begin(3, size=2, quorum=2), progressed(A, 10), OPEN_PASSED, arrived(A))
-    assert effects(round, arrived(C)) == (Accept(C, ORDER), Cancel(B, ORDER), Close(ORDER, tuple(sorted([A, C]))))
+    assert effects(round, arrived(C)) == (
+        Accept(C, ORDER),
+        Cancel(B, ORDER),
+        Close(ORDER, tuple(sorted([A, C]))),
+    )
 
 
 def test_a_client_that_lies_about_its_progress_cannot_hold_a_round_for_ever():

@@ -177,7 +177,9 @@ class World:
                 assert (ORDER, "open") in self.timers
                 assert len(round.accepted) < terms.size
                 assert round.pending <= self.here
-                assert round.stalled == round.lost & self.here, "one who came back was not sent its order again"
+                assert round.stalled == round.lost & self.here, (
+                    "one who came back was not sent its order again"
+                )
                 assert round.moving <= round.pending | round.accepted | round.failed
                 self.check_work()
             case "closed":

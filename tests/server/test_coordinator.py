@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tomlkit
 
-from fedge.errors import ConfigError, FedgeError, RunError
+from fedge.errors import BusyError, ConfigError, FedgeError, RunError
 from fedge.principal import Principal
 from fedge.refusal import Refusal, RefusalCode
 from fedge.round import OrderId
@@ -22,7 +22,7 @@ from fedge.run import RunConfig
 from fedge.vector import Layout, Model, Tensor, digest_of
 from fedge.wire import fedge_pb2 as pb
 from fedge_server.archive import Archive
-from fedge_server.coordinator import Coordinator, Submission
+from fedge_server.coordinator import IDLE_S, Coordinator, Submission
 from fedge_server.driver import RunDriver
 from fedge_server.past import PastRun
 from fedge_server.sessions import Session
@@ -64,6 +64,13 @@ async def submit(coordinator: Coordinator, **tables: Any) -> RunDriver:
     model = Model(np.zeros(2, np.float32), Layout((Tensor("w", (2,)),)))
     config = RunConfig.from_table(table, source="run.toml")
     return await coordinator.submit(Submission(tomlkit.dumps(table), config, model))
+
+
+async def last_word(link: Session) -> pb.Closing:
+    """What a site is told at the end of its session."""
+    async for batch in link.outgoing():
+        last = batch[-1]
+    return last.closing
 
 
 async def read(link: Session) -> list[Any]:
@@ -181,13 +188,54 @@ def test_the_operators_limits_hold(coordinator_of, play: Play):
             await submit(coordinator)
         north = session("north")
         coordinator.connect(north)
-        with pytest.raises(RunError, match="has its 1 sessions"):
+        with pytest.raises(BusyError, match="has its 1 sessions") as busy:
             coordinator.connect(session("south"))
+        assert busy.value.retry_after_s > 1
         coordinator.connect(session("north"))  # the same site: no further one
         coordinator.stop(first.run_id)
         await read(north)
         await submit(coordinator)
         await coordinator.shut_down(20)
+
+    play(scenario())
+
+
+def test_a_site_that_is_idle_for_long_makes_room_and_is_told_when_to_come_back(
+    coordinator_of, play: Play, monkeypatch: pytest.MonkeyPatch
+):
+    async def scenario() -> None:
+        coordinator = coordinator_of(max_sessions=2)
+        run = await submit(coordinator)
+        busy, idle = session("busy"), session("idle")
+        coordinator.connect(busy)
+        coordinator.accept(busy, run.run_id)
+        coordinator.connect(idle)
+        loop = asyncio.get_running_loop()
+        later = loop.time() + 2 * IDLE_S
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "time", lambda: later)
+            coordinator.connect(session("new"))
+            with pytest.raises(BusyError):  # the one that is new has its place for a while
+                coordinator.connect(session("newer"))
+        assert set(coordinator.sessions) == {"busy", "new"}
+        closing = await last_word(idle)
+        assert closing.reason == "others need the place"
+        assert closing.retry_after_s > 1
+        await coordinator.shut_down(20)
+
+    play(scenario())
+
+
+def test_sites_that_are_sent_away_are_to_come_back_one_after_another(coordinator_of, play: Play):
+    async def scenario() -> None:
+        coordinator = coordinator_of()
+        sites = [session(f"site-{number}") for number in range(50)]
+        for site in sites:
+            coordinator.connect(site)
+        await coordinator.shut_down(20)
+        told = [(await last_word(site)).retry_after_s for site in sites]
+        assert len(set(told)) == len(told)
+        assert 0.5 < min(told) < max(told) < 1.0
 
     play(scenario())
 

@@ -1,0 +1,173 @@
+"""Updates that are ready to leave, on disk: an agent that starts again hands in the very bytes it had prepared.
+
+    <folder>/<hash of the run's id>.update    its latest update's description, and the vector if it is small
+    <folder>/<hash of the run's id>.vector    a large one
+
+Only what the gate has released is here. Nothing is synced: a crash of the process loses nothing that was
+written, a loss of power may. What is lost is found out by its digest, and said.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from google.protobuf.message import DecodeError
+
+from fedge.errors import RemoteProtocolError, StorageError
+from fedge.files import private_folder
+from fedge.refusal import Refusal, RefusalCode
+from fedge.round import OrderId
+from fedge.vector import Array, bytes_of, digest_of
+from fedge.wire import fedge_pb2 as pb
+from fedge.wire.codec import decode_order_id
+from fedge.wire.limits import INLINE_BYTES
+
+_UPDATE: Final = ".update"
+_VECTOR: Final = ".vector"
+_HEADER: Final = struct.Struct("<II")
+_MAX_BYTES: Final = INLINE_BYTES + (64 << 10)
+_FLOAT: Final = np.dtype("<f4")
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """An update as it will be sent: its message, and its vector float32[n] (which a small one carries inline).
+
+    It answers `order` on the model of this digest, and no other: a coordinator that has lost its last
+    rounds may give an order of the same name again, on another model.
+    """
+
+    order: OrderId
+    model: bytes
+    update: pb.Update
+    vector: Array
+
+    def answers(self, order: OrderId, model: bytes) -> bool:
+        return (self.order, self.model) == (order, model)
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """An update that was prepared, and may have been sent in part; its bytes are not here any more.
+
+    `order` and `model` are None and empty if not even that is known.
+    """
+
+    order: OrderId | None
+    model: bytes
+    why: str
+
+    def answers(self, order: OrderId, model: bytes) -> bool:
+        return self.order is None or (self.order, self.model) == (order, model)
+
+    @property
+    def refusal(self) -> Refusal:
+        return Refusal(
+            RefusalCode.UPDATE_LOST, f"this site had prepared an update and has lost it: {self.why}"
+        )
+
+
+class Outbox:
+    """A folder of prepared updates, one for each run. `write` of a large one may be called on any thread."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = private_folder(folder)
+
+    def announce(self, prepared: Prepared) -> None:
+        """Remember that this update exists, before a byte of it can leave; a small one is then here whole.
+
+        Raises:
+            StorageError: the folder cannot be written.
+        """
+        data = prepared.update.SerializeToString()
+        path = self._path(prepared.update.run_id, _UPDATE)
+        temporary = path.with_suffix(".new")
+        with _errors(path):
+            _write(temporary, _HEADER.pack(len(data), len(prepared.model)) + data + prepared.model)
+            temporary.replace(path)
+
+    def write(self, prepared: Prepared) -> None:
+        """Keep a large update's vector, too.
+
+        Raises:
+            StorageError: the folder cannot be written.
+        """
+        path = self._path(prepared.update.run_id, _VECTOR)
+        with _errors(path):
+            _write(path, bytes_of(prepared.vector))
+
+    def read(self, run_id: str) -> Prepared | Lost | None:
+        """The update that was prepared last for a run; None if there was none."""
+        try:
+            with self._path(run_id, _UPDATE).open("rb") as file:
+                data = file.read(_MAX_BYTES)
+            length, digest_length = _HEADER.unpack_from(data)
+            end = _HEADER.size + length
+            update, model = pb.Update.FromString(data[_HEADER.size : end]), data[end:]
+            order = decode_order_id(update.id)
+        except FileNotFoundError:
+            return None
+        except (OSError, struct.error, DecodeError, RemoteProtocolError):
+            return Lost(None, b"", "its description cannot be read")
+        if len(model) != digest_length or update.run_id != run_id:
+            return Lost(None, b"", "its description is cut off")
+        vector = self._vector(run_id, update)
+        if vector.nbytes != update.vector.size or digest_of(vector) != update.vector.digest:
+            return Lost(order, model, f"the vector for the {order} is incomplete")
+        return Prepared(order, model, update, vector)
+
+    def forget(self, run_id: str) -> None:
+        """The run is over, or its update is not wanted any more."""
+        for suffix in (_UPDATE, _VECTOR):
+            with suppress(OSError):
+                self._path(run_id, suffix).unlink()
+
+    def keep_only(self, runs: frozenset[str]) -> None:
+        """Forget the updates of all other runs."""
+        stems = {_stem(run_id) for run_id in runs}
+        with suppress(OSError):  # what stays is removed the next time
+            for path in self._folder.iterdir():
+                if path.stem not in stems:
+                    path.unlink(missing_ok=True)
+
+    def _vector(self, run_id: str, update: pb.Update) -> Array:
+        if update.vector.HasField("inline"):
+            return np.frombuffer(update.vector.inline, _FLOAT)
+        if not update.vector.size:
+            return np.zeros(0, np.float32)
+        try:
+            return np.fromfile(self._path(run_id, _VECTOR), _FLOAT)
+        except OSError:
+            return np.zeros(0, np.float32)
+
+    def _path(self, run_id: str, suffix: str) -> Path:
+        return self._folder / f"{_stem(run_id)}{suffix}"
+
+
+def _stem(run_id: str) -> str:
+    """A file's name for whatever a coordinator calls a run."""
+    return hashlib.sha256(run_id.encode()).hexdigest()[:32]
+
+
+@contextmanager
+def _errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{path}: an update cannot be kept: {error.strerror}") from None
+
+
+def _write(path: Path, data: bytes | memoryview) -> None:
+    """Over what is there: its pages are in memory already, and the digest tells a mixture from the whole."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.truncate()

@@ -5,29 +5,31 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from contextlib import suppress
 
 import grpc
 import numpy as np
 
 from fedge.config import parse_toml
 from fedge.errors import ConfigError, FedgeError, RemoteProtocolError
-from fedge.history import Row
 from fedge.run import RunConfig
 from fedge.vector import Layout, Model, bytes_of, digest_of
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire import fedge_pb2_grpc as services
-from fedge.wire.codec import check_blob, decode_layout, encode_layout, encode_metrics, shorten
+from fedge.wire.codec import check_blob, decode_layout, encode_layout
 from fedge.wire.limits import CHUNK_BYTES, check_size
 from fedge_server.callers import Context, answering, caller, refuse
 from fedge_server.coordinator import Coordinator, Submission
 from fedge_server.driver import RunDriver
 from fedge_server.membership import Membership
 from fedge_server.past import PastRun
+from fedge_server.standing import Site, clients_of, row_of, summary_of
 
 log = logging.getLogger(__name__)
 
 MAX_RUN_TOML_BYTES = 1 << 20
 MESSAGE_WAIT_S = 120.0
+LOOK_AGAIN_S = 2.0
 
 
 class AdminService(services.AdminServicer):
@@ -69,17 +71,17 @@ class AdminService(services.AdminServicer):
     @answering
     async def List(self, request: pb.ListRequest, context: Context) -> pb.RunList:
         await caller(context, self._membership, role="admin")
-        return pb.RunList(runs=[_summary(driver) for driver in self._coordinator.all_runs()])
+        return pb.RunList(runs=[summary_of(driver) for driver in self._coordinator.all_runs()])
 
     @answering
     async def Show(self, request: pb.RunRef, context: Context) -> pb.RunDetail:
         await caller(context, self._membership, role="admin")
         driver = self._coordinator.find(request.run_id)
         return pb.RunDetail(
-            summary=_summary(driver),
+            summary=await self._summary(driver),
             run_toml=driver.record.run_toml,
-            clients=self._clients(driver),
-            history=[_row(row) for row in driver.history.rows],
+            clients=clients_of(driver),
+            history=[row_of(row) for row in driver.history.rows],
             model_bytes=driver.layout.nbytes,
         )
 
@@ -90,12 +92,14 @@ class AdminService(services.AdminServicer):
             driver = self._coordinator.find(request.run_id)
         except FedgeError as error:
             await refuse(context, error)
-        revision = -1
+        revision, told = -1, pb.RunSummary()
         while True:
             newest = driver.history.revision
-            rows = [_row(row) for row in driver.history.since(revision)]
-            yield pb.WatchEvent(summary=_summary(driver), history=rows)
-            revision = newest
+            rows = [row_of(row) for row in driver.history.since(revision)]
+            summary = await self._summary(driver)
+            if rows or summary != told:
+                yield pb.WatchEvent(summary=summary, history=rows)
+            revision, told = newest, summary
             if driver.over and driver.machine.status != "running":
                 if driver.history.revision == revision:
                     return
@@ -104,7 +108,8 @@ class AdminService(services.AdminServicer):
                     driver.waiting_for if isinstance(driver, PastRun) else "the coordinator is shutting down"
                 )
                 await context.abort(grpc.StatusCode.UNAVAILABLE, why)
-            await driver.history.changed_after(revision)
+            with suppress(TimeoutError):  # progress within a round is looked up now and then
+                await asyncio.wait_for(driver.history.changed_after(revision), LOOK_AGAIN_S)
 
     @answering
     async def Stop(self, request: pb.RunRef, context: Context) -> pb.Done:
@@ -151,17 +156,18 @@ class AdminService(services.AdminServicer):
         log.warning("site_revoked_by admin=%s site=%s", admin.name, request.name)
         return pb.Done()
 
-    def _clients(self, driver: RunDriver | PastRun) -> list[pb.RunClient]:
-        """Every site this run knows of: who is ready or gone, and why any of them last said no or was refused."""
-        refusals, ready = driver.history.refusals, driver.machine.clients
-        took_part = {name for row in driver.history.rows for name in row.clients}
-        clients = []
-        for name in sorted({*ready, *refusals, *took_part}):
-            refusal = refusals.get(name)
-            state = "ready" if name in ready else "refused" if refusal is not None else "gone"
-            detail = shorten(str(refusal)) if refusal is not None else ""
-            clients.append(pb.RunClient(name=name, state=state, detail=detail))
-        return clients
+    async def _sites(self) -> list[Site]:
+        """Every site that could take part in a run."""
+        connected = self._coordinator.sessions
+        return [
+            Site(each.name, each.name in connected)
+            for each in await self._membership.sites()
+            if not each.revoked
+        ]
+
+    async def _summary(self, run: RunDriver | PastRun) -> pb.RunSummary:
+        """A run in short; who is missing is looked up only if it waits for somebody."""
+        return summary_of(run, await self._sites() if run.waiting_for and not run.over else ())
 
 
 def _model(data: bytearray, layout: Layout, *, digest: bytes) -> Model:
@@ -171,42 +177,3 @@ def _model(data: bytearray, layout: Layout, *, digest: bytes) -> Model:
     if not np.isfinite(vector).all():
         raise ConfigError("expected an initial model of finite numbers, found NaN or infinity in it")
     return Model(vector, layout)
-
-
-def _summary(driver: RunDriver | PastRun) -> pb.RunSummary:
-    machine = driver.machine
-    status = machine.status if driver.over else "running"  # it has ended once that is kept
-    return pb.RunSummary(
-        run_id=driver.run_id,
-        name=driver.config.name,
-        status="waiting" if status == "running" and driver.waiting_for else status,
-        round=machine.committed,
-        rounds=driver.config.rounds,
-        reason=_reason(driver),
-        strategy=driver.record.strategy,
-        submitted_at=driver.record.submitted_at,
-    )
-
-
-def _reason(driver: RunDriver | PastRun) -> str:
-    """Why a run waits or ended, and if sites refused it, how many and the first one's words."""
-    reason, refusals = driver.waiting_for, driver.history.refusals
-    if not reason or not refusals:
-        return reason
-    site, refusal = min(refusals.items())
-    return shorten(f"{reason}; {len(refusals)} refused, {site}: {refusal}")
-
-
-def _row(row: Row) -> pb.HistoryRow:
-    return pb.HistoryRow(
-        round=row.round,
-        attempt=row.attempt,
-        clients=row.clients,
-        num_examples=row.num_examples,
-        metrics=encode_metrics(row.metrics),
-        seconds=row.seconds,
-        bytes_down=row.bytes_down,
-        bytes_up=row.bytes_up,
-        refused=row.refused,
-        staleness=row.staleness,
-    )

@@ -276,7 +276,7 @@ class Federation:
 
     def ready(self, run_id: str) -> set[str]:
         """The sites that have joined a run."""
-        return {client.name for client in self.show(run_id).clients if client.state == "ready"}
+        return {client.name for client in self.show(run_id).clients if client.state in ("ready", "working")}
 
     def show(self, run_id: str) -> pb.RunDetail:
         return self.admin.Show(pb.RunRef(run_id=run_id))

@@ -135,6 +135,8 @@ def show(run_id: RunId, admin: AdminToml, as_json: AsJson = False) -> None:
     )
     if summary.reason:
         console.print(f"  {summary.reason}", highlight=False, markup=False)
+    if summary.progress:
+        console.print(f"  {summary.progress}", highlight=False, markup=False)
     console.print(f"  strategy    {summary.strategy}", highlight=False, markup=False)
     console.print(f"  model       {detail.model_bytes} bytes", highlight=False)
     console.print(f"  protection  {PROTECTION}", highlight=False)

@@ -22,6 +22,7 @@ def summary_as_dict(run: pb.RunSummary) -> dict[str, Any]:
         "round": run.round,
         "rounds": run.rounds,
         "reason": run.reason,
+        "progress": run.progress,
         "strategy": run.strategy,
         "submitted_at": datetime.fromtimestamp(run.submitted_at, UTC).isoformat(timespec="seconds"),
     }

@@ -38,7 +38,7 @@ def watch_run(link: services.AdminStub, run_id: str, *, as_json: bool = False) -
     )
     with Progress(*columns, console=console, disable=not live) as progress:
         bar = progress.add_task(run_id, total=None, note="")
-        shown = 0
+        shown, told = 0, ""
         for event in link.Watch(pb.RunRef(run_id=run_id)):
             summary = event.summary
             for row in event.history:
@@ -49,10 +49,14 @@ def watch_run(link: services.AdminStub, run_id: str, *, as_json: bool = False) -
                     line = f"round {row.round}/{summary.rounds}  {again}{_line(row)}"
                     console.print(line, highlight=False, markup=False)
                     shown = max(shown, row.round)
-            note = summary.reason or (_line(event.history[-1]) if event.history else "")
+            last = _line(event.history[-1]) if event.history else ""
+            note = summary.reason or last or summary.progress
             progress.update(bar, total=summary.rounds, completed=summary.round, note=note)
-            if not live and not as_json and summary.status == "waiting":
-                console.print(summary.reason, highlight=False, markup=False)
+            # Between rounds the lines say enough; a round that takes long says who it is waiting for.
+            standing = summary.reason if summary.status == "waiting" else "" if last else summary.progress
+            if not live and not as_json and standing and standing != told:
+                console.print(standing, highlight=False, markup=False)
+            told = standing
     if not as_json:
         console.print(f"{run_id} {summary.status} {summary.reason}".rstrip(), highlight=False, markup=False)
     return summary

@@ -59,6 +59,8 @@ class Participation:
     prepared: Prepared | Lost | None = None
     sent: bool = False
     """Whether a part of `prepared` may have arrived."""
+    kept: bool = False
+    """Whether its vector is on disk."""
 
 
 class Jobs:
@@ -136,8 +138,9 @@ class Jobs:
         model, update = self._supervisor.vectors(slot, layout.size)
         layers = gate.layers_of(offer.clip if offer.HasField("clip") else None)
         prepared = await asyncio.to_thread(self._outbox.read, run_id)  # by this agent before it was started
+        kept = isinstance(prepared, Prepared)
         return Participation(
-            run_id, layout, layers, Holding(run_id, layout, model), update, prepared, sent=True
+            run_id, layout, layers, Holding(run_id, layout, model), update, prepared, sent=True, kept=kept
         )
 
     def leave(self, run_id: str) -> None:
@@ -160,18 +163,9 @@ class Jobs:
         self._transfers.begin()
         self._reach("job.ordered")
         try:
-            if isinstance(run.prepared, Lost) and run.prepared.answers(order, model):
-                lost, run.prepared = run.prepared, None
-                self._outbox.forget(run.run_id)
-                raise RefusedError(lost.refusal)
-            if run.prepared is None or not run.prepared.answers(order, model):
-                run.prepared, run.sent = None, False
-                await self._transfers.insist(link, lambda: run.holding.reach(message, link))
-                self._reach("job.fetched")
-                self._transfers.check_wanted()
-                run.prepared = await self._perform(run, order, message)
+            if not isinstance(run.prepared, Prepared) or not run.prepared.answers(order, model):
+                run.prepared = await self._prepare(run, message, link)
                 self._reach("job.prepared")
-            assert isinstance(run.prepared, Prepared)  # made just now, or of this order
             await self._hand_in(run, run.prepared, link)
             self._reach("update.sent")
         except RefusedError as error:
@@ -186,6 +180,34 @@ class Jobs:
                 "order_failed run=%s order=%s reason=%s", run.run_id, order, error
             )  # no traceback needed
             self._fail(run, order, _refusal_of(error, RefusalCode.TASK_FAILED))
+
+    async def _prepare(self, run: Participation, message: pb.Order, link: Link) -> Prepared:
+        """Fetch the model and do the work. What was lost is made good, or it is said.
+
+        Raises:
+            RefusedError: with the code UPDATE_LOST; this order was answered before, with other bytes.
+        """
+        order, lost = decode_order_id(message.id), None
+        if isinstance(run.prepared, Lost) and run.prepared.answers(order, message.model.digest):
+            lost = run.prepared
+        if lost is not None and not lost.digest:
+            raise self._loss(run, lost)
+        if lost is None:
+            run.prepared, run.sent = None, False
+        await self._transfers.insist(link, lambda: run.holding.reach(message, link))
+        self._reach("job.fetched")
+        self._transfers.check_wanted()
+        prepared = await self._perform(run, order, message)
+        if lost is not None and prepared.update.vector.digest != lost.digest:
+            raise self._loss(run, lost)
+        run.kept = False
+        self._remember(self._outbox.announce, prepared)
+        return prepared
+
+    def _loss(self, run: Participation, lost: Lost) -> RefusedError:
+        run.prepared = None
+        self._outbox.forget(run.run_id)
+        return RefusedError(lost.refusal)
 
     def _fail(self, run: Participation, order: OrderId, refusal: Refusal) -> None:
         failed = pb.Failed(run_id=run.run_id, id=encode_order_id(order), refusal=encode_refusal(refusal))
@@ -218,9 +240,7 @@ class Jobs:
             metrics=encode_metrics(released.metrics),
             vector=pb.Blob(digest=digest, size=vector.nbytes, inline=vector.tobytes() if small else None),
         )
-        prepared = Prepared(order, message.model.digest, update, vector)
-        self._remember(self._outbox.announce, prepared)
-        return prepared
+        return Prepared(order, message.model.digest, update, vector)
 
     def _teller(self, run: Participation, message: pb.Order) -> Callable[[int, int], None]:
         """Tells the coordinator now and then how far the worker is: a deadline is about progress."""
@@ -253,7 +273,8 @@ class Jobs:
             self._send(pb.ClientMessage(update=update))
             return
         keeping = None
-        if not run.sent:  # it is new: it is written to disk while it is sent
+        if not run.kept:  # it is written to disk while it is sent
+            run.kept = True
             keeping = asyncio.create_task(asyncio.to_thread(self._remember, self._outbox.write, prepared))
 
         async def attempt() -> pb.Receipt:

@@ -58,11 +58,12 @@ class Prepared:
 class Lost:
     """An update that was prepared, and may have been sent in part; its bytes are not here any more.
 
-    `order` and `model` are None and empty if not even that is known.
+    Work that gives the bytes of this `digest` again makes it good. What is not known is None or empty.
     """
 
     order: OrderId | None
     model: bytes
+    digest: bytes
     why: str
 
     def answers(self, order: OrderId, model: bytes) -> bool:
@@ -116,12 +117,12 @@ class Outbox:
         except FileNotFoundError:
             return None
         except (OSError, struct.error, DecodeError, RemoteProtocolError):
-            return Lost(None, b"", "its description cannot be read")
+            return Lost(None, b"", b"", "its description cannot be read")
         if len(model) != digest_length or update.run_id != run_id:
-            return Lost(None, b"", "its description is cut off")
+            return Lost(None, b"", b"", "its description is cut off")
         vector = self._vector(run_id, update)
         if vector.nbytes != update.vector.size or digest_of(vector) != update.vector.digest:
-            return Lost(order, model, f"the vector for the {order} is incomplete")
+            return Lost(order, model, update.vector.digest, f"the vector for the {order} is incomplete")
         return Prepared(order, model, update, vector)
 
     def forget(self, run_id: str) -> None:

@@ -52,7 +52,7 @@ _OPTIONS = (
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.max_ping_strikes", 0),
     # Whoever opens a connection and says nothing, or opens ever more calls on one, gets no further.
-    ("grpc.server_handshake_timeout_ms", 20_000),
+    ("grpc.server_handshake_timeout_ms", 10_000),
     ("grpc.max_concurrent_streams", 64),
 )
 

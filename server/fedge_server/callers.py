@@ -9,12 +9,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, NoReturn, TypeVar
 
 import grpc
-from google.protobuf.message import DecodeError
 from grpc import aio
 
 from fedge.errors import BusyError, FedgeError, IdentityError, RemoteProtocolError, StorageError
 from fedge.principal import Principal, Role, principal_of
 from fedge.wire.codec import shorten
+from fedge.wire.limits import MAX_SMALL_BYTES
 from fedge.wire.status import RETRY_AFTER, status_of
 from fedge_server.membership import Membership
 
@@ -50,17 +50,23 @@ async def caller(context: Context, membership: Membership, *, role: Role) -> Pri
     return principal
 
 
-async def messages(requests: AsyncIterator[Q]) -> AsyncIterator[Q]:
+async def messages(requests: AsyncIterator[Q | None]) -> AsyncIterator[Q]:
     """A stream's messages as they arrive.
 
     Raises:
         RemoteProtocolError: the peer sent bytes that are no message.
     """
-    try:
-        async for request in requests:
-            yield request
-    except DecodeError:
-        raise RemoteProtocolError("expected a message of this service, found other bytes") from None
+    async for request in requests:
+        if request is None:
+            raise not_a_message()
+        yield request
+
+
+def not_a_message() -> RemoteProtocolError:
+    """What to say of bytes that could not be parsed, or were too many to be."""
+    return RemoteProtocolError(
+        f"expected a message of this service of at most {MAX_SMALL_BYTES} bytes, found something else"
+    )
 
 
 async def refuse(context: Context, error: FedgeError) -> NoReturn:

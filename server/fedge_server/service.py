@@ -9,7 +9,6 @@ from contextlib import suppress
 
 from fedge.errors import FedgeError, RemoteProtocolError
 from fedge.wire import fedge_pb2 as pb
-from fedge.wire import fedge_pb2_grpc as services
 from fedge.wire.chunks import frames, open_deliver_request
 from fedge.wire.codec import decode_order_id, decode_refusal
 from fedge.wire.limits import CHUNK_BYTES, PROTOCOL
@@ -39,7 +38,7 @@ class FederationService:
         self._pace = Pace()
 
     async def Session(
-        self, request_iterator: AsyncIterator[pb.ClientMessage], context: Context
+        self, request_iterator: AsyncIterator[pb.ClientMessage | None], context: Context
     ) -> AsyncIterator[pb.ServerMessages]:
         """The site's stream: orders go out the moment they exist, small updates come in."""
         try:
@@ -197,7 +196,7 @@ class FederationService:
         return pb.EnrolReply(certificate=certificate)
 
 
-class EnrolmentService(services.EnrolmentServicer):
+class EnrolmentService:
     """What the holder of a one-time token may call, once."""
 
     def __init__(self, coordinator: Coordinator, membership: Membership) -> None:

@@ -391,11 +391,23 @@ def test_an_agent_that_has_lost_what_it_had_prepared_says_so_once(site: Site, da
     vector.write_bytes(damage)
     again = Site(site.folder)
     again.consider(offer(size=LARGE))
+    again.worker.result = 9.0
     (answer,) = again.do(order(size=LARGE))
     assert answer.failed.refusal.code == RefusalCode.UPDATE_LOST
-    assert again.worker.performed == []
     again.do(order(2, model=1.0, size=LARGE))
     assert len(again.link.delivered) == 1
+
+
+def test_what_was_lost_and_comes_out_the_same_again_is_not_lost(site: Site):
+    site.consider(offer(size=LARGE))
+    site.do(order(size=LARGE))
+    (vector,) = (site.folder / OUTBOX).glob("*.vector")
+    vector.unlink()
+    again = Site(site.folder)
+    again.consider(offer(size=LARGE))
+    assert again.do(order(size=LARGE)) == []
+    assert again.link.delivered == site.link.delivered
+    assert vector.exists()
 
 
 @pytest.mark.parametrize("damage", [b"", b"\xff" * 40])

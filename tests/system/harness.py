@@ -225,10 +225,14 @@ class Federation:
         set_tables(folder / "client.toml", defaults | tables)
         return identity
 
-    def start(self, name: str) -> Running:
+    def start(self, name: str, *, fault: str = "") -> Running:
         """Start an enrolled site's client and wait until it is connected."""
         client = Running.start(
-            "client", "start", self.folder / name / "client.toml", log=self.folder / f"{name}.log"
+            "client",
+            "start",
+            self.folder / name / "client.toml",
+            log=self.folder / f"{name}.log",
+            fault=fault,
         )
         self.clients[name] = client
         until(lambda: name in self.connected() or client.process.poll() is not None, f"{name} is connected")
@@ -296,11 +300,15 @@ class Federation:
 
 
 @contextlib.contextmanager
-def coordinator(folder: Path) -> Iterator[Federation]:
-    """A new federation whose coordinator runs; every process started in it is ended with it."""
+def coordinator(folder: Path, **settings: Any) -> Iterator[Federation]:
+    """A new federation whose coordinator runs; every process started in it is ended with it.
+
+    `settings` are further keys of its server.toml.
+    """
     address = f"127.0.0.1:{free_port()}"
     home = folder / "coordinator"
     fedge_ok("server", "init", home, "--listen", address)
+    set_tables(home / "server.toml", settings)
     server = Running.start("server", "start", home / "server.toml", log=folder / "coordinator.log")
     started: Federation | None = None
     try:

@@ -14,7 +14,7 @@ from fedge.wire import fedge_pb2 as pb
 
 SITES = ["client-0", "client-1"]
 OFTEN = "[checkpoint]\nrounds = 1\nseconds = 0\n"
-RARE = ("submit", "effect.reject", "effect.cancel", "effect.giveup", "effect.finish")
+RARE = ("submit", "effect.reject", "effect.cancel", "effect.giveup", "effect.finish", "upload")
 COMMON = [point for point in COORDINATOR_POINTS if not point.startswith(RARE)]
 
 
@@ -77,6 +77,32 @@ def test_a_submission_is_kept_whole_or_not_at_all(sites: Federation, point: str)
     assert len(found) == (point == "submit.after")
     for run_id in found:
         check(last, run_id, text, rounds=2)
+
+
+@pytest.mark.parametrize("at", [1, 3, 5])
+def test_an_upload_that_was_under_way_is_brought_again(sites: Federation, at: int) -> None:
+    text = run_toml(f"upload-{at}", task="wide:task", rounds=4, more=OFTEN)
+    armed = sites.restarted(fault=f"upload.chunk:{at}")
+    run_id = armed.submit(text)
+    assert armed.server.ends() == -signal.SIGKILL
+    check(sites.restarted(), run_id, text, rounds=4)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_update_that_was_being_refused_is_not_counted(sites: Federation, when: str) -> None:
+    """Without rounds, and with no staleness allowed, of two gradients at once the second one is refused."""
+    strategy = '[strategy]\nname = "sgd"\nmax_staleness = 0\n'
+    text = run_toml(f"reject-{when}", rounds=60, more="[evaluation]\nevery = 0\n" + strategy + OFTEN)
+    armed = sites.restarted(fault=f"effect.reject.{when}:3")
+    run_id = armed.submit(text)
+    assert armed.server.ends() == -signal.SIGKILL
+    last = sites.restarted()
+    summary = last.finish(run_id)
+    assert summary.status == "done", summary.reason
+    history = last.show(run_id).history
+    assert [row.round for row in history] == list(range(1, 61))
+    assert {len(row.clients) for row in history} == {1}
+    assert "Traceback" not in last.server.output
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

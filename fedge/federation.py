@@ -105,7 +105,8 @@ class Federation:
     `at_work` is used by runs without rounds: who is computing on the model of which round; `resting`
     are those that failed and are asked again after the next step.
     Of such a run, `moving` says that somebody has made progress since its timer was started, `extensions`
-    how often it went on for that, and `missed` how many deadlines in a row passed without.
+    how often it went on for that, and `missed` how often in a row nothing came: no update in time, or
+    failures alone.
     `owed` is a round whose evaluation was due while another was under way: as soon as that is over, the
     model of that moment is evaluated.
     """
@@ -237,7 +238,7 @@ def _everywhere(run: Federation, event: Joined | Left) -> RunStep:
 def _welcome_back(run: Federation, client: str) -> RunStep:
     """What a client was at work on is sent to it again: its answer may have been lost with the driver."""
     open_rounds = [round for round in (run.training, run.evaluation) if round is not None]
-    again = tuple(Send(client, round.order) for round in open_rounds if client in round.pending)
+    again = tuple(Send(client, round.order) for round in open_rounds if client in round.at_work)
     if run.plan.max_staleness is None:
         return run, again
     run, effects = _on_arrival(run, Joined(client))
@@ -397,7 +398,10 @@ def _on_arrival(run: Federation, event: Event) -> RunStep:
             run = replace(run, at_work=_without(run, client), resting=run.resting | {client})
             if run.at_work:
                 return run, ()
-            return _end(run, "failed", f"every client failed; the last one said: {refusal}")
+            run = replace(run, missed=run.missed + 1)
+            if run.missed >= run.plan.attempts:
+                return _end(run, "failed", f"every client failed; the last one said: {refusal}")
+            return _put_to_work(replace(run, resting=frozenset()), run.resting & run.clients)
         case DeadlinePassed(order, phase):
             if order != OrderId(run.plan.kind, run.committed + 1) or run.committed >= run.plan.rounds:
                 return run, ()  # there was progress since that timer was started

@@ -408,8 +408,13 @@ def test_one_who_failed_and_is_ready_again_is_asked_once():
     assert [effect for effect in effects if isinstance(effect, Send)] == [Send("b", gradient(2))]
 
 
-def test_when_all_have_failed_the_run_fails_with_the_last_reason():
-    run, _effects = play(begin(ARRIVALS), Failed("a", gradient(1), NO), Failed("b", gradient(1), NO))
+def test_when_all_have_failed_they_are_asked_again_and_after_a_few_times_the_run_fails_with_the_last_reason():
+    run, all_fail = begin(ARRIVALS), (Failed("a", gradient(1), NO), Failed("b", gradient(1), NO))
+    for _ in range(ARRIVALS.attempts - 1):
+        run, effects = play(run, *all_fail)
+        assert effects[-3:-1] == (Send("a", gradient(1)), Send("b", gradient(1)))
+        assert effects[-1] == StartTimer(gradient(1), "open", 60.0)
+    run, _effects = play(run, *all_fail)
     assert run.status == "failed"
     assert run.reason == "every client failed; the last one said: task_failed: it broke"
 

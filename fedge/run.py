@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +14,7 @@ Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
 
 
 def _batch_size(value: object) -> object:
@@ -139,6 +141,31 @@ class Compression(Config):
     kind: Literal["none"] = "none"
 
 
+class FaultsConfig(Config):
+    """`[simulation.faults]`: what goes wrong in a simulation, of which nothing does by default.
+
+    The first four are probabilities, for each order that a client is given; a client has at most one of
+    these faults at an order.
+    """
+
+    dropout: Probability = 0.0
+    failure: Probability = 0.0
+    straggler: Probability = 0.0
+    corruption: Probability = 0.0
+    crash_every: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _exclusive(self) -> FaultsConfig:
+        # An exact sum: 0.1, 0.2 and 0.7 are meant to be one.
+        total = math.fsum((self.dropout, self.failure, self.straggler, self.corruption))
+        if total > 1:
+            raise ValueError(
+                "expected dropout, failure, straggler and corruption to be at most 1 together (a client has "
+                f"one of them at most), found {total:g}"
+            )
+        return self
+
+
 class Simulation(Config):
     """`[simulation]`: how `fedge simulate` makes clients; a deployment ignores it.
 
@@ -149,6 +176,7 @@ class Simulation(Config):
     clients: Count = 10
     partition: Literal["task", "iid", "dirichlet"] = "task"
     alpha: Positive = 0.5
+    faults: FaultsConfig = FaultsConfig()
 
 
 class RunConfig(Config):

@@ -119,11 +119,13 @@ def assert_documented(found: list[Cells], keys: dict[str, Key]) -> None:
 
 
 def tables_inside(model: type[BaseModel]) -> dict[str, type[BaseModel]]:
-    return {
-        name: field.annotation
-        for name, field in model.model_fields.items()
-        if isinstance(field.annotation, type) and is_table(field.annotation)
-    }
+    """Every table below this one, by its dotted name."""
+    out: dict[str, type[BaseModel]] = {}
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and is_table(field.annotation):
+            out[name] = field.annotation
+            out |= {f"{name}.{inner}": kind for inner, kind in tables_inside(field.annotation).items()}
+    return out
 
 
 @pytest.mark.parametrize("file", FILES)

@@ -65,6 +65,9 @@ def simulate(
             f"{result.status}: {len(result.history)} rounds, {result.clients} clients  {metrics}",
             highlight=False,
         )
+        injected = "  ".join(f"{name} {count}" for name, count in result.faults.counts.items() if count)
+        if injected:
+            console.print(f"faults: {injected}", highlight=False)
         typer.echo(f"results in {folder}")
     if result.status == "stopped":
         raise typer.Exit(INTERRUPTED)

@@ -7,7 +7,6 @@ so a seed fixes every bit of the result.
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -16,18 +15,22 @@ import numpy as np
 
 from fedge import federation
 from fedge.errors import ConfigError, RefusedError, RunError, TaskError
-from fedge.federation import Finish, Plan, RunEffect, RunEvent, Stop
+from fedge.federation import Finish, Plan, Returned, RunEffect, RunEvent, Stop
 from fedge.history import Row
 from fedge.learning import Learning
 from fedge.pipeline import Update
+from fedge.refusal import Refusal, RefusalCode
 from fedge.round import (
     Accept,
     Arrived,
     Cancel,
     Close,
     DeadlinePassed,
+    Event,
     Failed,
     GiveUp,
+    Joined,
+    Left,
     OrderId,
     Reject,
     Send,
@@ -35,13 +38,16 @@ from fedge.round import (
 )
 from fedge.run import RunConfig
 from fedge.seeds import work_seed
-from fedge.strategy import load_strategy
+from fedge.snapshot import revive, take
+from fedge.strategy import WorkKind, load_strategy
 from fedge.task import Task, load_task
-from fedge.vector import Array
+from fedge.vector import Array, Model
 from fedge_client.gate import Released, layers_of, release
 from fedge_client.torch.framework import framework
 from fedge_client.torch.threads import suitable_threads, using_threads
 from fedge_client.torch.trainer import Trainer
+from fedge_server.store.machine import decode_machine, encode_machine
+from fedge_sim.faults import Faults, corrupt
 from fedge_sim.population import Population
 from fedge_sim.result import Result
 
@@ -101,7 +107,11 @@ def _with(run: RunConfig, *, clients: int | None, rounds: int | None, seed: int 
 
 
 class _Engine:
-    """Executes the machine's effects: a queue of orders, one trainer, no clock but for the report."""
+    """Executes the machine's effects: a queue of orders, one trainer, no clock but for the report.
+
+    `_machine`, `_learning`, `_kept` and `_timers` are the coordinator's; a crash leaves it what a deployed
+    one keeps. `_orders` and `_faults` are the clients'.
+    """
 
     def __init__(self, run: RunConfig, task: Task, callbacks: tuple[Callback, ...]) -> None:
         self._run = run
@@ -116,7 +126,9 @@ class _Engine:
         plan = Plan.of(run, kind=kind, max_staleness=strategy.max_staleness)
         self._machine, effects = federation.begin(plan, frozenset(self._population.names))
         self._effects = effects
-        self._orders: deque[tuple[Send, Array]] = deque()
+        self._orders: dict[Send, Array] = {}
+        self._faults = Faults(run.simulation.faults, seed=run.seed)
+        self._kept: dict[WorkKind, list[tuple[OrderId, Update]]] = {}
         self._timers: dict[tuple[OrderId, str], tuple[float, DeadlinePassed]] = {}
         self._rows: list[Row] = []
         self._refused = self._up = self._down = 0
@@ -128,19 +140,13 @@ class _Engine:
         try:
             self._execute(self._effects, None)
             while self._machine.status == "running":
-                if self._orders:
-                    send, model = self._orders.popleft()
-                    self._work(send, model)
-                else:
-                    # Nobody is at work: what the machine waits for can only be its next deadline.
-                    key = min(self._timers, key=lambda key: self._timers[key][0])
-                    self._handle(self._timers.pop(key)[1], None)
+                self._go_on()
         except RunError as error:
             self._machine, effects = federation.fail(self._machine, str(error))
             self._execute(effects, None)
 
     def stop(self) -> None:
-        self._handle(Stop(), None)
+        self._step(Stop(), None)
 
     def result(self) -> Result:
         return Result(
@@ -151,9 +157,46 @@ class _Engine:
             status=self._machine.status,
             reason=self._machine.reason,
             strategy=repr(self._learning.strategy),
+            faults=self._faults.injected,
         )
 
-    def _work(self, send: Send, model: Array) -> None:
+    def _go_on(self) -> None:
+        """The next thing that happens: somebody is back, late or at work, or else a deadline passes."""
+        if (client := self._faults.back(self._machine)) is not None:
+            self._handle(Joined(client), None)
+        elif (late := self._faults.overdue(self._machine)) is not None:
+            self._handle(Arrived(late.client, late.order), None)  # nobody will look at what was computed
+        elif self._orders:
+            send = next(iter(self._orders))
+            self._begin(send, self._orders.pop(send))
+        else:
+            self._wait()
+
+    def _begin(self, send: Send, model: Array) -> None:
+        """A client turns to an order; a fault may come before the work, instead of it, or into it."""
+        client, order = send.client, send.order
+        match self._faults.strike(send):
+            case "dropout":
+                self._faults.away[client] = order
+                self._orders = {other: its for other, its in self._orders.items() if other.client != client}
+                self._handle(Left(client), None)
+            case "failure":
+                refusal = Refusal(RefusalCode.TASK_FAILED, "a fault that the simulation injected")
+                self._handle(Failed(client, order, refusal), None)
+            case "straggler":
+                self._faults.late[send] = model
+            case fault:
+                self._work(send, model, corrupted=fault == "corruption")
+
+    def _wait(self) -> None:
+        """Nobody is at work: what the machine waits for can only be its next deadline."""
+        key = min(self._timers, key=lambda key: self._timers[key][0])
+        event = self._timers.pop(key)[1]
+        self._handle(event, None)
+        if event.phase == "open":
+            self._orders |= self._faults.late_but_wanted(self._machine)
+
+    def _work(self, send: Send, model: Array, *, corrupted: bool) -> None:
         """One client's part of a round, and the gate that its update would pass on a device."""
         client, order = send.client, send.order
         train, test = self._population.data(client)
@@ -170,15 +213,49 @@ class _Engine:
                     done = self._trainer.evaluate(model, test)
         except TaskError as error:
             raise TaskError(f"{client}, {order}: {error}") from error
+        metrics = corrupt(send, self._out, done.metrics) if corrupted else done.metrics
         layout = None if order.kind == "evaluate" else self._learning.layout
         try:
-            released = release(self._out, done.num_examples, done.metrics, layout=layout, layers=self._layers)
+            released = release(self._out, done.num_examples, metrics, layout=layout, layers=self._layers)
         except RefusedError as error:
             self._handle(Failed(client, order, error.refusal), None)
             return
         self._handle(Arrived(client, order), released)
 
-    def _handle(self, event: RunEvent, released: Released | None) -> None:
+    def _handle(self, event: Event, released: Released | None) -> None:
+        """Something happens to the coordinator, which may crash at it; then it happens once more."""
+        if self._faults.crash():
+            self._restart(event)
+            if isinstance(event, DeadlinePassed):
+                self._timers.pop((event.order, event.phase), None)
+        self._step(event, released)
+
+    def _restart(self, event: Event) -> None:
+        """The coordinator dies before it has taken note of an event, and starts again from what was kept.
+
+        That is what the deployed one keeps, and the same functions read and write it. The clients come
+        back; what is not asked of them again is no longer wanted.
+        """
+        strategy, layout = self._learning.strategy, self._learning.layout
+        blank = strategy.init(Model(np.zeros(layout.size, np.float32), layout))
+        learning = Learning(strategy, layout, revive(take(self._learning.state), blank))
+        kept: dict[OrderId, list[str]] = {}
+        for order, update in (each for updates in self._kept.values() for each in updates):
+            learning = learning.fold(order, update)
+            kept.setdefault(order, []).append(update.client)
+        self._learning = learning
+        self._timers.clear()
+        machine, effects = federation.resume(decode_machine(encode_machine(self._machine)), kept)
+        for client in sorted(machine.clients - self._faults.away.keys()):
+            machine, more = federation.step(machine, Returned(client))
+            effects += more
+        self._machine = machine
+        asked = {effect for effect in effects if isinstance(effect, Send)}
+        self._orders = {send: model for send, model in self._orders.items() if send in asked}
+        ready = Send(event.client, event.order) if isinstance(event, Arrived | Failed) else None
+        self._execute(tuple(effect for effect in effects if effect != ready), None)
+
+    def _step(self, event: RunEvent, released: Released | None) -> None:
         if isinstance(event, Failed):
             self._refused += 1
         self._machine, effects = federation.step(self._machine, event)
@@ -195,32 +272,39 @@ class _Engine:
                 case Reject():
                     self._refused += 1
                 case Cancel(client, order):
-                    self._orders = deque(item for item in self._orders if item[0] != Send(client, order))
+                    self._orders.pop(Send(client, order), None)
                 case StartTimer(order, phase, seconds):
                     self._timers[order, phase] = (seconds, DeadlinePassed(order, phase))
                 case Close(order, _):
                     self._close(order)
                 case GiveUp(order, _):
                     self._learning = self._learning.abandon(order)
+                    self._kept.pop(order.kind, None)
                     self._drop_timers(order)
                 case Finish():
                     self._orders.clear()
 
     def _send(self, send: Send) -> None:
+        if send in self._orders or send in self._faults.late:
+            return  # a coordinator that has started again tells a client what it is doing already
         if not self._orders and send.order.kind != "evaluate" and not self._up:
             self._began = time.perf_counter()
         model = self._learning.model.vector
-        self._orders.append((send, model))
+        self._orders[send] = model
         self._down += model.nbytes
 
     def _fold(self, client: str, order: OrderId, staleness: int, released: Released) -> None:
         vector = released.vector
         update = Update(client, vector, released.num_examples, released.metrics, staleness)
         self._learning = self._learning.fold(order, update)
+        if self._faults.may_crash:
+            kept = replace(update, vector=vector.copy())  # the next client's work is written over it
+            self._kept.setdefault(order.kind, []).append((order, kept))
         self._up += vector.nbytes
 
     def _close(self, order: OrderId) -> None:
         self._drop_timers(order)
+        self._kept.pop(order.kind, None)
         self._learning, aggregate = self._learning.close(order)
         if order.kind == "evaluate":
             row = self._rows[order.round - 1]

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fedge.federation import Status
 from fedge.history import Row, plain_metrics
 from fedge.run import Privacy, RunConfig
 from fedge.vector import Model, bytes_of
+from fedge_sim.faults import Injected
 
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """A finished (or interrupted) simulation: a `Row` per committed round, and the model they made."""
+    """A finished (or interrupted) simulation: a `Row` per committed round, and the model they made.
+
+    `faults` is what was injected on the way, at the run's own request.
+    """
 
     run: RunConfig
     clients: int
@@ -24,6 +28,7 @@ class Result:
     status: Status
     reason: str = ""
     strategy: str = ""
+    faults: Injected = field(default_factory=Injected)
 
     @property
     def privacy(self) -> Privacy:
@@ -46,6 +51,7 @@ class Result:
             "seed": self.run.seed,
             "strategy": self.strategy,
             "privacy_unit": self.run.privacy.unit,
+            "faults": self.faults.counts,
             "metrics": plain_metrics(self.metrics),
             "parameters": self.model.layout.size,
             "model_sha256": hashlib.sha256(bytes_of(self.model.vector)).hexdigest(),

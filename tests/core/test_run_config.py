@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tomllib
+from operator import attrgetter
 
 import pytest
 from hypothesis import given, settings
@@ -188,6 +189,10 @@ FLOAT_KEYS = [
     "cohort.deadline_s",
     "cohort.wait_s",
     "simulation.alpha",
+    "simulation.faults.dropout",
+    "simulation.faults.failure",
+    "simulation.faults.straggler",
+    "simulation.faults.corruption",
 ]
 INTEGER_KEYS = [
     "work.epochs",
@@ -198,11 +203,12 @@ INTEGER_KEYS = [
     "evaluation.every",
     "evaluation.clients",
     "simulation.clients",
+    "simulation.faults.crash_every",
 ]
 
 
 def with_value(key: str, value: str) -> str:
-    table, name = key.split(".")
+    table, _, name = key.rpartition(".")
     return f"{HEAD}[{table}]\n{name} = {value}"
 
 
@@ -218,8 +224,7 @@ def test_a_number_is_not_text_nor_a_truth_value_nor_infinite(key, value):
 @pytest.mark.parametrize("key", FLOAT_KEYS)
 def test_an_integer_is_accepted_where_a_number_is_expected(key):
     value = 0 if key.split(".")[1] in ("momentum", "beta1", "beta2", "l1", "l2") else 1
-    table, name = key.split(".")
-    found = getattr(getattr(parse(with_value(key, str(value))), table), name)
+    found = attrgetter(key)(parse(with_value(key, str(value))))
     assert type(found) is float
     assert found == value
 
@@ -252,6 +257,8 @@ BOUNDS = {
     "work.momentum = 1": "work.momentum: input should be less than 1",
     "work.learning_rate = 0": "work.learning_rate: input should be greater than 0",
     "work.optimizer = 'rmsprop'": "work.optimizer: input should be 'sgd', 'momentum' or 'adam'",
+    "simulation.faults.dropout = 1.01": "simulation.faults.dropout: input should be less than or equal to 1",
+    "simulation.faults = 0.1": "simulation.faults: input should be a valid dictionary",
     "secure_aggregation.enabled = 1": "secure_aggregation.enabled: input should be a valid boolean",
     "secure_aggregation.threshold = 0.5": "secure_aggregation.threshold: input should be greater than 0.5",
 }
@@ -284,6 +291,16 @@ def test_epochs_and_steps_exclude_each_other():
 def test_a_quorum_past_the_size_is_refused():
     words = problem(f"{HEAD}[cohort]\nsize = 3\nquorum = 4")
     assert words == "run.toml: cohort: quorum: expected at most size = 3, found 4"
+
+
+def test_faults_that_are_more_than_certain_together_are_refused():
+    faults = "[simulation.faults]\ndropout = 0.1\nfailure = 0.2\nstraggler = 0.7\n"
+    assert parse(HEAD + faults).simulation.faults.straggler == 0.7
+    words = problem(f"{HEAD}{faults}corruption = 0.01")
+    assert words.startswith(
+        "run.toml: simulation.faults: expected dropout, failure, straggler and corruption "
+    )
+    assert words.endswith("found 1.01")
 
 
 def test_values_of_any_size_are_shown_in_few_words():

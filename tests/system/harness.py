@@ -300,14 +300,14 @@ class Federation:
 
 
 @contextlib.contextmanager
-def coordinator(folder: Path, **settings: Any) -> Iterator[Federation]:
+def coordinator(folder: Path, *, database: str = "", **settings: Any) -> Iterator[Federation]:
     """A new federation whose coordinator runs; every process started in it is ended with it.
 
     `settings` are further keys of its server.toml.
     """
     address = f"127.0.0.1:{free_port()}"
     home = folder / "coordinator"
-    fedge_ok("server", "init", home, "--listen", address)
+    fedge_ok("server", "init", home, "--listen", address, *(["--database", database] if database else []))
     set_tables(home / "server.toml", settings)
     server = Running.start("server", "start", home / "server.toml", log=folder / "coordinator.log")
     started: Federation | None = None

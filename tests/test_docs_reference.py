@@ -260,3 +260,13 @@ def test_every_call_of_the_wire_is_documented() -> None:
 def test_every_column_of_the_history_is_documented() -> None:
     names = [field.name for field in dataclasses.fields(Row)]
     assert [cells[0] for cells in rows("cli.md", "The history")] == names
+
+
+def test_every_test_that_a_promise_names_is_there():
+    text = (REFERENCE / "promises.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
+    rows = [line for line in text.splitlines() if line.startswith("| ") and "what happens" not in line]
+    assert len(named) == len(rows) > 20, "each row names one test"
+    for path, test in named:
+        source = (REFERENCE.parents[1] / path).read_text(encoding="utf-8")
+        assert re.search(rf"^def {test}\(", source, re.MULTILINE), f"{path} has no {test}"

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import big
 import psutil
 import tiny
 import tomlkit
@@ -44,8 +45,8 @@ PATIENCE_S = 100.0
 _END_S = 20.0
 _FEDGE = str(Path(sys.executable).with_name("fedge"))
 _ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
-_TASKS = {"tiny:task": tiny.task, "wide:task": wide.task}
-_TASK_FILES = (Path(tiny.__file__), Path(wide.__file__))
+_TASKS = {"tiny:task": tiny.task, "wide:task": wide.task, "big:task": big.task}
+_TASK_FILES = (Path(tiny.__file__), Path(wide.__file__), Path(big.__file__))
 
 
 def until(condition: Callable[[], Any], what: str, *, seconds: float = PATIENCE_S) -> Any:
@@ -326,7 +327,7 @@ def run_toml(
     name: str, *, task: str = "tiny:task", rounds: int = 3, quorum: int = 2, size: int = 2, more: str = ""
 ) -> str:
     """A run of one of the tasks here; `more` is TOML that follows."""
-    learning_rate = 0.0001 if task.startswith("wide") else 0.05  # the wide one diverges easily
+    learning_rate = {"tiny:task": 0.05, "wide:task": 1e-4, "big:task": 1e-6}.get(task, 0.05)  # none diverges
     return f"""\
 name = "{name}"
 task = "{task}"
@@ -335,7 +336,7 @@ seed = 7
 
 [work]
 batch_size = 4
-learning_rate = {learning_rate}
+learning_rate = {learning_rate:.7f}
 
 [cohort]
 size = {size}

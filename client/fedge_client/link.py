@@ -32,8 +32,8 @@ _OPTIONS = (
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     # The agent decides when to try again; gRPC's own back-off would hide a coordinator that is back.
+    # (Not the minimum: that is also how long an attempt to connect may take, handshake and all.)
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
 )
 

@@ -10,8 +10,8 @@ from fedge.errors import LimitError
 PROTOCOL = 1
 """The version of the wire format; peers of different versions refuse each other."""
 
-CHUNK_BYTES = 1 << 20
-"""Bytes of a chunk: a multiple of an element's four."""
+CHUNK_BYTES = 256 << 10
+"""Bytes of a chunk: a multiple of an element's four. What a link that breaks may cost, and what each upload holds."""
 
 MAX_MESSAGE_BYTES = 16 << 20
 """What gRPC accepts as one message: the largest is an offer, with a layout of many tensors."""

@@ -43,6 +43,9 @@ _ERRORS: dict[str, type[FedgeError]] = {
 
 _TLS_HINTS = ("ssl", "tls", "certificate", "handshake", "alert")
 
+_BROKEN_HINTS = ("shutdown", "shutting down", "closing", "timed out", "timeout", "refused", "reset", "unreachable")
+"""A handshake that the link broke off says nothing about certificates."""
+
 
 def status_of(error: FedgeError) -> str:
     """The name of the gRPC status that says this kind of error."""
@@ -61,7 +64,7 @@ def error_of(status: str, details: str, *, peer: str, retry_after: str | bytes |
         return _ERRORS[status](details)
     if status == "UNAVAILABLE":
         lower = details.lower()
-        if any(hint in lower for hint in _TLS_HINTS):
+        if any(hint in lower for hint in _TLS_HINTS) and not any(hint in lower for hint in _BROKEN_HINTS):
             return IdentityError(
                 f"no trusted connection to the coordinator at {peer}: its certificate is not of the CA given, "
                 f"does not name this host, or it refuses ours (foreign or expired) [{details}]"

@@ -44,7 +44,7 @@ _OPTIONS = (
     # A stream's sender may be so far ahead of its reader, and no further, however fast the link: without
     # this gRPC lets the window grow, and with it the memory of each upload.
     ("grpc.http2.bdp_probe", 0),
-    ("grpc.http2.lookahead_bytes", 4 << 20),
+    ("grpc.http2.lookahead_bytes", 1 << 20),
     # A dead peer (a cut cable, a stopped process) is noticed within a minute on an idle stream.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),

@@ -12,7 +12,7 @@ from typing import Final
 
 from fedge.errors import BusyError
 
-ARRIVALS_PER_S: Final = 200.0
+ARRIVALS_PER_S: Final = 1000.0
 """Sessions that begin in a second, at most: each costs a handshake and, if runs are open, their offers."""
 
 _FULL_S: Final = 30.0

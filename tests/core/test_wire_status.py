@@ -98,3 +98,27 @@ def test_any_text_is_an_address_or_a_value_error(text):
     assert host
     assert host.isascii()
     assert 0 <= port <= 65535
+
+
+@pytest.mark.parametrize(
+    "details",
+    [
+        "Handshake read failed (Endpoint closing)",
+        "tcp handshaker shutdown",
+        "Ssl handshake failed: recvmsg:Connection reset by peer",
+        "TLS handshake timed out",
+    ],
+)
+def test_a_handshake_that_the_link_broke_off_says_nothing_about_anybodys_certificate(details):
+    """Found by a benchmark: an agent on a slow link took it for a refusal of its identity, and ended."""
+    assert type(error_of("UNAVAILABLE", details, peer="h:1")) is errors.LinkError
+
+
+def test_a_peer_that_is_busy_says_when_to_come_back_within_reason():
+    def told(text: str) -> float:
+        busy = error_of("UNAVAILABLE", "full", peer="h:1", retry_after=text)
+        assert isinstance(busy, errors.BusyError)
+        return busy.retry_after_s
+
+    found = [told(text) for text in ("1.5", "-1", "1e9", "nan", "inf", "soon")]
+    assert found == [1.5, 0.0, 3600.0, 1.0, 1.0, 1.0]

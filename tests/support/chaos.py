@@ -270,16 +270,15 @@ class Proxy:
             runner.run(self._serve_all())
 
     async def _serve_all(self) -> None:
-        accepting = self._loop.create_task(self._accept())
+        self._loop.add_reader(self._listener, self._accept)
         await self._stopped.wait()
-        accepting.cancel()
-        await asyncio.gather(accepting, return_exceptions=True)
+        self._loop.remove_reader(self._listener)
         self._listener.close()
         await self._reset_all()
 
-    async def _accept(self) -> None:
-        while True:
-            site, _ = await self._loop.sock_accept(self._listener)
+    def _accept(self) -> None:
+        with contextlib.suppress(BlockingIOError, ConnectionAbortedError):
+            site, _ = self._listener.accept()
             self.connections += 1
             task = self._loop.create_task(self._serve(site))
             self._serving.add(task)

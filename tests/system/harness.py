@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -94,10 +94,18 @@ class Running:
     log: Path
 
     @classmethod
-    def start(cls, *arguments: str | Path, log: Path, cwd: Path | None = None, fault: str = "") -> Running:
+    def start(
+        cls,
+        *arguments: str | Path,
+        log: Path,
+        cwd: Path | None = None,
+        fault: str = "",
+        on: Sequence[str] = (),
+    ) -> Running:
+        """`on` is what goes in front of the command, for it to run on another host."""
         with log.open("ab") as out:
             process = subprocess.Popen(
-                [_FEDGE, *map(str, arguments)],
+                [*on, _FEDGE, *map(str, arguments)],
                 cwd=cwd,
                 env=_ENVIRONMENT | ({faults.VARIABLE: fault} if fault else {}),
                 stdin=subprocess.DEVNULL,
@@ -226,7 +234,7 @@ class Federation:
         set_tables(folder / "client.toml", defaults | tables)
         return identity
 
-    def start(self, name: str, *, fault: str = "") -> Running:
+    def start(self, name: str, *, fault: str = "", on: Sequence[str] = ()) -> Running:
         """Start an enrolled site's client and wait until it is connected."""
         client = Running.start(
             "client",
@@ -234,6 +242,7 @@ class Federation:
             self.folder / name / "client.toml",
             log=self.folder / f"{name}.log",
             fault=fault,
+            on=on,
         )
         self.clients[name] = client
         until(lambda: name in self.connected() or client.process.poll() is not None, f"{name} is connected")

@@ -5,6 +5,7 @@ The second site's client reaches the coordinator through a proxy in this process
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -88,6 +89,18 @@ def test_a_link_that_is_slow_to_answer(linked: tuple[Federation, Proxy], digest:
     for way in proxy.ways:
         way.latency_s = 0.1
     check(federation, begin(linked, "latency"), digest)
+
+
+def test_an_agent_that_starts_behind_a_link_that_is_slow_to_answer_connects(
+    linked: tuple[Federation, Proxy],
+) -> None:
+    """Found by a benchmark: an attempt to connect was given up after a tenth of a second."""
+    federation, proxy = linked
+    for way in proxy.ways:
+        way.latency_s = 0.15
+    federation.clients["client-1"].signal(signal.SIGTERM)
+    until(lambda: "client-1" not in federation.connected(), "it is gone")
+    federation.start("client-1")
 
 
 def test_a_narrow_link(linked: tuple[Federation, Proxy], digest: str) -> None:

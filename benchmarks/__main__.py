@@ -1,4 +1,4 @@
-"""`python -m benchmarks [W1 W2 D1 D2 D3 M1] [--repeat N] [--json FILE] [--quick]`; see README.md."""
+"""`python -m benchmarks [W1 W2 D1 D2 D3 M1 C1 C2 C3 C4 C5 C6] [--repeat N] [--json FILE] [--quick]`; see README.md."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from benchmarks.measure import FEDGE, Case, Options, Side, as_json, run_case
 from benchmarks.report import rewrite_readme, show
 
 HERE = Path(__file__).resolve().parent
-WORKLOADS = ("W1", "W2", "D1", "D2", "D3", "M1")
+WORKLOADS = ("W1", "W2", "D1", "D2", "D3", "M1", "C1", "C2", "C3", "C4", "C5", "C6")
 _REPEAT, _REPEAT_QUICK = 5, 2
 
 
@@ -94,7 +94,7 @@ def _arguments() -> argparse.Namespace:
         "--json", type=Path, metavar="FILE", help="where results go, case by case (benchmarks/results)"
     )
     parser.add_argument("--quick", action="store_true", help="few rounds: to see that it works, not to quote")
-    parser.add_argument("--large", action="store_true", help="D2 also with 400 MB")
+    parser.add_argument("--large", action="store_true", help="D2 also with 400 MB, C3 with 8 MB")
     parser.add_argument("--floors", action="store_true", help="leave fedge out")
     parser.add_argument(
         "--readme", action="store_true", help="only rewrite the table of README.md from the results"

@@ -23,10 +23,14 @@ FLOOR, FEDGE = "floor", "fedge"
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One run of a side: named values, each a median over the run's rounds. Units are in the names."""
+    """One run of a side: named values, each a median over the run's rounds. Units are in the names.
+
+    `series` is only written down: what was seen in the course of the run.
+    """
 
     values: dict[str, float]
     rounds: int = 0
+    series: dict[str, list[float]] = field(default_factory=dict)
 
 
 Take = Callable[[], Sample]

@@ -87,8 +87,10 @@ def as_markdown(results: dict[str, Any]) -> str:
 def _standing(goal: dict[str, Any]) -> str:
     if goal["value"] is None:
         return "not measured"
-    share = goal["value"]["median"] / goal["limit"]
-    return f"{'met' if goal['met'] else 'missed'}, {share:.3g}x the limit"
+    stands, found = "met" if goal["met"] else "missed", goal["value"]["median"]
+    if not goal["limit"]:
+        return f"{stands}, {found:.3g}"
+    return f"{stands}, {found / goal['limit']:.3g}x the limit"
 
 
 def _quantity(value: float, unit: str) -> str:
@@ -96,6 +98,6 @@ def _quantity(value: float, unit: str) -> str:
         case "seconds" | "s":
             return f"{value * 1000:.3g} ms" if abs(value) < 1 else f"{value:.3g} s"
         case "bytes":
-            return f"{value / 1e6:.1f} MB"
+            return f"{value / 1e3:.0f} kB" if abs(value) < 1e6 else f"{value / 1e6:.1f} MB"
         case _:
             return f"{value:.3g}{'x' if unit == 'x' else ' ' + unit}"

@@ -65,6 +65,7 @@ class Agent:
         self._queue: deque[pb.ServerMessage] = deque()
         self._work_to_do = asyncio.Event()
         self._doing: pb.ServerMessage | None = None
+        self._doing_over: Link | None = None
         self._link: Link | None = None
         self._outgoing: asyncio.Queue[pb.ClientMessage] | None = None
         self._was_connected = False
@@ -164,10 +165,13 @@ class Agent:
 
     def _take(self, message: pb.ServerMessage) -> None:
         match message.WhichOneof("kind"):
+            case "offer" if self._jobs.accept_again(message.offer.run_id):
+                pass  # at once, whatever is under way: the coordinator counts on those who are back
             case "offer" | "order":
                 self._supersede(message.order)
-                if message == self._doing or message in self._queue:
-                    return  # sent again after a reconnection
+                # What is sent again after a reconnection is done again only where it was not handed in over this link.
+                if message in self._queue or (message == self._doing and self._doing_over is self._link):
+                    return
                 if len(self._queue) == _MAX_QUEUED_JOBS:
                     raise RemoteProtocolError(f"expected at most {_MAX_QUEUED_JOBS} open orders and offers")
                 self._queue.append(message)
@@ -232,7 +236,7 @@ class Agent:
             while not self._queue:
                 self._work_to_do.clear()
                 await self._work_to_do.wait()
-            self._doing = self._queue.popleft()
+            self._doing, self._doing_over = self._queue.popleft(), self._link
             try:
                 if self._doing.WhichOneof("kind") == "offer":
                     await self._jobs.consider(self._doing.offer)

@@ -88,11 +88,17 @@ class Jobs:
         """From now on the coordinator offers every open run again: one that it does not is over."""
         self._offered.clear()
 
+    def accept_again(self, run_id: str) -> bool:
+        """Accept a run that this site takes part in already; False if it does not."""
+        if run_id not in self.runs:
+            return False
+        self._offered.add(run_id)
+        self._send(pb.ClientMessage(accept=pb.Accept(run_id=run_id)))
+        return True
+
     async def consider(self, offer: pb.Offer) -> None:
         """Accept or refuse a run; to accept is to have its task, data and model ready."""
-        if offer.run_id in self.runs:
-            self._offered.add(offer.run_id)
-            self._send(pb.ClientMessage(accept=pb.Accept(run_id=offer.run_id)))
+        if self.accept_again(offer.run_id):
             return
         try:
             participation = await self._join(offer)

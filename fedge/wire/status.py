@@ -43,7 +43,16 @@ _ERRORS: dict[str, type[FedgeError]] = {
 
 _TLS_HINTS = ("ssl", "tls", "certificate", "handshake", "alert")
 
-_BROKEN_HINTS = ("shutdown", "shutting down", "closing", "timed out", "timeout", "refused", "reset", "unreachable")
+_BROKEN_HINTS = (
+    "shutdown",
+    "shutting down",
+    "closing",
+    "timed out",
+    "timeout",
+    "refused",
+    "reset",
+    "unreachable",
+)
 """A handshake that the link broke off says nothing about certificates."""
 
 

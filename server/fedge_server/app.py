@@ -66,6 +66,7 @@ async def serve(settings: ServerSettings, folder: Path, *, ready: Callable[[int]
     """
     use_one_arena()
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_in_one_line)
     faults = Faults.of(os.environ)
     if faults.armed:
         log.warning("fault_armed point=%s", faults.armed)
@@ -126,6 +127,15 @@ async def _settle() -> None:
     others = asyncio.all_tasks() - {asyncio.current_task()}
     if others:
         await asyncio.wait(others, timeout=_SETTLE_S)
+
+
+def _in_one_line(record: logging.LogRecord) -> bool:
+    """gRPC logs a traceback when a peer is gone while something is sent to it; to us that is a line."""
+    error = record.exc_info[1] if record.exc_info else None
+    if error is not None and type(error).__module__.startswith("grpc"):
+        record.exc_info = None
+        record.levelno, record.levelname = logging.INFO, "INFO"
+    return True
 
 
 def _bind(server: aio.Server, listen: str, credentials: grpc.ServerCredentials) -> int:

@@ -11,6 +11,7 @@ import array
 import asyncio
 import contextlib
 import fcntl
+import functools
 import socket
 import struct
 import termios
@@ -282,11 +283,10 @@ class Proxy:
             self.connections += 1
             task = self._loop.create_task(self._serve(site))
             self._serving.add(task)
-            task.add_done_callback(self._served)
+            task.add_done_callback(functools.partial(self._served, site))
 
     async def _serve(self, site: socket.socket) -> None:
         with contextlib.ExitStack() as stack:
-            stack.callback(_reset, site)
             if self._state == "cut":
                 return
             await self.passable()
@@ -318,7 +318,8 @@ class Proxy:
             dialling.add_done_callback(_hang_up)
             raise
 
-    def _served(self, task: asyncio.Task[None]) -> None:
+    def _served(self, site: socket.socket, task: asyncio.Task[None]) -> None:
+        _reset(site)  # here rather than in a task that may be cancelled before it begins
         self._serving.discard(task)
         if not task.cancelled() and task.exception() is not None:
             self._defect = task.exception()

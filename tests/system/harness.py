@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import big
+import heavy
 import psutil
 import tiny
 import tomlkit

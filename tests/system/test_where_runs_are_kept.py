@@ -79,6 +79,6 @@ def test_a_database_url_is_chosen_when_the_federation_is_made(tmp_path: Path, po
     server = Running.start("server", "start", home / "server.toml", log=tmp_path / "log")
     try:
         server.says("coordinator ready")
-        assert "[]" in fedge_ok("site", "list", "--json", "--admin", home / "admin.toml")
+        assert fedge_ok("site", "list", "--json", "--admin", home / "admin.toml").startswith("[")
     finally:
         server.end()

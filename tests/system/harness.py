@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import big
-import heavy
 import psutil
 import tiny
 import tomlkit

@@ -29,6 +29,7 @@ _OPTIONS = (
     # Keeps NAT entries alive and notices a dead link within a minute.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.ping_timeout_ms", 20_000),  # what decides; a minute unless it is set
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     # The agent decides when to try again; gRPC's own back-off would hide a coordinator that is back.

@@ -48,6 +48,7 @@ _OPTIONS = (
     # A dead peer (a cut cable, a stopped process) is noticed within a minute on an idle stream.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.ping_timeout_ms", 20_000),  # what decides; a minute unless it is set
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.max_ping_strikes", 0),

@@ -29,6 +29,7 @@ from typing import TypeVar
 
 R = TypeVar("R")
 
+NAMESPACES = Path("/var/run/netns")
 _CLONE_NEWNET = 0x40000000
 _TUNSETIFF = 0x400454CA
 _IFF_TUN, _IFF_NO_PI = 0x0001, 0x1000
@@ -95,7 +96,7 @@ class Host:
 
         def enter() -> None:
             try:
-                with open(f"/var/run/netns/{self.name}", "rb") as namespace:  # noqa: PTH123
+                with (NAMESPACES / self.name).open("rb") as namespace:
                     libc = ctypes.CDLL(None, use_errno=True)
                     if libc.setns(namespace.fileno(), _CLONE_NEWNET):
                         raise OSError(ctypes.get_errno(), "setns")
@@ -120,12 +121,19 @@ class Network:
 
     def __init__(self, *, seed: int = 7) -> None:
         tag = secrets.token_hex(3)
-        self.server = Host(f"fedge{tag}s", "192.0.2.1", "192.0.2.2")
-        self.site = Host(f"fedge{tag}c", "192.0.2.2", "192.0.2.1")
+        with contextlib.ExitStack() as made:
+            self.server = Host(f"fedge{tag}s", "192.0.2.1", "192.0.2.2")
+            made.callback(self.server.close)
+            self.site = Host(f"fedge{tag}c", "192.0.2.2", "192.0.2.1")
+            made.pop_all()
         self.quality = Quality()
         self.down = False
+        self.offered = {"up": 0, "down": 0}
+        """Packets that either end has sent, whatever becomes of them."""
         self.carried = {"up": 0, "down": 0}
         """Bytes of packets that have passed, with their headers."""
+        self._on_the_way = {"up": 0, "down": 0}
+        self._cuts = 0
         self._random = random.Random(seed)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._carry, name="link", daemon=True)
@@ -136,11 +144,17 @@ class Network:
         self.quality = quality
 
     def cut(self) -> None:
-        """Nothing passes any more, and neither end is told."""
+        """Nothing passes any more, what is on the link is lost, and neither end is told."""
         self.down = True
+        self._cuts += 1
 
     def mend(self) -> None:
         self.down = False
+
+    @property
+    def waiting(self) -> int:
+        """Packets that are on the link."""
+        return sum(self._on_the_way.values())
 
     def close(self) -> None:
         self._over.set()
@@ -151,30 +165,35 @@ class Network:
     def _carry(self) -> None:
         ways = {self.site.tun: (self.server.tun, "up"), self.server.tun: (self.site.tun, "down")}
         free_at = {"up": 0.0, "down": 0.0}
-        waiting = {"up": 0, "down": 0}
         queue: list[tuple[float, int, str, int, bytes]] = []
         numbers = count()
+        cuts = 0
         while not self._over.is_set():
             wait_s = min(_POLL_S, max(0.0, queue[0][0] - time.monotonic())) if queue else _POLL_S
             readable, _, _ = select.select(list(ways), [], [], wait_s)
             now = time.monotonic()
+            if cuts != self._cuts:
+                cuts = self._cuts
+                queue.clear()
+                self._on_the_way.update(up=0, down=0)
+                free_at.update(up=now, down=now)
             for source in readable:
                 packet = os.read(source, _MTU + 64)
                 sink, way = ways[source]
                 quality = self.quality
-                if self.down or self._random.random() < quality.loss or waiting[way] >= _QUEUE:
+                self.offered[way] += 1
+                if self.down or self._random.random() < quality.loss or self._on_the_way[way] >= _QUEUE:
                     continue
                 takes_s = 8 * len(packet) / quality.bits_per_s if quality.bits_per_s else 0.0
                 free_at[way] = max(free_at[way], now) + takes_s
-                waiting[way] += 1
+                self._on_the_way[way] += 1
                 heapq.heappush(queue, (free_at[way] + quality.delay_s, next(numbers), way, sink, packet))
             while queue and queue[0][0] <= time.monotonic():
                 _, _, way, sink, packet = heapq.heappop(queue)
-                waiting[way] -= 1
-                if not self.down:
-                    self.carried[way] += len(packet)
-                    with contextlib.suppress(OSError):  # the device is full: the packet is lost
-                        os.write(sink, packet)
+                self._on_the_way[way] -= 1
+                self.carried[way] += len(packet)
+                with contextlib.suppress(OSError):  # the device is full: the packet is lost
+                    os.write(sink, packet)
 
 
 @contextlib.contextmanager

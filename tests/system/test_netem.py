@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import netns
 import pytest
@@ -32,6 +33,10 @@ pytestmark = [
 
 SITES = ["client-0", "client-1"]
 BIG_BYTES = 4 * (3 * 300_000 + 300_000 + 300_000 + 1)
+GIVEN_UP_S = 150.0
+CONGESTION_CONTROL = (
+    Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip() if not WHY_NOT else ""
+)
 QUIET = "[evaluation]\nevery = 0\n"
 LINKS = {
     "4 Mbit/s": Quality(bits_per_s=4e6),
@@ -102,6 +107,16 @@ def test_a_run_over_a_bad_link_comes_out_the_same(hosts: Hosts, link: str) -> No
     check(hosts, hosts.federation.submit(text), text, rounds=3)
 
 
+@pytest.mark.skipif(
+    "bbr" not in CONGESTION_CONTROL,
+    reason=f"at 5 % loss TCP itself, with {CONGESTION_CONTROL}, takes minutes for megabytes",
+)
+def test_a_model_of_megabytes_gets_through_the_worst_link_there_is(hosts: Hosts) -> None:
+    text = run_toml("megabytes", task="big:task", rounds=1, more=QUIET)
+    hosts.net.shape(LINKS["all of it"])
+    check(hosts, hosts.federation.submit(text), text, rounds=1)
+
+
 def test_a_cut_of_a_minute_in_the_middle_of_an_upload_costs_at_most_a_chunk(hosts: Hosts) -> None:
     """Longer than it takes either end to find out: both give the connection up, and go on over another one."""
     net = hosts.net
@@ -114,6 +129,8 @@ def test_a_cut_of_a_minute_in_the_middle_of_an_upload_costs_at_most_a_chunk(host
     net.cut()
     agent = hosts.federation.clients["client-1"]
     agent.says("session_failed")
+    gone = "the coordinator gave it up, too"
+    until(lambda: "client-1" not in hosts.federation.connected(), gone, seconds=GIVEN_UP_S)
     net.mend()
     check(hosts, run_id, text, rounds=1)
     headers = 1.08  # of TCP, TLS and HTTP/2

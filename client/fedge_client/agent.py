@@ -29,7 +29,7 @@ from fedge.faults import Faults
 from fedge.memory import give_back_freed
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire.codec import printable
-from fedge.wire.status import MAX_RETRY_AFTER_S
+from fedge.wire.status import retry_after_s
 from fedge_client import gate
 from fedge_client.identity import Identity, accept_certificate, load_identity, make_csr, save_identity
 from fedge_client.jobs import Jobs, log_receipt
@@ -160,8 +160,9 @@ class Agent:
 
     def _send(self, message: pb.ClientMessage) -> None:
         """Queue a message for the session; without one it is dropped, since a new session starts afresh."""
-        if self._outgoing is not None:
-            self._outgoing.put_nowait(message)
+        if self._outgoing is None or (message.HasField("progress") and self._outgoing.full()):
+            return
+        self._outgoing.put_nowait(message)
 
     def _take(self, message: pb.ServerMessage) -> None:
         match message.WhichOneof("kind"):
@@ -197,7 +198,7 @@ class Agent:
             raise IdentityError(
                 f"another client connected as site {self.site!r}: each site runs one client; stop one of them"
             )
-        self._back_in_s = min(max(closing.retry_after_s, 0.0), MAX_RETRY_AFTER_S)
+        self._back_in_s = retry_after_s(closing.retry_after_s)
         log.warning("session_ending because=%s back_in_s=%.1f", reason, self._back_in_s)
 
     def _supersede(self, order: pb.Order) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedge import progress
 from fedge.errors import FedgeError, LinkError, RefusedError, StorageError
 from fedge.faults import Faults
 from fedge.pipeline import Layer
@@ -40,9 +41,6 @@ log = logging.getLogger(__name__)
 
 OUTBOX = "outbox"
 _ON_THREAD_BYTES = 1 << 20
-_FETCHED, _COMPUTED = 250, 750
-"""How much of an order's work is done, in thousandths, when its model is here, and when it is computed."""
-
 
 Send = Callable[[pb.ClientMessage], None]
 
@@ -78,7 +76,7 @@ class Jobs:
         self._folder = folder
         self._supervisor = supervisor
         self._send = send
-        self._outbox = Outbox(folder / OUTBOX)
+        self._outbox = Outbox(folder / OUTBOX, max_runs=settings.policy.max_runs)
         self._reach = (faults or Faults()).reach
         self._transfers = Transfers()
         self.runs: dict[str, Participation] = {}
@@ -250,17 +248,15 @@ class Jobs:
 
     def _teller(self, run: Participation, message: pb.Order) -> Callable[[int, int], None]:
         """Tells the coordinator now and then how far the worker is: a deadline is about progress."""
-        every_s = min(30.0, max(0.5, message.deadline_s / 8))
-        told = time.monotonic()
+        every_s, told = progress.every_s(message.deadline_s), time.monotonic()
 
         def tell(done: int, total: int) -> None:
             nonlocal told
             if time.monotonic() - told < every_s:
                 return
             told = time.monotonic()
-            permille = _FETCHED + (_COMPUTED - _FETCHED) * min(done, total) // max(1, total)
-            progress = pb.Progress(run_id=run.run_id, id=message.id, permille=permille)
-            self._send(pb.ClientMessage(progress=progress))
+            so_far = pb.Progress(run_id=run.run_id, id=message.id, permille=progress.computed(done, total))
+            self._send(pb.ClientMessage(progress=so_far))
 
         return tell
 

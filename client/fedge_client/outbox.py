@@ -77,10 +77,14 @@ class Lost:
 
 
 class Outbox:
-    """A folder of prepared updates, one for each run. `write` of a large one may be called on any thread."""
+    """A folder of prepared updates, one for each of the last `max_runs` runs.
 
-    def __init__(self, folder: Path) -> None:
+    `write` of a large one may be called on any thread.
+    """
+
+    def __init__(self, folder: Path, *, max_runs: int) -> None:
         self._folder = private_folder(folder)
+        self._max_runs = max_runs
 
     def announce(self, prepared: Prepared) -> None:
         """Remember that this update exists, before a byte of it can leave; a small one is then here whole.
@@ -94,6 +98,7 @@ class Outbox:
         with _errors(path):
             _write(temporary, _HEADER.pack(len(data), len(prepared.model)) + data + prepared.model)
             temporary.replace(path)
+            self._make_room()
 
     def write(self, prepared: Prepared) -> None:
         """Keep a large update's vector, too.
@@ -131,13 +136,12 @@ class Outbox:
             with suppress(OSError):
                 self._path(run_id, suffix).unlink()
 
-    def keep_only(self, runs: frozenset[str]) -> None:
-        """Forget the updates of all other runs."""
-        stems = {_stem(run_id) for run_id in runs}
-        with suppress(OSError):  # what stays is removed the next time
-            for path in self._folder.iterdir():
-                if path.stem not in stems:
-                    path.unlink(missing_ok=True)
+    def _make_room(self) -> None:
+        """Forget runs that ended while nobody told this site: those that were answered longest ago."""
+        answered = sorted(self._folder.glob(f"*{_UPDATE}"), key=lambda path: path.stat().st_mtime_ns)
+        for path in answered[: -self._max_runs]:
+            for suffix in (_UPDATE, _VECTOR):
+                path.with_suffix(suffix).unlink(missing_ok=True)
 
     def _vector(self, run_id: str, update: pb.Update) -> Array:
         if update.vector.HasField("inline"):

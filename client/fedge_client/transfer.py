@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 R = TypeVar("R")
 
 _FIRST_S: Final = 0.25
+_LEAST_S: Final = 0.05
 _MAX_S: Final = 10.0
 
 
@@ -91,6 +92,6 @@ class Transfers:
 def pause_s(error: LinkError, failures: int) -> float:
     """How long to wait: as the peer says, if it does; else full jitter, with a longest wait that doubles."""
     if isinstance(error, BusyError):
-        return error.retry_after_s * random.uniform(1.0, 1.1)  # noqa: S311  # jitter, not a secret
+        return max(_LEAST_S, error.retry_after_s) * random.uniform(1.0, 1.1)  # noqa: S311  # jitter, not a secret
     longest = min(_MAX_S, _FIRST_S * 2.0 ** min(failures, 10))
     return random.uniform(0, longest)  # noqa: S311  # jitter, not a secret

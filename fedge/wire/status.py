@@ -21,7 +21,7 @@ from fedge.wire.codec import printable
 RETRY_AFTER: Final = "fedge-retry-after-s"
 """The trailing metadata in which a busy peer says, in seconds, when it would like to be asked again."""
 
-MAX_RETRY_AFTER_S: Final = 3600.0
+_MAX_RETRY_AFTER_S: Final = 3600.0
 
 _STATUS: tuple[tuple[type[FedgeError], str], ...] = (
     (BusyError, "UNAVAILABLE"),
@@ -68,7 +68,9 @@ def error_of(status: str, details: str, *, peer: str, retry_after: str | bytes |
     """
     details = printable(details)
     if status == "UNAVAILABLE" and retry_after is not None:
-        return BusyError(f"the coordinator at {peer} is busy: {details}", retry_after_s=_seconds(retry_after))
+        return BusyError(
+            f"the coordinator at {peer} is busy: {details}", retry_after_s=retry_after_s(retry_after)
+        )
     if status in _ERRORS:
         return _ERRORS[status](details)
     if status == "UNAVAILABLE":
@@ -86,10 +88,10 @@ def error_of(status: str, details: str, *, peer: str, retry_after: str | bytes |
     return LinkError(f"the coordinator at {peer} ended the call: {status.lower()}: {details}")
 
 
-def _seconds(text: str | bytes) -> float:
-    """A peer's wish, within reason."""
+def retry_after_s(wish: float | str | bytes) -> float:
+    """When a peer would like to be asked again, in seconds, as far as that is within reason."""
     try:
-        seconds = float(text)
+        seconds = float(wish)
     except ValueError:
         return 1.0
-    return min(max(seconds, 0.0), MAX_RETRY_AFTER_S) if math.isfinite(seconds) else 1.0
+    return min(max(seconds, 0.0), _MAX_RETRY_AFTER_S) if math.isfinite(seconds) else 1.0

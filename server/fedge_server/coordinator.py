@@ -33,7 +33,10 @@ log = logging.getLogger(__name__)
 IDLE_S = 60.0
 """How long a site that takes part in no run keeps its place when others need it."""
 
-RESTART_S = 0.5
+_FULL_S = 30.0
+"""After how long a site that found no place may ask for one again, at the earliest."""
+
+_RESTART_S = 0.5
 """How long a coordinator that is stopped takes to be back, if somebody starts it again at once."""
 
 
@@ -59,7 +62,8 @@ class Coordinator:
         self.past: dict[str, PastRun] = {}
         """Runs that no process drives: those that ended before this one, and those that cannot go on here."""
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._pace = Pace()
+        self._when_full = Pace(after_s=_FULL_S)
+        self._after_restart = Pace(after_s=_RESTART_S)
 
     # Sessions.
 
@@ -87,10 +91,10 @@ class Coordinator:
         if not idle:
             raise BusyError(
                 f"this coordinator has its {self.settings.max_sessions} sessions",
-                retry_after_s=self._pace.when_full(now=now),
+                retry_after_s=self._when_full.return_in_s(now=now),
             )
         oldest = min(idle, key=lambda each: each.since)
-        oldest.close("others need the place", retry_after_s=self._pace.when_full(now=now))
+        oldest.close("others need the place", retry_after_s=self._when_full.return_in_s(now=now))
         self.disconnect(oldest)
 
     def disconnect(self, session: Session) -> None:
@@ -270,7 +274,7 @@ class Coordinator:
         """End every session, and every run's task once the run is kept, if that takes no longer than this."""
         now = asyncio.get_running_loop().time()
         for session in list(self.sessions.values()):
-            back_in_s = self._pace.return_in_s(now=now, after_s=RESTART_S)
+            back_in_s = self._after_restart.return_in_s(now=now)
             session.close("the coordinator is shutting down", retry_after_s=back_in_s)
         for driver in self.runs.values():
             driver.drain()

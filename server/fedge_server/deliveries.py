@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 
 from fedge.errors import RefusedError, RemoteProtocolError
 from fedge.exact import MAX_WEIGHT
+from fedge.progress import delivered
 from fedge.refusal import Refusal, RefusalCode
 from fedge.round import OrderId
 from fedge.wire import fedge_pb2 as pb
@@ -34,9 +35,6 @@ log = logging.getLogger(__name__)
 
 CHUNK_WAIT_S = 300.0
 """Between two chunks of an upload: one of them takes two minutes at 64 kbit/s."""
-
-_FETCHED, _COMPUTED, _ALL = 250, 750, 1000
-"""How much of an order's work is done, in thousandths, when its model is there, and when it is computed."""
 
 
 class Deliveries:
@@ -81,7 +79,8 @@ class Deliveries:
 
         Raises:
             BusyError: this site, or all sites together, are delivering as many as they may at once.
-            RemoteProtocolError: its bytes end too early, or do not go on where those before have ended.
+                Or its bytes do not go on where those before have ended.
+            RemoteProtocolError: its bytes end too early.
             TimeoutError: nothing came for long.
         """
         update = request.update
@@ -121,7 +120,7 @@ class Deliveries:
     async def _fill(self, incoming: Incoming, driver: RunDriver, requests: AsyncIterator[bytes]) -> None:
         """Keep what arrives until the sender ends; while one chunk is written the next is on its way."""
         site, _, order = incoming.key
-        size, faults = incoming.upload.size, self._coordinator.archive.faults
+        faults = self._coordinator.archive.faults
         clock = asyncio.get_running_loop().time
         told = clock()
         while True:
@@ -138,8 +137,7 @@ class Deliveries:
             faults.reach("upload.chunk")
             if clock() - told >= driver.progress_every_s:
                 told = clock()
-                done = size - incoming.upload.missing
-                driver.progress(site, order, _COMPUTED + (_ALL - _COMPUTED) * done // size)
+                driver.progressed(site, order, delivered(incoming.received, incoming.upload.size))
             await self._wait_for_its_turn(site, len(data))
         await incoming.settle()
 

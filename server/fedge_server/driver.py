@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fedge import federation
+from fedge import federation, progress
 from fedge.errors import LinkError, RunError, StorageError
 from fedge.federation import Finish, Plan, Returned, RunEffect, RunEvent
 from fedge.history import Row
@@ -178,7 +178,7 @@ class RunDriver:
                 _answer(delivery, _ENDED)
             return
         # Only a flood of peers fills the queue; what is lost is the flood's, never a timer or its owner's stop.
-        if isinstance(event, Arrived | Failed) and self._queue.qsize() >= MAX_WAITING_EVENTS:
+        if isinstance(event, Arrived | Failed | Progressed) and self._queue.qsize() >= MAX_WAITING_EVENTS:
             log.error("run_queue_full run=%s event=%s", self.run_id, type(event).__name__)
             if delivery is not None:
                 _answer(delivery, Refusal(RefusalCode.LATE, "the coordinator is overloaded"))
@@ -204,19 +204,19 @@ class RunDriver:
 
     @property
     def progress_every_s(self) -> float:
-        """How often progress is worth telling: several times within a deadline."""
-        return min(30.0, max(0.5, self.config.cohort.deadline_s / 8))
+        """How often it is worth telling this run of progress."""
+        return progress.every_s(self.config.cohort.deadline_s)
 
-    def progress(self, client: str, order: OrderId, permille: int) -> None:
-        """A client's work on an order goes on."""
-        if 0 < permille <= 1000 and not self._over and self._queue.qsize() < MAX_WAITING_EVENTS:
-            self._queue.put_nowait((Progressed(client, order, permille), None))
+    def progressed(self, client: str, order: OrderId, permille: int) -> None:
+        """A client's work on an order has come so far, as `fedge.progress` counts it."""
+        if 0 < permille <= progress.ALL:
+            self.post(Progressed(client, order, permille))
 
-    def fetched(self, client: str, done: int, size: int) -> None:
+    def fetching(self, client: str, done: int, size: int) -> None:
         """A client is fetching what its orders name: so much of it is on its way."""
         for order, cohort in self.machine.cohorts.items():
             if cohort.get(client) in ("pending", "lost"):
-                self.progress(client, order, max(1, 250 * done // max(1, size)))
+                self.progressed(client, order, progress.fetched(done, size))
 
     def count(self, *, down: int = 0, up: int = 0) -> None:
         """Account for bytes of vectors on the wire."""

@@ -15,8 +15,6 @@ from fedge.errors import BusyError
 ARRIVALS_PER_S: Final = 1000.0
 """Sessions that begin in a second, at most: each costs a handshake and, if runs are open, their offers."""
 
-_FULL_S: Final = 30.0
-
 
 class Bucket:
     """A token bucket: `rate` a second on average, and up to `burst` at once. A rate of 0 is no limit."""
@@ -31,26 +29,29 @@ class Bucket:
         """Take so much, on credit if need be; returns the seconds until that is paid for."""
         if not self._rate:
             return 0.0
-        if self._at is not None:
-            self._level = min(self._burst, self._level + (now - self._at) * self._rate)
-        self._at = now
+        self._fill(now)
         self._level -= amount
         return max(0.0, -self._level / self._rate)
 
-    def available(self, *, now: float) -> bool:
-        """Whether one more is covered."""
-        level, self._level, at = self._level, self._level, self._at
-        gained = (now - at) * self._rate if at is not None else 0.0
-        return not self._rate or min(self._burst, level + gained) >= 1
+    def covers(self, amount: float, *, now: float) -> bool:
+        """Whether so much could be taken without credit."""
+        self._fill(now)
+        return not self._rate or self._level >= amount
+
+    def _fill(self, now: float) -> None:
+        if self._at is not None:
+            self._level = min(self._burst, self._level + (now - self._at) * self._rate)
+        self._at = now
 
 
 class Pace:
-    """Spreads sites that are sent away: each is given a moment of its own to come back."""
+    """Spreads sites that are sent away: each is given a moment of its own to come back, `after_s` or later."""
 
-    def __init__(self, rate: float = ARRIVALS_PER_S) -> None:
+    def __init__(self, *, after_s: float, rate: float = ARRIVALS_PER_S) -> None:
+        self._after_s = after_s
         self._rate = rate
         self._arrivals = Bucket(rate, burst=rate)
-        self._next = 0.0
+        self._last = 0.0
 
     def admit(self, *, now: float) -> None:
         """Count an arrival.
@@ -58,20 +59,14 @@ class Pace:
         Raises:
             BusyError: too many have come at once; it says when this one should.
         """
-        if not self._arrivals.available(now=now):
-            raise BusyError(
-                "many sites are connecting at once", retry_after_s=self.return_in_s(now=now, after_s=1.0)
-            )
+        if not self._arrivals.covers(1, now=now):
+            raise BusyError("many sites are connecting at once", retry_after_s=self.return_in_s(now=now))
         self._arrivals.take(1, now=now)
 
-    def return_in_s(self, *, now: float, after_s: float = 0.0) -> float:
-        """Seconds until the next free moment, `after_s` or later."""
-        self._next = max(self._next, now + after_s) + 1 / self._rate
-        return self._next - now
-
-    def when_full(self, *, now: float) -> float:
-        """When to ask again for a place that somebody has to give up first."""
-        return self.return_in_s(now=now, after_s=_FULL_S)
+    def return_in_s(self, *, now: float) -> float:
+        """Seconds until the next moment that nobody has yet."""
+        self._last = max(self._last, now + self._after_s) + 1 / self._rate
+        return self._last - now
 
 
 class Concurrency:

@@ -1,4 +1,4 @@
-"""The services that sites call: Session, Fetch, Deliver and Renew, and Enrol for those not yet in."""
+"""The services that sites call: Session, Fetch, Deliver, Resume and Renew, and Enrol for those not yet in."""
 
 from __future__ import annotations
 
@@ -18,12 +18,18 @@ from fedge_server.clock import now
 from fedge_server.coordinator import Coordinator
 from fedge_server.deliveries import Deliveries
 from fedge_server.driver import RunDriver
-from fedge_server.limits import Concurrency, Pace
+from fedge_server.limits import Bucket, Concurrency, Pace
 from fedge_server.membership import Membership
 
 log = logging.getLogger(__name__)
 
 FIRST_MESSAGE_S = 30.0
+
+ADMIT_S = 1.0
+"""After how long a site may come again that came together with too many others."""
+
+MESSAGES_PER_S = 5000.0
+"""What is read of one site's messages, on average: its stream, and then it, waits."""
 
 
 class FederationService:
@@ -35,7 +41,7 @@ class FederationService:
         self._software = software
         self._deliveries = Deliveries(coordinator)
         self._fetches = Concurrency("downloads", each=coordinator.settings.max_site_downloads)
-        self._pace = Pace()
+        self._pace = Pace(after_s=ADMIT_S)
 
     async def Session(
         self, request_iterator: AsyncIterator[pb.ClientMessage | None], context: Context
@@ -94,7 +100,10 @@ class FederationService:
     async def _read(self, session: sessions.Session, requests: AsyncIterator[pb.ClientMessage]) -> None:
         """Handle what the site sends until it stops; a message that breaks the protocol ends the session."""
         try:
+            rate, clock = Bucket(MESSAGES_PER_S, burst=MESSAGES_PER_S), asyncio.get_running_loop().time
             async for message in requests:
+                if wait_s := rate.take(1, now=clock()):
+                    await asyncio.sleep(wait_s)
                 if session.closed:
                     return  # what comes after must not be done in its name
                 self._membership.check_known(session.principal)
@@ -130,7 +139,7 @@ class FederationService:
                 progress = message.progress
                 driver = self._coordinator.runs.get(progress.run_id)
                 if driver is not None:
-                    driver.progress(session.site, decode_order_id(progress.id), progress.permille)
+                    driver.progressed(session.site, decode_order_id(progress.id), progress.permille)
             case other:
                 raise RemoteProtocolError(f"expected a message of a known kind, found {other}")
 
@@ -165,7 +174,7 @@ class FederationService:
             yield frame
             if clock() - told >= driver.progress_every_s:
                 told = clock()
-                driver.fetched(site, start, len(view))
+                driver.fetching(site, start, len(view))
 
     async def Deliver(self, request_iterator: AsyncIterator[bytes], context: Context) -> pb.Receipt:
         """A large update, as encoded DeliverRequests."""

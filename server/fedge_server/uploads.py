@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
-from fedge.errors import FedgeError, LinkError, RefusedError, RemoteProtocolError
+from fedge.errors import BusyError, FedgeError, LinkError, RefusedError
 from fedge.round import OrderId
 from fedge.wire.chunks import Piece
 from fedge_server.spool import Spool, Upload
@@ -52,15 +52,27 @@ class Incoming:
     async def settle(self) -> None:
         """Wait until everything that was given is kept; raises as `write`."""
         if self.writing is not None:
-            writing, self.writing = self.writing, None
-            await asyncio.shield(writing)
+            # Cancelled here, the chunk is still being written, and stays known to be.
+            await asyncio.shield(self.writing)
+            self.writing = None
 
-    async def stop(self) -> None:
-        """No other chunk will be taken by the call that feeds it."""
+    async def stop(self) -> bool:
+        """No other chunk will be taken by the call that feeds it; returns whether all that came was well."""
         self.stopped = True
-        if self.writing is not None:
-            with suppress(FedgeError):
-                await asyncio.shield(self.writing)
+        try:
+            await self.settle()
+        except FedgeError:
+            return False
+        return not self.upload.closed
+
+    def goes_on(self, digest: bytes, offset: int) -> bool:
+        """Whether bytes from `offset` on of the vector of this digest are what comes next."""
+        return self.writing is None and self.upload.digest == digest and self.received == offset
+
+    @property
+    def received(self) -> int:
+        """Bytes that are kept."""
+        return self.upload.size - self.upload.missing
 
 
 class Uploads:
@@ -70,8 +82,8 @@ class Uploads:
         self._spool = spool
         self._max_idle_bytes = max_idle_bytes
         self._active: dict[Key, Incoming] = {}
-        self._idle: dict[Key, tuple[float, Upload]] = {}
-        """Parts that nobody feeds now, the longest forgotten first, and since when."""
+        self._parts: dict[Key, tuple[float, Incoming]] = {}
+        """What nobody feeds now, the longest forgotten first, and since when."""
 
     @contextmanager
     def receiving(
@@ -80,7 +92,8 @@ class Uploads:
         """Room for an upload, or for the rest of it. If the block fails for the link's sake, its part stays.
 
         Raises:
-            RemoteProtocolError: `offset` is not where what has arrived ends.
+            BusyError: `offset` is not where what has arrived ends (any more): whoever asks again is told.
+            LinkError: another call has gone on with it meanwhile.
         """
         key = (site, run_id, order)
         incoming = Incoming(key, self._begin(key, size=size, digest=digest, offset=offset))
@@ -93,45 +106,45 @@ class Uploads:
         except BaseException:
             self._put_aside(incoming)
             raise
-        else:
-            if self._active.get(key) is incoming:
-                del self._active[key]
+        if self._active.get(key) is not incoming:  # it has one owner: the call that goes on with it
+            raise LinkError("another call goes on with this upload")
+        del self._active[key]
 
     async def resume(self, site: str, run_id: str, order: OrderId, digest: bytes) -> int:
         """How many bytes of an upload are here; the call that fed it until now feeds it no more."""
         key = (site, run_id, order)
-        active = self._active.get(key)
-        if active is not None:
-            await active.stop()
-            if self._active.get(key) is active:
-                self._put_aside(active)
-        _, part = self._idle.get(key, (0.0, None))
-        return part.size - part.missing if part is not None and part.digest == digest else 0
+        if key in self._active:
+            self._put_aside(self._active[key])
+        _, part = self._parts.get(key, (0.0, None))
+        if part is None or part.upload.digest != digest:
+            return 0
+        well = await part.stop()
+        if self._part(key) is not part:
+            return 0  # another call has it by now
+        if not well:
+            self._forget(key)
+            return 0
+        return part.received
 
     def forget_run(self, run_id: str) -> None:
         """The run is over: nobody will come back for its parts."""
-        for key in [key for key in self._idle if key[1] == run_id]:
-            self._idle.pop(key)[1].close()
+        for key in [key for key in self._parts if key[1] == run_id]:
+            self._forget(key)
 
     def _begin(self, key: Key, *, size: int, digest: bytes, offset: int) -> Upload:
-        active = self._active.pop(key, None)
-        if active is not None:
-            active.stopped = True
-            if active.writing is None:
-                self._keep_part(key, active.upload)
-            else:  # its end is not known yet: whoever wants to go on there asks first
-                active.upload.close()
-        _, part = self._idle.pop(key, (0.0, None))
-        if not offset:
-            if part is not None:
-                part.close()
-            return self._spool.upload(size=size, digest=digest)
-        received = part.size - part.missing if part is not None else 0
-        if part is None or part.digest != digest or received != offset:
-            if part is not None:
-                part.close()
-            raise RemoteProtocolError(f"expected bytes from {received} on, found them from {offset} on")
-        return part
+        if key in self._active:
+            self._put_aside(self._active[key])
+        part = self._part(key)
+        if offset:
+            if part is None or not part.goes_on(digest, offset):
+                raise BusyError(f"what has arrived does not end at {offset}: ask again", retry_after_s=0.1)
+            del self._parts[key]
+            return part.upload
+        self._forget(key)
+        return self._spool.upload(size=size, digest=digest)
+
+    def _part(self, key: Key) -> Incoming | None:
+        return self._parts[key][1] if key in self._parts else None
 
     def _put_aside(self, incoming: Incoming) -> None:
         """Keep what has arrived, unless another call has it by now."""
@@ -139,32 +152,19 @@ class Uploads:
             return
         del self._active[incoming.key]
         incoming.stopped = True
-        if incoming.writing is not None:  # a chunk is being written: it is kept when that is known to be well
-            incoming.writing.add_done_callback(lambda done: self._written(incoming, done))
-        else:
-            self._keep_part(incoming.key, incoming.upload)
-
-    def _written(self, incoming: Incoming, done: asyncio.Task[None]) -> None:
-        broken = done.cancelled() or done.exception() is not None
-        if broken or incoming.key in self._active or incoming.key in self._idle:
-            incoming.upload.close()
-        else:
-            self._keep_part(incoming.key, incoming.upload)
-
-    def _keep_part(self, key: Key, upload: Upload) -> None:
-        if upload.closed or not upload.missing or upload.missing == upload.size:
-            upload.close()
-            return
         now = asyncio.get_running_loop().time()
-        self._idle.pop(key, None)
-        self._idle[key] = (now, upload)
-        in_all = sum(part.size for _, part in self._idle.values())
-        for other, (since, part) in list(self._idle.items()):
+        self._forget(incoming.key)
+        self._parts[incoming.key] = (now, incoming)
+        in_all = sum(part.upload.size for _, part in self._parts.values())
+        for key, (since, part) in list(self._parts.items()):
             if in_all <= self._max_idle_bytes and now - since <= FORGOTTEN_S:
                 break
-            in_all -= part.size
-            del self._idle[other]
-            part.close()
+            in_all -= part.upload.size
+            self._forget(key)
+
+    def _forget(self, key: Key) -> None:
+        if key in self._parts:
+            self._parts.pop(key)[1].upload.close()
 
     def _drop(self, incoming: Incoming) -> None:
         if self._active.get(incoming.key) is incoming:

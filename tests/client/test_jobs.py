@@ -446,3 +446,16 @@ def test_a_full_disk_on_the_site_costs_nothing_but_the_copy(site: Site, monkeypa
     monkeypatch.setattr(os, "open", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     (answer,) = site.do(order())
     assert answer.HasField("update")
+
+
+def test_runs_that_ended_unheard_of_leave_no_more_behind_than_there_may_be_runs(site: Site):
+    for number in range(3 * SLOTS):
+        run_id = f"run-{number}"
+        site.consider(offer(run_id, size=LARGE))
+        wanted = order(size=LARGE)
+        wanted.run_id = run_id
+        site.do(wanted)
+        site.jobs.runs.clear()  # as after a restart: the coordinator does not offer it again
+        site.worker.loads.clear()
+    assert len(list((site.folder / OUTBOX).glob("*.update"))) == SLOTS
+    assert len(list((site.folder / OUTBOX).glob("*.vector"))) == SLOTS

@@ -31,7 +31,7 @@ def test_a_run_that_waits_names_the_sites_that_are_missing(start_run, play):
 def test_an_open_round_says_who_is_at_work_and_how_far_that_is(start_run, play):
     async def scenario() -> None:
         run = await start_run(FedAvg(), "a", "b", "c", cohort={"size": 3, "quorum": 1})
-        run.driver.progress("b", TRAIN, 420)
+        run.driver.progressed("b", TRAIN, 420)
         run.driver.post(Left("c"))
         await run.deliver("a", TRAIN)
         assert progress_of(run.driver.machine) == (
@@ -72,7 +72,7 @@ def test_progress_that_cannot_be_is_ignored(start_run, play):
     async def scenario() -> None:
         run = await start_run(FedAvg(), "a", cohort={"size": 1})
         for permille in (0, 1001, 2**32 - 1):
-            run.driver.progress("a", TRAIN, permille)
+            run.driver.progressed("a", TRAIN, permille)
         run.driver.post(Progressed("stranger", TRAIN, 5))
         await run.deliver("stranger", TRAIN)
         assert run.driver.machine.training.progress == frozenset()

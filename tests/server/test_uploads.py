@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedge.errors import BusyError, LinkError, RefusedError, RemoteProtocolError
+from fedge.errors import BusyError, LinkError, RefusedError
 from fedge.round import OrderId
 from fedge.vector import bytes_of, digest_of
 from fedge.wire.limits import INLINE_BYTES
@@ -72,22 +73,76 @@ def test_what_broke_off_goes_on_where_it_was(uploads: Uploads, play: Play) -> No
     play(scenario())
 
 
-def test_a_call_that_is_cancelled_in_the_middle_of_a_chunk_leaves_whole_chunks(
-    uploads: Uploads, play: Play
+class SlowDisk:
+    """Chunks are written when the test says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.go_on, self.begun = threading.Event(), threading.Event()
+        write = Upload.write
+
+        def slowly(upload: Upload, data: bytes) -> None:
+            self.begun.set()
+            assert self.go_on.wait(20)
+            write(upload, data)
+
+        monkeypatch.setattr(Upload, "write", slowly)
+        monkeypatch.setattr("fedge_server.uploads._ON_LOOP_BYTES", 0)
+
+
+@pytest.fixture
+def slow_disk(monkeypatch: pytest.MonkeyPatch) -> SlowDisk:
+    return SlowDisk(monkeypatch)
+
+
+def test_a_chunk_that_is_being_written_when_its_call_is_cancelled_counts_once(
+    uploads: Uploads, play: Play, slow_disk: SlowDisk
 ) -> None:
     async def scenario() -> None:
-        async def hang() -> None:
-            with uploads.receiving("a", "run", ORDER, size=len(DATA), digest=DIGEST, offset=0) as incoming:
-                await feed(incoming, 0)
-                await incoming.write(DATA[PART : 2 * PART] * 1)
-                await asyncio.sleep(60)
-
-        task = asyncio.create_task(hang())
-        await asyncio.sleep(0.05)
+        task = asyncio.create_task(send(uploads, 0, breaks=True))
+        await asyncio.to_thread(slow_disk.begun.wait, 20)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        await asyncio.sleep(0.05)
-        assert await uploads.resume("a", "run", ORDER, DIGEST) in (PART, 2 * PART)
+        asking = asyncio.create_task(uploads.resume("a", "run", ORDER, DIGEST))
+        await asyncio.sleep(0)
+        slow_disk.go_on.set()
+        assert await asking == PART
+        upload = await send(uploads, 1, 2, 3, offset=PART)
+        np.testing.assert_array_equal(upload[0 : len(VECTOR)], VECTOR)
+
+    play(scenario())
+
+
+def test_a_call_that_is_stopped_at_its_last_chunk_does_not_hand_the_upload_in_as_well(
+    uploads: Uploads, play: Play, slow_disk: SlowDisk
+) -> None:
+    async def scenario() -> None:
+        slow_disk.go_on.set()
+        with pytest.raises(LinkError):
+            await send(uploads, 0, 1, 2, breaks=True)
+        slow_disk.go_on.clear()
+        slow_disk.begun.clear()
+        offset = await uploads.resume("a", "run", ORDER, DIGEST)
+        dead = asyncio.create_task(send(uploads, 3, offset=offset))
+        await asyncio.to_thread(slow_disk.begun.wait, 20)
+        asking = asyncio.create_task(uploads.resume("a", "run", ORDER, DIGEST))
+        await asyncio.sleep(0)
+        slow_disk.go_on.set()
+        assert await asking == len(DATA)
+        with pytest.raises(LinkError, match="another call"):
+            await dead
+        upload = await send(uploads, offset=len(DATA))
+        np.testing.assert_array_equal(upload[0 : len(VECTOR)], VECTOR)
+
+    play(scenario())
+
+
+def test_what_had_arrived_whole_before_its_call_broke_is_not_sent_again(uploads: Uploads, play: Play) -> None:
+    async def scenario() -> None:
+        with pytest.raises(LinkError):
+            await send(uploads, 0, 1, 2, 3, breaks=True)
+        assert await uploads.resume("a", "run", ORDER, DIGEST) == len(DATA)
+        upload = await send(uploads, offset=len(DATA))
+        np.testing.assert_array_equal(upload[0 : len(VECTOR)], VECTOR)
 
     play(scenario())
 
@@ -121,10 +176,11 @@ def test_bytes_from_elsewhere_than_where_it_broke_off_are_refused(uploads: Uploa
     async def scenario() -> None:
         with pytest.raises(LinkError):
             await send(uploads, 0, breaks=True)
-        with pytest.raises(RemoteProtocolError, match=f"from {PART} on"):
+        with pytest.raises(BusyError, match="ask again"):
             await send(uploads, 2, 3, offset=2 * PART)
-        with pytest.raises(RemoteProtocolError, match="from 0 on"):
+        with pytest.raises(BusyError, match="ask again"):
             await send(uploads, 1, site="b", offset=PART)
+        assert await uploads.resume("a", "run", ORDER, DIGEST) == PART, "what is here stays"
 
     play(scenario())
 
@@ -134,7 +190,7 @@ def test_an_update_with_other_bytes_begins_anew(uploads: Uploads, play: Play) ->
         with pytest.raises(LinkError):
             await send(uploads, 0, breaks=True)
         assert await uploads.resume("a", "run", ORDER, b"x" * 32) == 0
-        with pytest.raises(RemoteProtocolError):
+        with pytest.raises(BusyError):
             await send(uploads, 1, offset=PART, digest=b"x" * 32)
         upload = await send(uploads, 0, 1, 2, 3)
         np.testing.assert_array_equal(upload[0 : len(VECTOR)], VECTOR)
@@ -199,7 +255,7 @@ def test_a_bucket_lets_through_its_burst_at_once_and_its_rate_on_average() -> No
 
 
 def test_sites_that_come_at_once_are_given_moments_of_their_own_to_come_back() -> None:
-    pace = Pace(rate=100.0)
+    pace = Pace(after_s=1.0, rate=100.0)
     told = []
     for _ in range(10_000):
         try:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from fedge.config import Config, parse_toml, read_toml
+from fedge.config import Config, parse_toml, read_toml, shown
 from fedge.wire.address import check_address
 from fedge.wire.limits import Limits
 
@@ -37,22 +37,70 @@ def _task_name(name: str) -> str:
     return name
 
 
+def _range(value: object) -> object:
+    """A lowest and a highest value, as a list of two numbers."""
+    if (
+        isinstance(value, list | tuple)
+        and len(value) == 2
+        and all(type(each) in (int, float) for each in value)
+        and value[0] <= value[1]
+    ):
+        return (float(value[0]), float(value[1]))
+    raise ValueError(f"expected [lowest, highest], found {shown(value)}")
+
+
+Unit = Literal["none", "example", "client"]
+Range = Annotated[tuple[float, float], BeforeValidator(_range)]
+
+
 class Policy(Config):
     """`[policy]`: what the data's owner allows, whatever a coordinator asks for.
 
     `tasks` are the names that may be imported; without the key, those whose module lies in the folder of
     `[task]`, which this site installed itself. `coordinators` are federation ids; without the key, the
-    federation that this site enrolled in.
+    federation that this site enrolled in. `strategies` without the key are all.
+
+    `units` are the units of privacy that a run may have. `max_epsilon`, at `delta`, bounds what all runs
+    together may spend of the data set, for ever; `max_run_epsilon` what one run may. A unit of "client"
+    without secure aggregation is noise that the coordinator adds: it needs `trust_coordinator`.
     """
 
     tasks: list[Annotated[str, AfterValidator(_task_name)]] | None = None
     coordinators: list[str] | None = None
+    strategies: list[str] | None = None
     max_runs: Annotated[int, Field(ge=1, le=64)] = 4
     max_model_bytes: Annotated[int, Field(ge=1, le=1 << 40)] = 4 << 30
+
+    units: list[Unit] = Field(default_factory=lambda: ["none", "example", "client"], min_length=1)
+    max_epsilon: Annotated[float, Field(gt=0)] = 8.0
+    max_run_epsilon: Annotated[float, Field(gt=0)] | None = None
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    min_noise_multiplier: Annotated[float, Field(ge=0)] = 0.0
+    min_cohort: Annotated[int, Field(ge=1)] = 1
+    require_secure_aggregation: bool = False
+    trust_coordinator: bool = False
+    epochs: Range | None = None
+    learning_rate: Range | None = None
+    clip: Range | None = None
 
     @property
     def limits(self) -> Limits:
         return Limits(self.max_model_bytes)
+
+    @property
+    def requires_protection(self) -> bool:
+        """Whether a run without differential privacy is refused."""
+        return "none" not in self.units
+
+
+class LedgerSettings(Config):
+    """`[ledger]`: the record of what was spent of a data set. Clients of one data set share its folder.
+
+    `dataset` names the data; another name is another budget.
+    """
+
+    path: str = "ledger"
+    dataset: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")] = "default"
 
 
 class WorkerSettings(Config):
@@ -70,6 +118,7 @@ class ClientSettings(Config):
     identity: str = "."
     task: TaskFolder = TaskFolder()
     policy: Policy = Policy()
+    ledger: LedgerSettings = LedgerSettings()
     worker: WorkerSettings = WorkerSettings()
     data: Data = Data()
 

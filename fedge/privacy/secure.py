@@ -1,0 +1,95 @@
+"""Randomness for noise and for the choice of examples: a keystream, and what is drawn from it.
+
+The key is an argument; who has entropy (a site's worker, a coordinator) makes it there. Not for
+simulation's own choices, which use `numpy.random.Generator`: the two types do not mix.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+from fedge.vector import Array
+
+KEY_BYTES = 32
+_BLOCK_BYTES = 16
+_PART = 1 << 15
+"""Elements drawn at once: what they pass through stays in the cache."""
+
+_UNIT = np.float32(2.0**-32)
+_TURN = np.float32(2 * np.pi * 2.0**-32)
+
+
+class SecureSource:
+    """AES-256 in counter mode under a secret key of 32 bytes, never rewound.
+
+    **Guarantees.** The key is in no attribute that can be read back, no repr and no error. Two sources of
+    one key give the same words: a key serves one source.
+
+    Raises:
+        ValueError: the key is not of 32 bytes.
+    """
+
+    __slots__ = ("_stream",)
+
+    def __init__(self, key: bytes) -> None:
+        if len(key) != KEY_BYTES:
+            raise ValueError(f"expected a key of {KEY_BYTES} bytes, found {len(key)}")
+        self._stream = Cipher(algorithms.AES256(key), modes.CTR(bytes(_BLOCK_BYTES))).encryptor()
+
+    def __repr__(self) -> str:
+        return "SecureSource()"
+
+    def uint32(self, count: int) -> npt.NDArray[np.uint32]:
+        """`count` uniform words, uint32[count]."""
+        return np.frombuffer(self._stream.update(bytes(4 * count)), np.dtype("<u4")).astype(
+            np.uint32, copy=False
+        )
+
+    def uint64(self, count: int) -> npt.NDArray[np.uint64]:
+        """`count` uniform words, uint64[count]."""
+        return np.frombuffer(self._stream.update(bytes(8 * count)), np.dtype("<u8")).astype(
+            np.uint64, copy=False
+        )
+
+    def poisson_sample(self, size: int, rate: float) -> npt.NDArray[np.int64]:
+        """The members of 0..size-1 that are in a Poisson sample: each by itself, with probability `rate`.
+
+        The probability is `rate` rounded down to a multiple of 2^-64. Returns int64[n], ascending; n may
+        be 0.
+
+        Raises:
+            ValueError: `rate` is not in (0, 1].
+        """
+        if not 0 < rate <= 1:
+            raise ValueError(f"sampling_rate: expected a number above 0 and at most 1, found {rate}")
+        if rate == 1:
+            return np.arange(size)
+        threshold = np.uint64(int(rate * 2.0**64))
+        return np.flatnonzero(self.uint64(size) < threshold)
+
+    def add_gaussian(self, vector: Array, deviation: float) -> None:
+        """Add independent Gaussian noise of this standard deviation to `vector` (float32[n]) in place.
+
+        Box and Muller 1958: a radius from one word and an angle from another, so that tails reach 6.7
+        deviations. `deviation` 0 adds nothing.
+        """
+        half = len(vector) // 2 + len(vector) % 2
+        scale = np.float32(deviation)
+        for start in range(0, half, _PART):
+            first = vector[start : min(start + _PART, half)]
+            second = vector[half + start : half + start + len(first)]
+            count = len(first)
+            words = self.uint32(2 * count)
+            radius = words[:count].astype(np.float32)
+            radius += np.float32(0.5)  # so that the logarithm is finite
+            radius *= _UNIT
+            np.log(radius, out=radius)
+            radius *= np.float32(-2)
+            np.sqrt(radius, out=radius)
+            radius *= scale
+            angle = words[count:].astype(np.float32)
+            angle *= _TURN
+            first += np.cos(angle) * radius
+            second += (np.sin(angle, out=angle) * radius)[: len(second)]

@@ -51,7 +51,16 @@ CLIENT_POINTS: Final = (
     "update.half",
     "update.sent",
 )
-POINTS: Final = (*COORDINATOR_POINTS, *CLIENT_POINTS)
+LEDGER_POINTS: Final = (
+    "ledger.append",
+    "ledger.half",
+    "ledger.written",
+    "ledger.synced",
+    "ledger.head",
+    "ledger.done",
+)
+"""A client's, too; apart because a run without privacy may not come to them."""
+POINTS: Final = (*COORDINATOR_POINTS, *CLIENT_POINTS, *LEDGER_POINTS)
 
 
 class Faults:

@@ -9,10 +9,11 @@ is accepted, closed and stepped on arrival.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from fedge import round as rounds
+from fedge.plan import Plan, Taken
 from fedge.refusal import Refusal, RefusalCode
 from fedge.round import (
     Accept,
@@ -33,45 +34,8 @@ from fedge.round import (
     StartTimer,
     Terms,
 )
-from fedge.run import RunConfig
-from fedge.strategy import WorkKind
 
 Status = Literal["running", "done", "failed", "stopped"]
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """A run in numbers. `max_staleness` None: rounds; a number: each update is a step on arrival."""
-
-    rounds: int
-    kind: WorkKind
-    terms: Terms
-    seed: int = 0
-    attempts: int = 3
-    evaluate_every: int = 0
-    evaluation_clients: int = 1
-    max_staleness: int | None = None
-
-    @classmethod
-    def of(cls, run: RunConfig, *, kind: WorkKind, max_staleness: int | None) -> Plan:
-        cohort = run.cohort
-        terms = Terms(cohort.size, cohort.needed, cohort.over_select, cohort.deadline_s, cohort.wait_s)
-        return cls(
-            rounds=run.rounds,
-            kind=kind,
-            terms=terms,
-            seed=run.seed,
-            attempts=cohort.attempts,
-            evaluate_every=run.evaluation.every,
-            evaluation_clients=run.evaluation.clients or cohort.size,
-            max_staleness=max_staleness,
-        )
-
-    def evaluates(self, round: int) -> bool:
-        """Whether the model that `round` made is evaluated: every so often, and the last one."""
-        if not self.evaluate_every:
-            return False
-        return round == self.rounds or round % self.evaluate_every == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +72,7 @@ class Federation:
     how often it went on for that, and `missed` how often in a row nothing came: no update in time, or
     failures alone.
     `owed` is a round whose evaluation was due while another was under way: as soon as that is over, the
-    model of that moment is evaluated.
+    model of that moment is evaluated. `taken` is who took part when, where the plan limits it.
     """
 
     plan: Plan
@@ -125,6 +89,7 @@ class Federation:
     missed: int = 0
     owed: int = 0
     reason: str = ""
+    taken: Taken = field(default_factory=dict)
 
     @property
     def waiting_for(self) -> str:
@@ -228,11 +193,15 @@ def _everywhere(run: Federation, event: Joined | Left) -> RunStep:
         return run, effects
     if run.plan.max_staleness is not None:
         run, more = _on_arrival(run, event)
-    elif run.training is not None:
+    elif run.training is not None and not (isinstance(event, Joined) and not _may_train(run, event.client)):
         run, more = _in_training(run, event)
     else:
         return run, effects
     return run, (*effects, *more)
+
+
+def _may_train(run: Federation, client: str) -> bool:
+    return bool(run.plan.eligible({client}, run.taken, run.committed + 1))
 
 
 def _welcome_back(run: Federation, client: str) -> RunStep:
@@ -256,7 +225,8 @@ def _follow_training(run: Federation, step: rounds.Step, *, last: bool = False) 
     round, effects = step
     run = replace(run, training=round)
     if round.phase == "closed":
-        run = replace(run, committed=round.order.round, training=None, previous=round)
+        taken = run.plan.took_part(run.taken, round.order.round, asked=round.cohort, counted=round.accepted)
+        run = replace(run, committed=round.order.round, training=None, previous=round, taken=taken)
         run, more = _after_commit(run)
         return run, (*effects, *more)
     if round.phase == "abandoned":
@@ -327,7 +297,8 @@ def _next_round(run: Federation, *, attempt: int = 1) -> RunStep:
     order = OrderId(run.plan.kind, run.committed + 1, attempt)
     if run.plan.max_staleness is not None:
         return _put_to_work(run, run.clients)
-    round, effects = rounds.open_round(order, run.plan.terms, run.clients, seed=run.plan.seed)
+    clients = run.plan.eligible(run.clients, run.taken, order.round)
+    round, effects = rounds.open_round(order, run.plan.terms, clients, seed=run.plan.seed)
     return replace(run, training=round), effects
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from fedge.config import Config, build, parse_toml, read_toml, shown
+from fedge.privacy.config import Privacy
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -100,26 +101,6 @@ class CheckpointConfig(Config):
     seconds: Annotated[float, Field(ge=0, le=3600)] = 5.0
 
 
-class Privacy(Config):
-    """`[privacy]`. This version protects nothing by noise, and says so instead of ignoring the wish."""
-
-    unit: Literal["none", "example", "client"] = "example"
-    epsilon: Positive | None = None
-    delta: Annotated[float, Field(gt=0, lt=1)] | None = None
-    clip: Positive | None = None
-
-    @model_validator(mode="after")
-    def _available(self) -> Privacy:
-        if self.unit != "none":
-            raise ValueError(
-                f"unit: {self.unit!r} differential privacy is not in this version; "
-                'a run without it must say unit = "none"'
-            )
-        if self.epsilon is not None or self.delta is not None:
-            raise ValueError('epsilon and delta promise a guarantee that unit = "none" does not give')
-        return self
-
-
 class SecureAggregation(Config):
     """`[secure_aggregation]`. Not in this version: a run that asks for it is refused, never downgraded."""
 
@@ -196,12 +177,42 @@ class RunConfig(Config):
     compression: Compression = Compression()
     simulation: Simulation = Simulation()
 
+    @model_validator(mode="after")
+    def _compatible(self) -> RunConfig:
+        privacy, weighting = self.privacy, self.strategy.fields.get("weighting")
+        if privacy.unit == "none":
+            return self
+        if weighting == "examples":
+            raise ValueError(
+                f"strategy.weighting: 'examples' needs every site's number of examples, which privacy.unit = "
+                f"{privacy.unit!r} does not let it tell; leave the key out, and updates weigh the same"
+            )
+        asked = "every" in self.evaluation.model_fields_set and self.evaluation.every > 0
+        if asked and privacy.evaluation_noise_multiplier is None:
+            raise ValueError(
+                "evaluation.every: metrics would be released without protection; set "
+                "privacy.evaluation_noise_multiplier, or evaluation.every = 0"
+            )
+        return self
+
+    @property
+    def evaluation_every(self) -> int:
+        """Rounds from one evaluation to the next; 0 if there are none, as where metrics have no protection."""
+        if self.privacy.unit != "none" and self.privacy.evaluation_noise_multiplier is None:
+            return 0
+        return self.evaluation.every
+
     def notes(self) -> list[str]:
         """What the owner of this run should know before it starts; printed, never acted upon."""
         notes = []
         if self.strategy.name in ("mirrored_sgd", "sgd") and (self.work.epochs or self.work.steps):
             notes.append(
                 f"{self.strategy.name} computes one gradient a round: [work] epochs and steps do not apply"
+            )
+        if self.evaluation.every and not self.evaluation_every:
+            notes.append(
+                "the sites do not evaluate: metrics of private data are released only with noise "
+                "(privacy.evaluation_noise_multiplier)"
             )
         return notes
 

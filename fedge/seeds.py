@@ -1,4 +1,4 @@
-"""Seeds for simulation and training, derived from the run's: never for keys, masks or noise."""
+"""Seeds for simulation and training, derived from the run's: never for the keys, masks or noise of a device."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ def derive_seed(seed: int, *parts: str | int) -> int:
     """
     text = "\0".join([str(seed), *(f"{type(part).__name__}:{part}" for part in parts)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+def derive_key(seed: int, *parts: str | int) -> bytes:
+    """32 bytes for a simulated client's noise: reproducible, and so no secret. A device draws its own."""
+    text = "\0".join(["key", str(seed), *(f"{type(part).__name__}:{part}" for part in parts)])
+    return hashlib.sha256(text.encode()).digest()
 
 
 def work_seed(seed: int, *, site: str, kind: str, round: int) -> int:

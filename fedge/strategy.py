@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, Literal, Protocol, TypeVar, cast, get_type_hints, runtime_checkable
 
+import numpy as np
 from pydantic import ValidationError, create_model
 
 from fedge.config import Config, nearest, shown
@@ -20,7 +21,7 @@ from fedge.errors import ConfigError
 from fedge.optimizer import Optimizer, Slots
 from fedge.pipeline import Aggregate, Reduction
 from fedge.run import StrategyConfig, Work
-from fedge.vector import Array, Model
+from fedge.vector import Array, Layout, Model, Tensor
 
 WorkKind = Literal["train", "gradient", "evaluate"]
 
@@ -122,6 +123,12 @@ def load_strategy(
     except (TypeError, ValueError, NameError) as error:  # a field is missing, or the strategy objects
         raise ConfigError(f"strategy {config.name!r} cannot be made of its fields: {error}") from None
     return cast("AnyStrategy", strategy)
+
+
+def work_kind(strategy: AnyStrategy) -> WorkKind:
+    """What the strategy orders in every round, found out with a model of one parameter."""
+    model = Model(np.zeros(1, np.float32), Layout((Tensor("w", (1,)),)))
+    return strategy.order(strategy.init(model), 1).kind
 
 
 def installed_strategies() -> list[str]:

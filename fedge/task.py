@@ -54,8 +54,11 @@ class Task:
 class Framework(Protocol):
     """What the core asks of a training framework, found by entry point (`fedge.frameworks`)."""
 
-    def initial_model(self, task: Task, *, seed: int) -> Model:
-        """The task's model with freshly seeded values, as a flat vector and its layout."""
+    def initial_model(self, task: Task, *, seed: int, private: bool = False) -> Model:
+        """The task's model with freshly seeded values, as a flat vector and its layout.
+
+        `private` refuses (RefusedError, MODEL_NOT_PRIVATE) one that cannot be trained with example-level privacy.
+        """
         ...
 
 

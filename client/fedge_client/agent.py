@@ -30,11 +30,13 @@ from fedge.memory import give_back_freed
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire.codec import printable
 from fedge.wire.status import retry_after_s
-from fedge_client import gate
+from fedge_client import admission
 from fedge_client.identity import Identity, accept_certificate, load_identity, make_csr, save_identity
 from fedge_client.jobs import Jobs, log_receipt
+from fedge_client.ledger import Ledger
 from fedge_client.link import Link, SessionCall
 from fedge_client.settings import ClientSettings
+from fedge_client.spending import Spending
 from fedge_client.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
@@ -61,7 +63,15 @@ class Agent:
         self._faults = Faults.of(os.environ)
         if self._faults.armed:
             log.warning("fault_armed point=%s", self._faults.armed)
-        self._jobs = Jobs(settings, self._folder, self._supervisor, self._send, self._faults)
+        self._ledger = Ledger.open(
+            self._folder / settings.ledger.path,
+            settings.ledger.dataset,
+            settings.policy.delta,
+            self._faults,
+            head_folder=self._folder / settings.identity,
+        )
+        spending = Spending(self._ledger, settings.policy)
+        self._jobs = Jobs(settings, self._folder, self._supervisor, spending, self._send, self._faults)
         self._queue: deque[pb.ServerMessage] = deque()
         self._work_to_do = asyncio.Event()
         self._doing: pb.ServerMessage | None = None
@@ -96,6 +106,7 @@ class Agent:
                 task.cancel()
             await asyncio.gather(session, *background, return_exceptions=True)
             await self._supervisor.close()
+            self._ledger.close()
 
     async def _stay_connected(self) -> None:
         """Open a session, again and again, with full jitter between attempts that fail."""
@@ -135,7 +146,7 @@ class Agent:
     async def _session(self, link: Link) -> bool:
         """One session from greeting to end; True if it was greeted."""
         call, welcome = await link.open_session()
-        gate.check_coordinator(self._settings.policy, welcome.federation, own=self._identity.federation)
+        admission.check_coordinator(self._settings.policy, welcome.federation, own=self._identity.federation)
         log.info("session_started server=%s federation=%s", self._settings.server, welcome.federation)
         self._was_connected = True
         self._jobs.new_session()

@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 from fedge.errors import FedgeError, TaskError
 from fedge.task import Site, load_task
-from fedge_client import gate
+from fedge_client import admission
 from fedge_client.identity import Identity, load_identity
 from fedge_client.link import Link
 from fedge_client.settings import ClientSettings, load_client
@@ -49,7 +49,7 @@ async def _greet(settings: ClientSettings, identity: Identity) -> str:
     try:
         call, welcome = await link.open_session(probe=True)
         call.cancel()
-        gate.check_coordinator(settings.policy, welcome.federation, own=identity.federation)
+        admission.check_coordinator(settings.policy, welcome.federation, own=identity.federation)
         return f"{settings.server} answers: {welcome.software}, federation {welcome.federation}"
     finally:
         await link.close()
@@ -57,7 +57,7 @@ async def _greet(settings: ClientSettings, identity: Identity) -> str:
 
 def _load(settings: ClientSettings, folder: Path, site: str, name: str) -> str:
     task_folder = folder / settings.task.path
-    gate.check_task(settings.policy, name, folder=task_folder)
+    admission.check_task(settings.policy, name, folder=task_folder)
     task = load_task(name, path=task_folder)
     try:
         train, test = task.data(Site(site, MappingProxyType(settings.data.table)))

@@ -1,26 +1,23 @@
-"""The gate: the site's policy as pure functions. What it does not allow does not happen, and says why.
+"""The gate: the last code before the wire. What it does not release does not leave, and it says why.
 
-It is asked twice: before a run is joined (may this task run here, for this coordinator?) and before an
-update leaves (is it what it claims to be?). The second is the last code before the wire.
+Pure functions. Whether a run takes place here at all is decided before: see `fedge_client.admission`.
 """
 
 from __future__ import annotations
 
-import importlib.machinery
-import sys
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from fedge.errors import RefusedError, RemoteProtocolError
 from fedge.exact import MAX_WEIGHT
 from fedge.pipeline import Clip, Layer
+from fedge.privacy.terms import Terms
 from fedge.refusal import Refusal, RefusalCode
 from fedge.vector import Array, Layout, all_finite
 from fedge.wire.codec import decode_metrics, encode_metrics
-from fedge_client.settings import Policy
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,63 +27,6 @@ class Released:
     vector: Array
     num_examples: int
     metrics: Mapping[str, float]
-
-
-def check_coordinator(policy: Policy, federation: str, *, own: str) -> None:
-    """Refuse a coordinator of another federation than the policy allows.
-
-    Raises:
-        RefusedError: with the code COORDINATOR_NOT_ALLOWED.
-    """
-    allowed = policy.coordinators if policy.coordinators is not None else [own]
-    if federation not in allowed or federation != own:
-        raise _refused(
-            RefusalCode.COORDINATOR_NOT_ALLOWED,
-            f"federation {federation!r} is not one that this site's policy allows",
-        )
-
-
-def check_task(policy: Policy, task: str, *, folder: Path) -> None:
-    """Refuse a task that the site's owner did not allow. Nothing is imported to find out.
-
-    Raises:
-        RefusedError: with the code TASK_NOT_ALLOWED.
-    """
-    if policy.tasks is not None:
-        if task in policy.tasks:
-            return
-        raise _refused(
-            RefusalCode.TASK_NOT_ALLOWED,
-            f"task {task!r} is not in this site's [policy] tasks: {policy.tasks}",
-        )
-    if not _is_in(folder, task.partition(":")[0].partition(".")[0]):
-        raise _refused(
-            RefusalCode.TASK_NOT_ALLOWED,
-            f"task {task!r} is not in this site's task folder, and [policy] tasks does not list it",
-        )
-
-
-def check_layout(policy: Policy, layout: Layout) -> None:
-    """Refuse a model that is larger than the policy allows, before room is made for it.
-
-    Raises:
-        RefusedError: with the code TOO_LARGE.
-    """
-    if layout.nbytes > policy.max_model_bytes:
-        raise _refused(
-            RefusalCode.TOO_LARGE,
-            f"a model of {layout.nbytes} bytes; this site's policy allows {policy.max_model_bytes}",
-        )
-
-
-def _is_in(folder: Path, module: str) -> bool:
-    """Whether `import module` would find it directly in the folder, and no part of it elsewhere."""
-    spec = importlib.machinery.PathFinder.find_spec(module, [str(folder), *sys.path])
-    if spec is None:
-        return False
-    # A folder without __init__ gives way to any package of its name on the path, and joins its namesakes.
-    places = list(spec.submodule_search_locations or [spec.origin or ""])
-    return all(Path(place).parent == folder for place in places)
 
 
 def layers_of(clip: float | None) -> tuple[Layer, ...]:
@@ -101,12 +41,16 @@ def release(
     *,
     layout: Layout | None,
     layers: tuple[Layer, ...],
+    terms: Terms | None = None,
 ) -> Released:
     """The update as it may leave; `layout` None is an evaluation, which has no vector.
 
+    **Guarantees.** Under terms of privacy every update weighs 1, metrics leave with evaluations alone, and at
+    example level nothing leaves of what no noise was added to (frozen parameters, buffers).
+
     Raises:
-        RefusedError: it is not finite, not of the run's layout, weighs nothing or too much, or carries
-            metrics that are not finite numbers under short names.
+        RefusedError: it is not finite, not of the run's layout, weighs nothing or too much, carries
+            metrics that are not finite numbers under short names, or is not as its terms demand.
     """
     if not 1 <= num_examples < MAX_WEIGHT:
         raise _refused(
@@ -114,6 +58,14 @@ def release(
         )
     if layout is not None:
         _check_vector(vector, layout)  # before the metrics: a model that diverges shows in both
+    if terms is not None:
+        num_examples, metrics = 1, _private_metrics(metrics, terms, evaluation=layout is None)
+        if layout is not None and terms.unit == "example" and vector[layout.trainable_size :].any():
+            raise _refused(
+                RefusalCode.PROTECTION_UNAVAILABLE,
+                "training changed a buffer or a frozen parameter, to which no noise is added; keep buffers "
+                "constant (GroupNorm instead of BatchNorm)",
+            )
     try:
         checked = decode_metrics(encode_metrics(metrics))
     except (RemoteProtocolError, TypeError, ValueError) as error:
@@ -123,6 +75,20 @@ def release(
     for layer in layers:
         vector = layer.encode(vector)
     return Released(vector, num_examples, checked)
+
+
+def _private_metrics(metrics: Mapping[str, float], terms: Terms, *, evaluation: bool) -> dict[str, float]:
+    """What of the metrics may leave: at example level the worker has noised them, at client level the
+    coordinator will, for which they are bounded here. Beside an update, none."""
+    if not evaluation:
+        return {}
+    if terms.unit == "example":
+        return dict(metrics)
+    bounds = {name: terms.loss_bound if name == "loss" else 1.0 for name in metrics}
+    return {
+        name: min(max(value, 0.0), bounds[name]) if math.isfinite(value) else 0.0
+        for name, value in metrics.items()
+    }
 
 
 def _check_vector(vector: Array, layout: Layout) -> None:

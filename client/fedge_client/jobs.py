@@ -6,34 +6,34 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from fedge import progress
 from fedge.errors import FedgeError, LinkError, RefusedError, StorageError
 from fedge.faults import Faults
-from fedge.pipeline import Layer
 from fedge.refusal import Refusal, RefusalCode
 from fedge.round import OrderId
-from fedge.vector import Array, Layout, digest_of
+from fedge.vector import digest_of
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire.codec import (
-    decode_layout,
     decode_order_id,
     decode_refusal,
-    decode_work,
     encode_metrics,
     encode_order_id,
     encode_refusal,
     printable,
 )
-from fedge.wire.limits import INLINE_BYTES, check_text
+from fedge.wire.limits import INLINE_BYTES
 from fedge_client import gate
 from fedge_client import pipe_pb2 as pipe
+from fedge_client.admission import Request, admit
 from fedge_client.holding import Holding
 from fedge_client.link import Link
 from fedge_client.outbox import Lost, Outbox, Prepared
+from fedge_client.participation import Participation
+from fedge_client.protection import Protection
 from fedge_client.settings import ClientSettings
+from fedge_client.spending import Spending
 from fedge_client.supervisor import Supervisor
 from fedge_client.transfer import Transfers
 
@@ -45,22 +45,6 @@ _ON_THREAD_BYTES = 1 << 20
 Send = Callable[[pb.ClientMessage], None]
 
 
-@dataclass(slots=True)
-class Participation:
-    """A run that this site takes part in, and the last update that it prepared for it."""
-
-    run_id: str
-    layout: Layout
-    layers: tuple[Layer, ...]
-    holding: Holding
-    update: Array
-    prepared: Prepared | Lost | None = None
-    sent: bool = False
-    """Whether a part of `prepared` may have arrived."""
-    kept: bool = False
-    """Whether its vector is on disk."""
-
-
 class Jobs:
     """The site's runs. Every answer goes out through `send`; refusals never end the agent."""
 
@@ -69,12 +53,14 @@ class Jobs:
         settings: ClientSettings,
         folder: Path,
         supervisor: Supervisor,
+        spending: Spending,
         send: Send,
         faults: Faults | None = None,
     ) -> None:
         self._settings = settings
         self._folder = folder
         self._supervisor = supervisor
+        self._spending = spending
         self._send = send
         self._outbox = Outbox(folder / OUTBOX, max_runs=settings.policy.max_runs)
         self._reach = (faults or Faults()).reach
@@ -115,12 +101,50 @@ class Jobs:
         self._reach("job.joined")
 
     async def _join(self, offer: pb.Offer) -> Participation:
-        run_id = check_text("a run's id", offer.run_id)
-        task = check_text("a task's name", offer.task)
-        policy = self._settings.policy
-        gate.check_task(policy, task, folder=self._folder / self._settings.task.path)
-        layout = decode_layout(offer.layout)
-        gate.check_layout(policy, layout)
+        request, policy = Request.of(offer), self._settings.policy
+        log.info("run_offered run=%s asked=%s", printable(request.run_id), printable(request.in_words()))
+        admit(policy, request, folder=self._folder / self._settings.task.path)
+        slot, layout = self._slot(), request.layout
+        load = pipe.Load(
+            run_id=request.run_id,
+            task=request.task,
+            seed=request.seed,
+            layout=offer.layout,
+            work=offer.work,
+            slot=slot,
+            private=request.example_level,
+        )
+        loaded = await self._supervisor.load(load)
+        log.info(
+            "task_loaded task=%s train=%d test=%d", request.task, loaded.train_examples, loaded.test_examples
+        )
+        try:
+            protection = Protection.of(request, train_examples=loaded.train_examples)
+            await self._spending.join(request.run_id, protection)
+        except RefusedError:
+            self._supervisor.release(request.run_id)
+            raise
+        model, update = self._supervisor.vectors(slot, layout.size)
+        # What this agent prepared before it was started.
+        prepared = await asyncio.to_thread(self._outbox.read, request.run_id)
+        return Participation(
+            run_id=request.run_id,
+            layout=layout,
+            layers=gate.layers_of(request.clip_of_updates),
+            protection=protection,
+            holding=Holding(request.run_id, layout, model),
+            update=update,
+            prepared=prepared,
+            sent=True,
+            kept=isinstance(prepared, Prepared),
+        )
+
+    def _slot(self) -> int:
+        """Room for a run's vectors.
+
+        Raises:
+            RefusedError: this site takes part in as many runs as its policy allows.
+        """
         slot = self._supervisor.free_slot()
         if slot is None:  # nobody told this site that a run ended while it was not connected
             for other in self.runs.keys() - self._offered:
@@ -130,22 +154,11 @@ class Jobs:
             raise RefusedError(
                 Refusal(
                     RefusalCode.TASK_UNAVAILABLE,
-                    f"this site takes part in {policy.max_runs} runs already, as many as its policy allows",
+                    f"this site takes part in {self._settings.policy.max_runs} runs already, as many as its "
+                    "policy allows",
                 )
             )
-        decode_work(offer.work)  # refused here, where it can be answered, rather than in the worker
-        load = pipe.Load(
-            run_id=run_id, task=task, seed=offer.seed, layout=offer.layout, work=offer.work, slot=slot
-        )
-        loaded = await self._supervisor.load(load)
-        log.info("task_loaded task=%s train=%d test=%d", task, loaded.train_examples, loaded.test_examples)
-        model, update = self._supervisor.vectors(slot, layout.size)
-        layers = gate.layers_of(offer.clip if offer.HasField("clip") else None)
-        prepared = await asyncio.to_thread(self._outbox.read, run_id)  # by this agent before it was started
-        kept = isinstance(prepared, Prepared)
-        return Participation(
-            run_id, layout, layers, Holding(run_id, layout, model), update, prepared, sent=True, kept=kept
-        )
+        return slot
 
     def leave(self, run_id: str) -> None:
         """The run is over."""
@@ -167,11 +180,16 @@ class Jobs:
         self._transfers.begin()
         self._reach("job.ordered")
         try:
-            if not isinstance(run.prepared, Prepared) or not run.prepared.answers(order, model):
-                run.prepared = await self._prepare(run, message, link)
+            prepared = run.answer(order, model)
+            if prepared is None:
+                prepared = await self._prepare(run, message, link)
                 self._reach("job.prepared")
-            await self._hand_in(run, run.prepared, link)
+            elif prepared is not run.prepared:
+                self._remember(self._outbox.announce, prepared)
+            run.prepared = prepared
+            await self._hand_in(run, prepared, link)
             self._reach("update.sent")
+            await self._settle(run)
         except RefusedError as error:
             if error.refusal.code != RefusalCode.CANCELLED:
                 log.warning("order_failed run=%s order=%s reason=%s", run.run_id, order, error.refusal)
@@ -194,19 +212,52 @@ class Jobs:
         order, lost = decode_order_id(message.id), None
         if isinstance(run.prepared, Lost) and run.prepared.answers(order, message.model.digest):
             lost = run.prepared
-        if lost is not None and not lost.digest:
+        # Work under privacy never gives the same bytes again: its noise is fresh.
+        if lost is not None and (not lost.digest or run.protection.is_on):
             raise self._loss(run, lost)
         if lost is None:
             run.prepared, run.sent = None, False
+        await self._settle(run)
         await self._transfers.insist(link, lambda: run.holding.reach(message, link))
         self._reach("job.fetched")
         self._transfers.check_wanted()
-        prepared = await self._perform(run, order, message)
+        prepared = await self._pay_and_perform(run, order, message)
         if lost is not None and prepared.update.vector.digest != lost.digest:
             raise self._loss(run, lost)
         run.kept = False
         self._remember(self._outbox.announce, prepared)
         return prepared
+
+    async def _pay_and_perform(self, run: Participation, order: OrderId, message: pb.Order) -> Prepared:
+        """Do the work within the budget: reserved before it begins, spent before anything of it can leave.
+
+        That it failed depends on the data, too, and is told to the coordinator: then it is spent as well.
+        """
+        cost = run.protection.cost(order.kind)
+        if cost is None:
+            return await self._perform(run, order, message)
+        entry = await self._spending.reserve(run.run_id, order, run.protection, cost)
+        try:
+            prepared = await self._perform(run, order, message)
+        except FedgeError as error:
+            if isinstance(error, RefusedError) and error.refusal.code == RefusalCode.CANCELLED:
+                await self._spending.give_back(entry)
+            else:
+                await self._spending.leaves(entry)
+                await self._spending.settle(entry, cost)
+            raise
+        except Exception:  # a defect: nothing is told of it
+            await self._spending.give_back(entry)
+            raise
+        # Before it is kept: what is kept may leave at any time, after a crash as well.
+        await self._spending.leaves(entry)
+        run.unsettled = (entry, cost)
+        return prepared
+
+    async def _settle(self, run: Participation) -> None:
+        unsettled, run.unsettled = run.unsettled, None
+        if unsettled is not None:
+            await self._spending.settle(*unsettled)
 
     def _loss(self, run: Participation, lost: Lost) -> RefusedError:
         run.prepared = None
@@ -219,15 +270,21 @@ class Jobs:
 
     async def _perform(self, run: Participation, order: OrderId, message: pb.Order) -> Prepared:
         """Have the worker do it, and pass the result through the gate: the last code before the wire."""
-        perform = pipe.Perform(run_id=run.run_id, id=encode_order_id(order))
+        perform = pipe.Perform(run_id=run.run_id, id=encode_order_id(order), privacy=run.protection.demand())
         finished = await self._supervisor.perform(perform, progress=self._teller(run, message))
         self._reach("job.trained")
+        run.protection.check(finished, order.kind)
         metrics = {metric.name: metric.value for metric in finished.metrics}
         layout = None if order.kind == "evaluate" else run.layout
 
         def pass_gate() -> tuple[gate.Released, bytes]:
             released = gate.release(
-                run.update, finished.num_examples, metrics, layout=layout, layers=run.layers
+                run.update,
+                finished.num_examples,
+                metrics,
+                layout=layout,
+                layers=run.layers,
+                terms=run.protection.terms,
             )
             return released, digest_of(released.vector)
 

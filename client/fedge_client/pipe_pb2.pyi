@@ -65,11 +65,14 @@ class Load(_message.Message):
     LAYOUT_FIELD_NUMBER: _builtins.int
     WORK_FIELD_NUMBER: _builtins.int
     SLOT_FIELD_NUMBER: _builtins.int
+    PRIVATE_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     task: _builtins.str
     seed: _builtins.int
     slot: _builtins.int
     """which of the shared segments hold this run's vectors"""
+    private: _builtins.bool
+    """refuse a model that cannot be trained with example-level privacy"""
     @_builtins.property
     def layout(self) -> _fedge_pb2.Layout: ...
     @_builtins.property
@@ -83,10 +86,11 @@ class Load(_message.Message):
         layout: _fedge_pb2.Layout | None = ...,
         work: _fedge_pb2.Work | None = ...,
         slot: _builtins.int = ...,
+        private: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout", "work", b"work"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout", "run_id", b"run_id", "seed", b"seed", "slot", b"slot", "task", b"task", "work", b"work"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout", "private", b"private", "run_id", b"run_id", "seed", b"seed", "slot", b"slot", "task", b"task", "work", b"work"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -100,22 +104,60 @@ class Perform(_message.Message):
 
     RUN_ID_FIELD_NUMBER: _builtins.int
     ID_FIELD_NUMBER: _builtins.int
+    PRIVACY_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     @_builtins.property
     def id(self) -> _fedge_pb2.OrderId: ...
+    @_builtins.property
+    def privacy(self) -> Global___ExampleLevel:
+        """the noise that the gate demands"""
+
     def __init__(
         self,
         *,
         run_id: _builtins.str = ...,
         id: _fedge_pb2.OrderId | None = ...,
+        privacy: Global___ExampleLevel | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_privacy", b"_privacy", "id", b"id", "privacy", b"privacy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_privacy", b"_privacy", "id", b"id", "privacy", b"privacy", "run_id", b"run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__privacy: _TypeAlias = _typing.Literal["privacy"]  # noqa: Y015
+    _WhichOneofArgType__privacy: _TypeAlias = _typing.Literal["_privacy", b"_privacy"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__privacy) -> _WhichOneofReturnType__privacy | None: ...
 
 Global___Perform: _TypeAlias = Perform  # noqa: Y015
+
+@_typing.final
+class ExampleLevel(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLIP_FIELD_NUMBER: _builtins.int
+    NOISE_MULTIPLIER_FIELD_NUMBER: _builtins.int
+    EVALUATION_NOISE_MULTIPLIER_FIELD_NUMBER: _builtins.int
+    LOSS_BOUND_FIELD_NUMBER: _builtins.int
+    clip: _builtins.float
+    noise_multiplier: _builtins.float
+    evaluation_noise_multiplier: _builtins.float
+    loss_bound: _builtins.float
+    def __init__(
+        self,
+        *,
+        clip: _builtins.float = ...,
+        noise_multiplier: _builtins.float = ...,
+        evaluation_noise_multiplier: _builtins.float | None = ...,
+        loss_bound: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_evaluation_noise_multiplier", b"_evaluation_noise_multiplier", "evaluation_noise_multiplier", b"evaluation_noise_multiplier"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_evaluation_noise_multiplier", b"_evaluation_noise_multiplier", "clip", b"clip", "evaluation_noise_multiplier", b"evaluation_noise_multiplier", "loss_bound", b"loss_bound", "noise_multiplier", b"noise_multiplier"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__evaluation_noise_multiplier: _TypeAlias = _typing.Literal["evaluation_noise_multiplier"]  # noqa: Y015
+    _WhichOneofArgType__evaluation_noise_multiplier: _TypeAlias = _typing.Literal["_evaluation_noise_multiplier", b"_evaluation_noise_multiplier"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__evaluation_noise_multiplier) -> _WhichOneofReturnType__evaluation_noise_multiplier | None: ...
+
+Global___ExampleLevel: _TypeAlias = ExampleLevel  # noqa: Y015
 
 @_typing.final
 class Cancel(_message.Message):
@@ -257,22 +299,57 @@ class Finished(_message.Message):
 
     NUM_EXAMPLES_FIELD_NUMBER: _builtins.int
     METRICS_FIELD_NUMBER: _builtins.int
+    RELEASES_FIELD_NUMBER: _builtins.int
     num_examples: _builtins.int
     @_builtins.property
     def metrics(self) -> _containers.RepeatedCompositeFieldContainer[_fedge_pb2.Metric]: ...
+    @_builtins.property
+    def releases(self) -> Global___Releases:
+        """what was really done for privacy"""
+
     def __init__(
         self,
         *,
         num_examples: _builtins.int = ...,
         metrics: _abc.Iterable[_fedge_pb2.Metric] | None = ...,
+        releases: Global___Releases | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_releases", b"_releases", "releases", b"releases"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_releases", b"_releases", "metrics", b"metrics", "num_examples", b"num_examples", "releases", b"releases"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__releases: _TypeAlias = _typing.Literal["releases"]  # noqa: Y015
+    _WhichOneofArgType__releases: _TypeAlias = _typing.Literal["_releases", b"_releases"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__releases) -> _WhichOneofReturnType__releases | None: ...
+
+Global___Finished: _TypeAlias = Finished  # noqa: Y015
+
+@_typing.final
+class Releases(_message.Message):
+    """Noisy releases of a Poisson sample, as the worker made them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NOISE_MULTIPLIER_FIELD_NUMBER: _builtins.int
+    SAMPLING_RATE_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    noise_multiplier: _builtins.float
+    sampling_rate: _builtins.float
+    count: _builtins.int
+    def __init__(
+        self,
+        *,
+        noise_multiplier: _builtins.float = ...,
+        sampling_rate: _builtins.float = ...,
+        count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["metrics", b"metrics", "num_examples", b"num_examples"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "noise_multiplier", b"noise_multiplier", "sampling_rate", b"sampling_rate"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Finished: _TypeAlias = Finished  # noqa: Y015
+Global___Releases: _TypeAlias = Releases  # noqa: Y015
 
 @_typing.final
 class Failed(_message.Message):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from fedge.config import Config, parse_toml, read_toml, shown
+from fedge.privacy.config import Unit
 from fedge.wire.address import check_address
 from fedge.wire.limits import Limits
 
@@ -49,7 +50,7 @@ def _range(value: object) -> object:
     raise ValueError(f"expected [lowest, highest], found {shown(value)}")
 
 
-Unit = Literal["none", "example", "client"]
+UNITS: tuple[Unit, ...] = get_args(Unit)
 Range = Annotated[tuple[float, float], BeforeValidator(_range)]
 
 
@@ -71,7 +72,7 @@ class Policy(Config):
     max_runs: Annotated[int, Field(ge=1, le=64)] = 4
     max_model_bytes: Annotated[int, Field(ge=1, le=1 << 40)] = 4 << 30
 
-    units: list[Unit] = Field(default_factory=lambda: ["none", "example", "client"], min_length=1)
+    units: list[Unit] = Field(default_factory=lambda: list(UNITS), min_length=1)
     max_epsilon: Annotated[float, Field(gt=0)] = 8.0
     max_run_epsilon: Annotated[float, Field(gt=0)] | None = None
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5

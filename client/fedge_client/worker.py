@@ -22,6 +22,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedge.errors import FedgeError, LayoutError, RefusedError, TaskError
+from fedge.privacy.secure import KEY_BYTES, SecureSource
 from fedge.refusal import Refusal, RefusalCode
 from fedge.round import OrderId
 from fedge.run import Work
@@ -31,10 +32,12 @@ from fedge.vector import Array
 from fedge.wire.codec import decode_layout, decode_order_id, decode_work, encode_metrics, encode_refusal
 from fedge_client import pipe_pb2 as pb
 from fedge_client.framing import HEADER, check_length, frame
+from fedge_client.protection import decode_level, encode_releases
 from fedge_client.segment import Segment
 from fedge_client.settings import ClientSettings, load_client
 
 if TYPE_CHECKING:
+    from fedge_client.torch.private.steps import Private
     from fedge_client.torch.trainer import Outcome, Trainer
 
 log = logging.getLogger(__name__)
@@ -144,6 +147,11 @@ class Worker:
         except Exception as error:  # noqa: BLE001  # user code may raise anything
             refusal = Refusal(RefusalCode.NO_DATA, "the task found no usable data on this site")
             return _failure(refusal, "".join(traceback.format_exception(error)))
+        if load.private:
+            from fedge_client.torch.framework import framework
+
+            # With the run's own first values: a model of zeros may look as if nothing depended on anything.
+            trainer.prepare_private(framework.initial_model(task, seed=load.seed).vector, train)
         threads = self._threads or suitable_threads(trainer.layout.size)
         self._runs[load.run_id] = _Run(
             trainer, train, test, decode_work(load.work), load.seed, load.slot, threads
@@ -161,23 +169,48 @@ class Worker:
         shared_model, shared_update = self._slots[run.slot]
         model, out = shared_model.vector(size), shared_update.vector(size)
         seed = work_seed(run.seed, site=self._site.name, kind=order.kind, round=order.round)
+        private = self._private(perform)
         with using_threads(run.threads):
-            done = self._train(run, order, seed=seed, model=model, out=out)
+            done = self._train(run, order, seed=seed, model=model, out=out, private=private)
         return pb.FromWorker(
-            finished=pb.Finished(num_examples=done.num_examples, metrics=encode_metrics(done.metrics))
+            finished=pb.Finished(
+                num_examples=done.num_examples,
+                metrics=encode_metrics(done.metrics),
+                releases=encode_releases(done.mechanism),
+            )
         )
 
-    def _train(self, run: _Run, order: OrderId, *, seed: int, model: Array, out: Array) -> Outcome:
-        trainer, work = run.trainer, run.work
+    @staticmethod
+    def _private(perform: pb.Perform) -> Private | None:
+        """What the gate demands, with a key for this order's noise that nobody else ever has."""
+        from fedge_client.torch.private.steps import Private
+
+        if not perform.HasField("privacy"):
+            return None
+        return Private(decode_level(perform.privacy), SecureSource(os.urandom(KEY_BYTES)))
+
+    def _train(
+        self, run: _Run, order: OrderId, *, seed: int, model: Array, out: Array, private: Private | None
+    ) -> Outcome:
+        trainer, work, progress = run.trainer, run.work, self._progress
         match order.kind:
             case "train":
-                return trainer.train(model, run.train, work, seed=seed, out=out, progress=self._progress)
+                return trainer.train(
+                    model, run.train, work, seed=seed, out=out, private=private, progress=progress
+                )
             case "gradient":
                 return trainer.gradient(
-                    model, run.train, work, seed=seed, step=order.round - 1, out=out, progress=self._progress
+                    model,
+                    run.train,
+                    work,
+                    seed=seed,
+                    step=order.round - 1,
+                    out=out,
+                    private=private,
+                    progress=progress,
                 )
             case "evaluate":
-                return trainer.evaluate(model, run.test, progress=self._progress)
+                return trainer.evaluate(model, run.test, private=private, progress=progress)
 
     def _progress(self, done: int, total: int) -> None:
         """Called after every step: look for a cancel, and tell the agent now and then."""

@@ -60,6 +60,10 @@ class Schedule:
         return releases(noise_multiplier, sampling_rate=self.sampling_rate, count=self.steps)
 
 
+ONE_RELEASE = Schedule(1.0, 1, 1.0)
+"""Everything that a site has, once: how a round counts at client level."""
+
+
 def evaluation_mechanism(noise_multiplier: float) -> Mechanism:
     """What one evaluation costs: its metrics are one vector, clipped and noised as a whole."""
     return Gaussian(noise_multiplier)

@@ -11,9 +11,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
-from fedge.config import nearest
+from fedge.config import nearest, shown
 
 MAX_COUNT = 2**40
+MIN_NUMBER, MAX_NUMBER = 1e-30, 1e30
+"""What a mechanism's numbers lie between, so that no square of one overflows or vanishes in an accountant."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,19 +132,23 @@ def from_table(table: Mapping[str, Any]) -> Mechanism:
     name = table.get("kind")
     kind = _KINDS.get(name) if isinstance(name, str) else None
     if kind is None:
-        raise ValueError(f"unknown mechanism {str(name)[:80]!r}; {nearest(str(name), _KINDS)}")
+        raise ValueError(f"unknown mechanism {shown(name)}; {nearest(shown(name), _KINDS)}")
     expected = {field.name for field in fields(kind)}
     found = table.keys() - {"kind"}
     if found != expected:
-        raise ValueError(f"{name}: expected the fields {sorted(expected)}, found {sorted(found)}")
+        raise ValueError(
+            f"{name}: expected the fields {sorted(expected)}, found {shown(sorted(map(str, found)))}"
+        )
     return kind(**{key: value for key, value in table.items() if key != "kind"})
 
 
 def _check_positive(name: str, value: object) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise ValueError(f"{name}: expected a finite number above 0, found {value!r:.80}")
+        raise ValueError(f"{name}: expected a finite number above 0, found {shown(value)}")
+    if not MIN_NUMBER <= value <= MAX_NUMBER:
+        raise ValueError(f"{name}: expected a number from 1e-30 to 1e30, found {shown(value)}")
 
 
 def _check_count(count: object) -> None:
     if type(count) is not int or not 1 <= count <= MAX_COUNT:
-        raise ValueError(f"count: expected a whole number from 1 to 2^40, found {count!r:.80}")
+        raise ValueError(f"count: expected a whole number from 1 to 2^40, found {shown(count)}")

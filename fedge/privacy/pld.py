@@ -15,9 +15,13 @@ from fedge.privacy.rdp import epsilon_of
 
 Accountant = Literal["PLD", "RDP"]
 
+_MAX_EPSILON = 50.0
+"""Beyond it nothing is protected, and the distribution of losses would fill gigabytes for minutes."""
+
 
 def statement(mechanisms: Iterable[Mechanism], delta: float) -> tuple[float, Accountant]:
-    """`(epsilon, accountant)`: PLD where every mechanism has a distribution of losses, else RDP.
+    """`(epsilon, accountant)`: PLD where every mechanism has a distribution of losses, else RDP; so, too,
+    where RDP finds more than 50.
 
     Raises:
         ConfigError: dp-accounting is not installed.
@@ -25,7 +29,7 @@ def statement(mechanisms: Iterable[Mechanism], delta: float) -> tuple[float, Acc
     """
     releases = merged(mechanisms)
     bound = epsilon_of(releases, delta)  # valid too, and checks delta
-    if not releases or any(isinstance(release, Skellam) for release in releases):
+    if not 0 < bound <= _MAX_EPSILON or any(isinstance(release, Skellam) for release in releases):
         return bound, "RDP"
     library = _library()
     accountant = library.pld.PLDAccountant()

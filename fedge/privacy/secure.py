@@ -2,6 +2,10 @@
 
 The key is an argument; who has entropy (a site's worker, a coordinator) makes it there. Not for
 simulation's own choices, which use `numpy.random.Generator`: the two types do not mix.
+
+What this is not: a defence against attacks on floating-point noise (Mironov 2012). `add_gaussian` makes
+float32 numbers, whose low bits after the addition tell something about both terms, and reaches no
+further than 6.77 deviations. Where that matters use noise on the integer grid (`fedge.privacy.skellam`).
 """
 
 from __future__ import annotations
@@ -17,6 +21,9 @@ _BLOCK_BYTES = 16
 _PART = 1 << 15
 """Elements drawn at once: what they pass through stays in the cache."""
 
+_MAX_DEVIATION = float(np.finfo(np.float32).max) / 8
+"""So that a deviation times the largest radius is finite."""
+
 _UNIT = np.float32(2.0**-32)
 _TURN = np.float32(2 * np.pi * 2.0**-32)
 
@@ -25,7 +32,7 @@ class SecureSource:
     """AES-256 in counter mode under a secret key of 32 bytes, never rewound.
 
     **Guarantees.** The key is in no attribute that can be read back, no repr and no error. Two sources of
-    one key give the same words: a key serves one source.
+    one key give the same words: a key serves one source, and a source one process (a fork repeats it).
 
     Raises:
         ValueError: the key is not of 32 bytes.
@@ -42,13 +49,13 @@ class SecureSource:
         return "SecureSource()"
 
     def uint32(self, count: int) -> npt.NDArray[np.uint32]:
-        """`count` uniform words, uint32[count]."""
+        """`count` uniform words, uint32[count], read-only."""
         return np.frombuffer(self._stream.update(bytes(4 * count)), np.dtype("<u4")).astype(
             np.uint32, copy=False
         )
 
     def uint64(self, count: int) -> npt.NDArray[np.uint64]:
-        """`count` uniform words, uint64[count]."""
+        """`count` uniform words, uint64[count], read-only."""
         return np.frombuffer(self._stream.update(bytes(8 * count)), np.dtype("<u8")).astype(
             np.uint64, copy=False
         )
@@ -60,23 +67,40 @@ class SecureSource:
         be 0.
 
         Raises:
-            ValueError: `rate` is not in (0, 1].
+            ValueError: `rate` is not in (0, 1], or `size` is below 0.
         """
+        if size < 0:
+            raise ValueError(f"size: expected 0 or more, found {size}")
         if not 0 < rate <= 1:
             raise ValueError(f"sampling_rate: expected a number above 0 and at most 1, found {rate}")
         if rate == 1:
-            return np.arange(size)
+            return np.arange(size, dtype=np.int64)
         threshold = np.uint64(int(rate * 2.0**64))
         return np.flatnonzero(self.uint64(size) < threshold)
 
     def add_gaussian(self, vector: Array, deviation: float) -> None:
         """Add independent Gaussian noise of this standard deviation to `vector` (float32[n]) in place.
 
-        Box and Muller 1958: a radius from one word and an angle from another, so that tails reach 6.7
-        deviations. `deviation` 0 adds nothing.
+        Box and Muller 1958: a radius from one word and an angle from another. Radii end at 6.77 deviations
+        (beyond which a Gaussian has 1.3e-11 of its mass) and are multiples of about 2^-24 in the squares of
+        the smallest; `deviation` is rounded up to a float32. 0 adds nothing.
+
+        Raises:
+            ValueError: `deviation` is below 0, not finite, or too large for float32; or `vector` is not
+                one-dimensional float32. Nothing was added.
         """
-        half = len(vector) // 2 + len(vector) % 2
+        if not 0 <= deviation <= _MAX_DEVIATION:
+            raise ValueError(
+                f"deviation: expected a number from 0 to {_MAX_DEVIATION:.2g}, found {deviation}"
+            )
+        if vector.dtype != np.float32 or vector.ndim != 1:
+            raise ValueError(f"expected a float32 vector to add noise to, found {vector.dtype}{vector.shape}")
+        if deviation == 0:
+            return
         scale = np.float32(deviation)
+        if float(scale) < deviation:
+            scale = np.nextafter(scale, np.float32(np.inf))
+        half = len(vector) // 2 + len(vector) % 2
         for start in range(0, half, _PART):
             first = vector[start : min(start + _PART, half)]
             second = vector[half + start : half + start + len(first)]

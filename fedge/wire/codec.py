@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from fedge.errors import LayoutError, LimitError, RemoteProtocolError
 from fedge.optimizer import Optimizer
+from fedge.privacy.terms import Terms
 from fedge.refusal import Refusal, RefusalCode
 from fedge.round import OrderId
 from fedge.run import Work
@@ -21,6 +22,22 @@ _KINDS: dict[WorkKind, pb.Kind.ValueType] = {
     "evaluate": pb.KIND_EVALUATE,
 }
 _KIND_NAMES = {number: name for name, number in _KINDS.items()}
+
+
+def encode_kind(kind: WorkKind) -> pb.Kind.ValueType:
+    return _KINDS[kind]
+
+
+def decode_kind(kind: pb.Kind.ValueType) -> WorkKind:
+    """What an order is for.
+
+    Raises:
+        RemoteProtocolError: it is no kind that is known here.
+    """
+    name = _KIND_NAMES.get(kind)
+    if name is None:
+        raise RemoteProtocolError(f"expected an order of a known kind, found {kind}")
+    return name
 
 
 def encode_order_id(order: OrderId) -> pb.OrderId:
@@ -117,6 +134,40 @@ def decode_work(message: pb.Work) -> Work:
         return Work.model_validate(fields)
     except ValueError as error:  # pydantic's ValidationError is one
         raise RemoteProtocolError(f"not settings of work: {error}") from None
+
+
+def encode_terms(terms: Terms) -> pb.Privacy:
+    return pb.Privacy(
+        unit=terms.unit,
+        delta=terms.delta,
+        clip=terms.clip,
+        participations=terms.participations,
+        evaluations=terms.evaluations,
+        epsilon=terms.epsilon,
+        noise_multiplier=terms.noise_multiplier,
+        evaluation_noise_multiplier=terms.evaluation_noise_multiplier,
+        loss_bound=terms.loss_bound,
+    )
+
+
+def decode_terms(message: pb.Privacy) -> Terms:
+    """The privacy that a run offers, if it is one that can be kept."""
+    try:
+        return Terms(
+            unit=message.unit,  # type: ignore[arg-type]  # Terms checks it
+            delta=message.delta,
+            clip=message.clip,
+            participations=message.participations,
+            evaluations=message.evaluations,
+            epsilon=message.epsilon if message.HasField("epsilon") else None,
+            noise_multiplier=message.noise_multiplier if message.HasField("noise_multiplier") else None,
+            evaluation_noise_multiplier=message.evaluation_noise_multiplier
+            if message.HasField("evaluation_noise_multiplier")
+            else None,
+            loss_bound=message.loss_bound,
+        )
+    except ValueError as error:
+        raise RemoteProtocolError(f"not terms of privacy: {error}") from None
 
 
 def encode_optimizer(optimizer: Optimizer) -> pb.Optimizer:

@@ -497,6 +497,11 @@ class Offer(_message.Message):
     WORK_FIELD_NUMBER: _builtins.int
     LAYOUT_FIELD_NUMBER: _builtins.int
     CLIP_FIELD_NUMBER: _builtins.int
+    PRIVACY_FIELD_NUMBER: _builtins.int
+    COHORT_FIELD_NUMBER: _builtins.int
+    SECURE_AGGREGATION_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    STRATEGY_NAME_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     name: _builtins.str
     task: _builtins.str
@@ -504,10 +509,21 @@ class Offer(_message.Message):
     rounds: _builtins.int
     seed: _builtins.int
     clip: _builtins.float
+    cohort: _builtins.int
+    """the fewest updates that make a round"""
+    secure_aggregation: _builtins.bool
+    kind: Global___Kind.ValueType
+    """what every round orders"""
+    strategy_name: _builtins.str
+    """as run.toml says it; `strategy` has its settings, too"""
     @_builtins.property
     def work(self) -> Global___Work: ...
     @_builtins.property
     def layout(self) -> Global___Layout: ...
+    @_builtins.property
+    def privacy(self) -> Global___Privacy:
+        """absent: none"""
+
     def __init__(
         self,
         *,
@@ -520,16 +536,83 @@ class Offer(_message.Message):
         work: Global___Work | None = ...,
         layout: Global___Layout | None = ...,
         clip: _builtins.float | None = ...,
+        privacy: Global___Privacy | None = ...,
+        cohort: _builtins.int = ...,
+        secure_aggregation: _builtins.bool = ...,
+        kind: Global___Kind.ValueType = ...,
+        strategy_name: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_clip", b"_clip", "clip", b"clip", "layout", b"layout", "work", b"work"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_clip", b"_clip", "_privacy", b"_privacy", "clip", b"clip", "layout", b"layout", "privacy", b"privacy", "work", b"work"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clip", b"_clip", "clip", b"clip", "layout", b"layout", "name", b"name", "rounds", b"rounds", "run_id", b"run_id", "seed", b"seed", "strategy", b"strategy", "task", b"task", "work", b"work"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clip", b"_clip", "_privacy", b"_privacy", "clip", b"clip", "cohort", b"cohort", "kind", b"kind", "layout", b"layout", "name", b"name", "privacy", b"privacy", "rounds", b"rounds", "run_id", b"run_id", "secure_aggregation", b"secure_aggregation", "seed", b"seed", "strategy", b"strategy", "strategy_name", b"strategy_name", "task", b"task", "work", b"work"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__clip: _TypeAlias = _typing.Literal["clip"]  # noqa: Y015
     _WhichOneofArgType__clip: _TypeAlias = _typing.Literal["_clip", b"_clip"]  # noqa: Y015
+    _WhichOneofReturnType__privacy: _TypeAlias = _typing.Literal["privacy"]  # noqa: Y015
+    _WhichOneofArgType__privacy: _TypeAlias = _typing.Literal["_privacy", b"_privacy"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__clip) -> _WhichOneofReturnType__clip | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__privacy) -> _WhichOneofReturnType__privacy | None: ...
 
 Global___Offer: _TypeAlias = Offer  # noqa: Y015
+
+@_typing.final
+class Privacy(_message.Message):
+    """What a run asks of a site for privacy. The site does it, or refuses the run; it may always do more."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UNIT_FIELD_NUMBER: _builtins.int
+    DELTA_FIELD_NUMBER: _builtins.int
+    CLIP_FIELD_NUMBER: _builtins.int
+    PARTICIPATIONS_FIELD_NUMBER: _builtins.int
+    EVALUATIONS_FIELD_NUMBER: _builtins.int
+    EPSILON_FIELD_NUMBER: _builtins.int
+    NOISE_MULTIPLIER_FIELD_NUMBER: _builtins.int
+    EVALUATION_NOISE_MULTIPLIER_FIELD_NUMBER: _builtins.int
+    LOSS_BOUND_FIELD_NUMBER: _builtins.int
+    unit: _builtins.str
+    delta: _builtins.float
+    clip: _builtins.float
+    participations: _builtins.int
+    """the most that one site is asked for"""
+    evaluations: _builtins.int
+    epsilon: _builtins.float
+    noise_multiplier: _builtins.float
+    evaluation_noise_multiplier: _builtins.float
+    loss_bound: _builtins.float
+    def __init__(
+        self,
+        *,
+        unit: _builtins.str = ...,
+        delta: _builtins.float = ...,
+        clip: _builtins.float = ...,
+        participations: _builtins.int = ...,
+        evaluations: _builtins.int = ...,
+        epsilon: _builtins.float | None = ...,
+        noise_multiplier: _builtins.float | None = ...,
+        evaluation_noise_multiplier: _builtins.float | None = ...,
+        loss_bound: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_epsilon", b"_epsilon", "_evaluation_noise_multiplier", b"_evaluation_noise_multiplier", "_noise_multiplier", b"_noise_multiplier", "epsilon", b"epsilon", "evaluation_noise_multiplier", b"evaluation_noise_multiplier", "noise_multiplier", b"noise_multiplier"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_epsilon", b"_epsilon", "_evaluation_noise_multiplier", b"_evaluation_noise_multiplier", "_noise_multiplier", b"_noise_multiplier", "clip", b"clip", "delta", b"delta", "epsilon", b"epsilon", "evaluation_noise_multiplier", b"evaluation_noise_multiplier", "evaluations", b"evaluations", "loss_bound", b"loss_bound", "noise_multiplier", b"noise_multiplier", "participations", b"participations", "unit", b"unit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__epsilon: _TypeAlias = _typing.Literal["epsilon"]  # noqa: Y015
+    _WhichOneofArgType__epsilon: _TypeAlias = _typing.Literal["_epsilon", b"_epsilon"]  # noqa: Y015
+    _WhichOneofReturnType__evaluation_noise_multiplier: _TypeAlias = _typing.Literal["evaluation_noise_multiplier"]  # noqa: Y015
+    _WhichOneofArgType__evaluation_noise_multiplier: _TypeAlias = _typing.Literal["_evaluation_noise_multiplier", b"_evaluation_noise_multiplier"]  # noqa: Y015
+    _WhichOneofReturnType__noise_multiplier: _TypeAlias = _typing.Literal["noise_multiplier"]  # noqa: Y015
+    _WhichOneofArgType__noise_multiplier: _TypeAlias = _typing.Literal["_noise_multiplier", b"_noise_multiplier"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__epsilon) -> _WhichOneofReturnType__epsilon | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__evaluation_noise_multiplier) -> _WhichOneofReturnType__evaluation_noise_multiplier | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__noise_multiplier) -> _WhichOneofReturnType__noise_multiplier | None: ...
+
+Global___Privacy: _TypeAlias = Privacy  # noqa: Y015
 
 @_typing.final
 class Accept(_message.Message):
@@ -1356,6 +1439,34 @@ class ExportReply(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
 Global___ExportReply: _TypeAlias = ExportReply  # noqa: Y015
+
+@_typing.final
+class StatementReply(_message.Message):
+    """A run's statement of privacy: canonical JSON, the coordinator's signature over it, and its certificate."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATEMENT_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    CERTIFICATE_FIELD_NUMBER: _builtins.int
+    statement: _builtins.bytes
+    signature: _builtins.bytes
+    certificate: _builtins.bytes
+    """PEM"""
+    def __init__(
+        self,
+        *,
+        statement: _builtins.bytes = ...,
+        signature: _builtins.bytes = ...,
+        certificate: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "signature", b"signature", "statement", b"statement"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StatementReply: _TypeAlias = StatementReply  # noqa: Y015
 
 @_typing.final
 class SitesRequest(_message.Message):

@@ -386,6 +386,11 @@ class AdminStub:
                 request_serializer=fedge_dot_wire_dot_fedge__pb2.RunRef.SerializeToString,
                 response_deserializer=fedge_dot_wire_dot_fedge__pb2.ExportReply.FromString,
                 _registered_method=True)
+        self.Statement = channel.unary_unary(
+                '/fedge.v1.Admin/Statement',
+                request_serializer=fedge_dot_wire_dot_fedge__pb2.RunRef.SerializeToString,
+                response_deserializer=fedge_dot_wire_dot_fedge__pb2.StatementReply.FromString,
+                _registered_method=True)
         self.Sites = channel.unary_unary(
                 '/fedge.v1.Admin/Sites',
                 request_serializer=fedge_dot_wire_dot_fedge__pb2.SitesRequest.SerializeToString,
@@ -437,6 +442,12 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Statement(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Sites(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -481,6 +492,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Export,
                     request_deserializer=fedge_dot_wire_dot_fedge__pb2.RunRef.FromString,
                     response_serializer=fedge_dot_wire_dot_fedge__pb2.ExportReply.SerializeToString,
+            ),
+            'Statement': grpc.unary_unary_rpc_method_handler(
+                    servicer.Statement,
+                    request_deserializer=fedge_dot_wire_dot_fedge__pb2.RunRef.FromString,
+                    response_serializer=fedge_dot_wire_dot_fedge__pb2.StatementReply.SerializeToString,
             ),
             'Sites': grpc.unary_unary_rpc_method_handler(
                     servicer.Sites,
@@ -655,6 +671,33 @@ class Admin:
             '/fedge.v1.Admin/Export',
             fedge_dot_wire_dot_fedge__pb2.RunRef.SerializeToString,
             fedge_dot_wire_dot_fedge__pb2.ExportReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Statement(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedge.v1.Admin/Statement',
+            fedge_dot_wire_dot_fedge__pb2.RunRef.SerializeToString,
+            fedge_dot_wire_dot_fedge__pb2.StatementReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -125,6 +125,7 @@ class AdminStub:
     Watch: _grpc.UnaryStreamMultiCallable[_fedge_pb2.RunRef, _fedge_pb2.WatchEvent]
     Stop: _grpc.UnaryUnaryMultiCallable[_fedge_pb2.RunRef, _fedge_pb2.Done]
     Export: _grpc.UnaryStreamMultiCallable[_fedge_pb2.RunRef, _fedge_pb2.ExportReply]
+    Statement: _grpc.UnaryUnaryMultiCallable[_fedge_pb2.RunRef, _fedge_pb2.StatementReply]
     Sites: _grpc.UnaryUnaryMultiCallable[_fedge_pb2.SitesRequest, _fedge_pb2.SiteList]
     Revoke: _grpc.UnaryUnaryMultiCallable[_fedge_pb2.SiteRef, _fedge_pb2.Done]
 
@@ -137,6 +138,7 @@ class AdminAsyncStub(AdminStub):
     Watch: _aio.UnaryStreamMultiCallable[_fedge_pb2.RunRef, _fedge_pb2.WatchEvent]  # type: ignore[assignment]
     Stop: _aio.UnaryUnaryMultiCallable[_fedge_pb2.RunRef, _fedge_pb2.Done]  # type: ignore[assignment]
     Export: _aio.UnaryStreamMultiCallable[_fedge_pb2.RunRef, _fedge_pb2.ExportReply]  # type: ignore[assignment]
+    Statement: _aio.UnaryUnaryMultiCallable[_fedge_pb2.RunRef, _fedge_pb2.StatementReply]  # type: ignore[assignment]
     Sites: _aio.UnaryUnaryMultiCallable[_fedge_pb2.SitesRequest, _fedge_pb2.SiteList]  # type: ignore[assignment]
     Revoke: _aio.UnaryUnaryMultiCallable[_fedge_pb2.SiteRef, _fedge_pb2.Done]  # type: ignore[assignment]
 
@@ -182,6 +184,13 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         request: _fedge_pb2.RunRef,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_fedge_pb2.ExportReply], _abc.AsyncIterator[_fedge_pb2.ExportReply]]: ...
+
+    @_abc_1.abstractmethod
+    def Statement(
+        self,
+        request: _fedge_pb2.RunRef,
+        context: _ServicerContext,
+    ) -> _typing.Union[_fedge_pb2.StatementReply, _abc.Awaitable[_fedge_pb2.StatementReply]]: ...
 
     @_abc_1.abstractmethod
     def Sites(

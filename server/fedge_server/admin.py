@@ -12,6 +12,7 @@ import numpy as np
 
 from fedge.config import parse_toml
 from fedge.errors import ConfigError, FedgeError, RemoteProtocolError
+from fedge.privacy.statement import sign, state
 from fedge.run import RunConfig
 from fedge.vector import Layout, Model, bytes_of, digest_of
 from fedge.wire import fedge_pb2 as pb
@@ -21,6 +22,7 @@ from fedge.wire.limits import CHUNK_BYTES, check_size
 from fedge_server.callers import Context, answering, caller, refuse
 from fedge_server.coordinator import Coordinator, Submission
 from fedge_server.driver import RunDriver
+from fedge_server.identity import Credential
 from fedge_server.membership import Membership
 from fedge_server.past import PastRun
 from fedge_server.standing import Site, clients_of, row_of, summary_of
@@ -35,9 +37,10 @@ LOOK_AGAIN_S = 2.0
 class AdminService(services.AdminServicer):
     """What the holder of an admin credential may call."""
 
-    def __init__(self, coordinator: Coordinator, membership: Membership) -> None:
+    def __init__(self, coordinator: Coordinator, membership: Membership, credential: Credential) -> None:
         self._coordinator = coordinator
         self._membership = membership
+        self._credential = credential
 
     @answering
     async def Submit(self, request_iterator: AsyncIterator[pb.SubmitRequest], context: Context) -> pb.RunRef:
@@ -130,6 +133,21 @@ class AdminService(services.AdminServicer):
         view = bytes_of(model.vector)
         for start in range(0, len(view), CHUNK_BYTES):
             yield pb.ExportReply(data=bytes(view[start : start + CHUNK_BYTES]))
+
+    @answering
+    async def Statement(self, request: pb.RunRef, context: Context) -> pb.StatementReply:
+        """What can be said of a run's privacy by now, signed."""
+        await caller(context, self._membership, role="admin")
+        run = self._coordinator.find(request.run_id)
+        cohorts = [row.clients for row in run.history.rows]
+        # Its accountant takes a second, and a library to be imported.
+        said = await asyncio.to_thread(state, run.config, run.run_id, run.machine.status, cohorts)
+        encoded = said.encode()
+        return pb.StatementReply(
+            statement=encoded,
+            signature=sign(encoded, key_pem=self._credential.key_pem),
+            certificate=self._credential.certificate_pem,
+        )
 
     @answering
     async def Sites(self, request: pb.SitesRequest, context: Context) -> pb.SiteList:

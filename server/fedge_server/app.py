@@ -93,8 +93,8 @@ async def _serve(
     membership = Membership(authority)
     federation = FederationService(coordinator, membership, software=software)
     enrolment = EnrolmentService(coordinator, membership)
-    add_services(server, federation, enrolment, AdminService(coordinator, membership))
     credential = authority.server_credential(now=now())
+    add_services(server, federation, enrolment, AdminService(coordinator, membership, credential))
     credentials = grpc.ssl_server_credentials(
         [(credential.key_pem, credential.certificate_pem)],
         root_certificates=authority.ca_pem,

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 from fedge.errors import BusyError, ConfigError, FedgeError, RunError
 from fedge.federation import Stop
+from fedge.privacy.terms import Terms
 from fedge.refusal import Refusal
 from fedge.round import Failed, OrderId
 from fedge.run import RunConfig
 from fedge.strategy import load_strategy
 from fedge.vector import Model
 from fedge.wire import fedge_pb2 as pb
-from fedge.wire.codec import encode_layout, encode_work
+from fedge.wire.codec import encode_kind, encode_layout, encode_terms, encode_work
 from fedge_server.archive import Archive
 from fedge_server.driver import RunDriver, Surroundings
 from fedge_server.limits import Pace
@@ -312,7 +313,7 @@ class Coordinator:
 
 
 def _offer(driver: RunDriver) -> pb.ServerMessage:
-    config = driver.config
+    config, terms = driver.config, Terms.of(driver.config)
     return pb.ServerMessage(
         offer=pb.Offer(
             run_id=driver.run_id,
@@ -324,5 +325,10 @@ def _offer(driver: RunDriver) -> pb.ServerMessage:
             work=encode_work(config.work),
             layout=encode_layout(driver.layout),
             clip=config.privacy.clip,
+            privacy=encode_terms(terms) if terms is not None else None,
+            cohort=config.cohort.needed,
+            secure_aggregation=config.secure_aggregation.enabled,
+            kind=encode_kind(driver.machine.plan.kind),
+            strategy_name=config.strategy.name,
         )
     )

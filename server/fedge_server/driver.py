@@ -17,10 +17,11 @@ import numpy as np
 
 from fedge import federation, progress
 from fedge.errors import LinkError, RunError, StorageError
-from fedge.federation import Finish, Plan, Returned, RunEffect, RunEvent
+from fedge.federation import Finish, Returned, RunEffect, RunEvent
 from fedge.history import Row
 from fedge.learning import Learning
 from fedge.pipeline import Update
+from fedge.plan import Plan
 from fedge.refusal import Refusal, RefusalCode
 from fedge.round import (
     Accept,

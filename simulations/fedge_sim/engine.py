@@ -10,15 +10,18 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from fedge import federation
 from fedge.errors import ConfigError, RefusedError, RunError, TaskError
-from fedge.federation import Finish, Plan, Returned, RunEffect, RunEvent, Stop
+from fedge.federation import Finish, Returned, RunEffect, RunEvent, Stop
 from fedge.history import Row
 from fedge.learning import Learning
 from fedge.pipeline import Update
+from fedge.plan import Plan
+from fedge.privacy.secure import SecureSource
 from fedge.refusal import Refusal, RefusalCode
 from fedge.round import (
     Accept,
@@ -37,18 +40,21 @@ from fedge.round import (
     StartTimer,
 )
 from fedge.run import RunConfig
-from fedge.seeds import work_seed
+from fedge.seeds import derive_key, work_seed
 from fedge.snapshot import revive, take
 from fedge.strategy import WorkKind, load_strategy
 from fedge.task import Task, load_task
 from fedge.vector import Array, Model
 from fedge_client.gate import Released, layers_of, release
+from fedge_client.torch.batches import examples
 from fedge_client.torch.framework import framework
+from fedge_client.torch.private.steps import Private
 from fedge_client.torch.threads import suitable_threads, using_threads
-from fedge_client.torch.trainer import Trainer
+from fedge_client.torch.trainer import Outcome, Trainer
 from fedge_server.store.machine import decode_machine, encode_machine
 from fedge_sim.faults import Faults, corrupt
 from fedge_sim.population import Population
+from fedge_sim.privacy import Accounts
 from fedge_sim.result import Result
 
 Callback = Callable[[Row], None]
@@ -118,11 +124,17 @@ class _Engine:
         self._callbacks = callbacks
         self._population = Population.of(run, task, count=run.simulation.clients)
         strategy = load_strategy(run.strategy, run.work)
-        self._learning = Learning.begin(strategy, framework.initial_model(task, seed=run.seed))
+        private = run.privacy.unit == "example"
+        self._learning = Learning.begin(
+            strategy, framework.initial_model(task, seed=run.seed, private=private)
+        )
         self._trainer = Trainer(task, seed=run.seed)
         self.threads = suitable_threads(self._trainer.layout.size)
-        self._layers = layers_of(run.privacy.clip)
         kind = self._learning.order(1).kind
+        self._accounts = Accounts(run, kind)
+        terms = self._accounts.terms
+        # At example level the clip is for the gradients of examples, not for updates.
+        self._layers = layers_of(None if terms and terms.unit == "example" else run.privacy.clip)
         plan = Plan.of(run, kind=kind, max_staleness=strategy.max_staleness)
         self._machine, effects = federation.begin(plan, frozenset(self._population.names))
         self._effects = effects
@@ -158,6 +170,7 @@ class _Engine:
             reason=self._machine.reason,
             strategy=repr(self._learning.strategy),
             faults=self._faults.injected,
+            privacy=self._accounts.spent(),
         )
 
     def _go_on(self) -> None:
@@ -200,27 +213,61 @@ class _Engine:
         """One client's part of a round, and the gate that its update would pass on a device."""
         client, order = send.client, send.order
         train, test = self._population.data(client)
-        seed = work_seed(self._run.seed, site=client, kind=order.kind, round=order.round)
-        work = self._run.work
         try:
-            match order.kind:
-                case "train":
-                    done = self._trainer.train(model, train, work, seed=seed, out=self._out)
-                case "gradient":
-                    step = order.round - 1
-                    done = self._trainer.gradient(model, train, work, seed=seed, step=step, out=self._out)
-                case "evaluate":
-                    done = self._trainer.evaluate(model, test)
+            private = self._private(client, order, train)
+            done = self._perform(client, order, model, (train, test), private)
+        except RefusedError as error:
+            self._handle(Failed(client, order, error.refusal), None)
+            return
         except TaskError as error:
             raise TaskError(f"{client}, {order}: {error}") from error
         metrics = corrupt(send, self._out, done.metrics) if corrupted else done.metrics
         layout = None if order.kind == "evaluate" else self._learning.layout
         try:
-            released = release(self._out, done.num_examples, metrics, layout=layout, layers=self._layers)
+            released = release(
+                self._out,
+                done.num_examples,
+                metrics,
+                layout=layout,
+                layers=self._layers,
+                terms=self._accounts.terms,
+            )
         except RefusedError as error:
             self._handle(Failed(client, order, error.refusal), None)
             return
         self._handle(Arrived(client, order), released)
+
+    def _private(self, client: str, order: OrderId, train: Any) -> Private | None:
+        """What the client does for privacy, which it pays for first; its noise follows from the run's seed.
+
+        Raises:
+            RefusedError: the client's budget is exhausted.
+        """
+        if self._accounts.terms is None:
+            return None
+        size = examples(train)
+        self._accounts.charge(client, order.kind, size)
+        level = self._accounts.level(size)
+        if level is None:
+            return None
+        key = derive_key(self._run.seed, client, order.kind, order.round, order.attempt)
+        return Private(level, SecureSource(key))
+
+    def _perform(
+        self, client: str, order: OrderId, model: Array, data: tuple[Any, Any], private: Private | None
+    ) -> Outcome:
+        trainer, work, (train, test) = self._trainer, self._run.work, data
+        seed = work_seed(self._run.seed, site=client, kind=order.kind, round=order.round)
+        match order.kind:
+            case "train":
+                return trainer.train(model, train, work, seed=seed, out=self._out, private=private)
+            case "gradient":
+                step = order.round - 1
+                return trainer.gradient(
+                    model, train, work, seed=seed, step=step, out=self._out, private=private
+                )
+            case "evaluate":
+                return trainer.evaluate(model, test, private=private)
 
     def _handle(self, event: Event, released: Released | None) -> None:
         """Something happens to the coordinator, which may crash at it; then it happens once more."""

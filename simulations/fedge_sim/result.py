@@ -9,16 +9,17 @@ from typing import Any
 
 from fedge.federation import Status
 from fedge.history import Row, plain_metrics
-from fedge.run import Privacy, RunConfig
+from fedge.run import RunConfig
 from fedge.vector import Model, bytes_of
 from fedge_sim.faults import Injected
+from fedge_sim.privacy import Spent
 
 
 @dataclass(frozen=True, eq=False)
 class Result:
     """A finished (or interrupted) simulation: a `Row` per committed round, and the model they made.
 
-    `faults` is what was injected on the way, at the run's own request.
+    `faults` is what was injected on the way, at the run's own request; `privacy` what the clients spent.
     """
 
     run: RunConfig
@@ -29,11 +30,7 @@ class Result:
     reason: str = ""
     strategy: str = ""
     faults: Injected = field(default_factory=Injected)
-
-    @property
-    def privacy(self) -> Privacy:
-        """The privacy that was in force: what the run's `[privacy]` says."""
-        return self.run.privacy
+    privacy: Spent = field(default_factory=Spent)
 
     @property
     def metrics(self) -> Mapping[str, float]:
@@ -50,7 +47,7 @@ class Result:
             "clients": self.clients,
             "seed": self.run.seed,
             "strategy": self.strategy,
-            "privacy_unit": self.run.privacy.unit,
+            "privacy": self.privacy.as_dict(),
             "faults": self.faults.counts,
             "metrics": plain_metrics(self.metrics),
             "parameters": self.model.layout.size,

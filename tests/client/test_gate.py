@@ -1,11 +1,9 @@
-"""The gate: what the site's policy does not allow does not happen, whatever anybody asks for."""
+"""The gate: what leaves is what it claims to be, clipped and protected as the run's terms say."""
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,18 +14,11 @@ from hypothesis.extra import numpy as hnp
 from fedge.errors import RefusedError
 from fedge.exact import MAX_WEIGHT
 from fedge.pipeline import l2_norm
+from fedge.privacy.terms import Terms
 from fedge.refusal import RefusalCode
 from fedge.vector import Array, Layout, Tensor
 from fedge.wire.limits import MAX_METRICS
-from fedge_client.gate import (
-    Released,
-    check_coordinator,
-    check_layout,
-    check_task,
-    layers_of,
-    release,
-)
-from fedge_client.settings import Policy
+from fedge_client.gate import Released, layers_of, release
 
 LAYOUT = Layout((Tensor("w", (3,)), Tensor("b", ())))
 FINE: Array = np.array([3.0, 0.0, 4.0, 0.0], np.float32)
@@ -44,94 +35,6 @@ def let_out(
     vector: Array = FINE, num_examples: int = 10, clip: float | None = None, **metrics: float
 ) -> Released:
     return release(vector, num_examples, metrics, layout=LAYOUT, layers=layers_of(clip))
-
-
-# Which coordinator.
-
-
-@pytest.mark.parametrize(
-    ("allowed", "federation", "own"),
-    [(None, "aa", "aa"), (["aa"], "aa", "aa"), (["bb", "aa"], "aa", "aa")],
-)
-def test_the_federation_that_the_site_enrolled_in_may_ask(allowed, federation, own):
-    check_coordinator(Policy(coordinators=allowed), federation, own=own)
-
-
-@pytest.mark.parametrize(
-    ("allowed", "federation", "own"),
-    [(None, "bb", "aa"), (["bb"], "aa", "aa"), (["bb"], "bb", "aa"), ([], "aa", "aa")],
-)
-def test_any_other_may_not_even_if_the_policy_lists_it(allowed, federation, own):
-    code = refused(lambda: check_coordinator(Policy(coordinators=allowed), federation, own=own))
-    assert code == RefusalCode.COORDINATOR_NOT_ALLOWED
-
-
-# Which task.
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A task folder of every kind of module; importing any of them is the end of the test."""
-    place = tmp_path / "tasks"
-    bomb = "raise SystemExit('imported only to find out')"
-    for name in ("alone.py", "package/__init__.py", "package/inner.py", "plain/inner.py", "json/inner.py"):
-        (place / name).parent.mkdir(parents=True, exist_ok=True)
-        (place / name).write_text(bomb)
-    (place / "shared").mkdir()
-    elsewhere = tmp_path / "elsewhere"
-    (elsewhere / "shared").mkdir(parents=True)
-    (elsewhere / "shared" / "inner.py").write_text(bomb)
-    (elsewhere / "installed.py").write_text(bomb)
-    monkeypatch.syspath_prepend(str(elsewhere))
-    return place
-
-
-@pytest.mark.parametrize("task", ["alone:task", "package:task", "package.inner:task", "plain.inner:task"])
-def test_without_a_list_the_tasks_in_the_sites_own_folder_may_run_and_nothing_is_imported(folder, task):
-    before = set(sys.modules)
-    check_task(Policy(), task, folder=folder)
-    assert set(sys.modules) == before
-
-
-@pytest.mark.parametrize(
-    "task",
-    [
-        "absent:task",
-        "installed:task",
-        "os:system",
-        "numpy:array",
-        "sys:exit",
-        "json.inner:task",  # the standard library's comes before a folder without __init__
-        "shared.inner:task",  # a part of the package lies elsewhere
-        "fedge_sim.demo.hospitals:task",
-        "../elsewhere/installed:task",
-        ".alone:task",
-        ":task",
-        "",
-    ],
-)
-def test_without_a_list_nothing_else_may_run_and_nothing_is_imported(folder, task):
-    before = set(sys.modules)
-    assert refused(lambda: check_task(Policy(), task, folder=folder)) == RefusalCode.TASK_NOT_ALLOWED
-    assert set(sys.modules) == before
-
-
-def test_a_list_is_the_whole_truth(folder):
-    policy = Policy(tasks=["installed:task", "alone:task"])
-    for task in ("installed:task", "alone:task"):
-        check_task(policy, task, folder=folder)
-    for task in ("package:task", "alone:other", "alone", "installed:task "):
-        assert (
-            refused(lambda task=task: check_task(policy, task, folder=folder)) == RefusalCode.TASK_NOT_ALLOWED
-        )
-    assert refused(lambda: check_task(Policy(tasks=[]), "alone:task", folder=folder))
-
-
-def test_a_model_may_be_as_large_as_the_policy_allows_and_none_is_made_to_find_out():
-    check_layout(Policy(max_model_bytes=16), LAYOUT)
-    assert refused(lambda: check_layout(Policy(max_model_bytes=15), LAYOUT)) == RefusalCode.TOO_LARGE
-    vast = Layout((Tensor("w", (2**40, 2**20)),))
-    assert refused(lambda: check_layout(Policy(), vast)) == RefusalCode.TOO_LARGE
 
 
 # What leaves.
@@ -215,3 +118,40 @@ def test_what_leaves_is_never_longer_than_the_clip_and_shorter_ones_are_left_alo
 
 def test_a_clipped_update_keeps_its_direction():
     np.testing.assert_allclose(let_out(clip=1.0).vector, FINE / 5, rtol=1e-6)
+
+
+# Under terms of privacy.
+
+EXAMPLE = Terms("example", 1e-5, 1.0, 10, epsilon=3.0)
+CLIENT = Terms("client", 1e-5, 1.0, 10, epsilon=3.0, loss_bound=4.0)
+PARTS = Layout(
+    (Tensor("w", (2,)), Tensor("frozen", (1,), role="frozen"), Tensor("mean", (1,), role="buffer"))
+)
+
+
+@pytest.mark.parametrize("terms", [EXAMPLE, CLIENT])
+def test_a_private_update_tells_neither_its_number_of_examples_nor_any_metric(terms):
+    released = release(FINE, 4711, {"train_loss": 0.5}, layout=LAYOUT, layers=(), terms=terms)
+    assert (released.num_examples, dict(released.metrics)) == (1, {})
+
+
+@pytest.mark.parametrize("at", [2, 3])
+def test_at_example_level_nothing_leaves_to_which_no_noise_was_added(at):
+    vector = np.zeros(4, np.float32)
+    vector[:2] = 1
+    release(vector, 1, {}, layout=PARTS, layers=(), terms=EXAMPLE)
+    vector[at] = 1e-30
+    code = refused(lambda: release(vector, 1, {}, layout=PARTS, layers=(), terms=EXAMPLE))
+    assert code == RefusalCode.PROTECTION_UNAVAILABLE
+    # At client level the whole update is clipped and noised as one.
+    release(vector, 1, {}, layout=PARTS, layers=layers_of(1.0), terms=CLIENT)
+
+
+@pytest.mark.parametrize(("value", "left"), [(0.25, 0.25), (-1, 0), (9, 1), (math.nan, 0), (math.inf, 0)])
+def test_at_client_level_a_metric_is_bounded_before_it_leaves(value, left):
+    released = release(FINE, 7, {"accuracy": value}, layout=None, layers=(), terms=CLIENT)
+    assert (released.num_examples, dict(released.metrics)) == (1, {"accuracy": left})
+
+
+def test_a_loss_has_a_bound_of_its_own():
+    assert release(FINE, 7, {"loss": 9.0}, layout=None, layers=(), terms=CLIENT).metrics == {"loss": 4.0}

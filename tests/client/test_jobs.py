@@ -26,7 +26,9 @@ from fedge_client import pipe_pb2 as pipe
 from fedge_client import transfer
 from fedge_client.download import Download
 from fedge_client.jobs import OUTBOX, Jobs
+from fedge_client.ledger import Ledger
 from fedge_client.settings import ClientSettings, Policy
+from fedge_client.spending import Spending
 
 SLOTS = 2
 SIZE, LARGE = 4, INLINE_BYTES // 4 + 1
@@ -127,7 +129,14 @@ class Site:
         self.sent: list[pb.ClientMessage] = []
         settings = ClientSettings(server="h:1", policy=self.policy)
         worker: Any = self.worker
-        self.jobs = Jobs(settings, self.folder, worker, self.sent.append)
+        self.ledger = Ledger.open(self.folder / "ledger", "data", self.policy.delta, head_folder=self.folder)
+        spending = Spending(self.ledger, self.policy)
+        self.jobs = Jobs(settings, self.folder, worker, spending, self.sent.append)
+
+    def restarted(self) -> Site:
+        """Another agent in its place, which finds what this one has kept."""
+        self.ledger.close()
+        return Site(self.folder, self.policy)
 
     def consider(self, offer: pb.Offer) -> pb.ClientMessage:
         """The one answer to an offer."""
@@ -156,7 +165,15 @@ def site(tmp_path: Path) -> Site:
 
 def offer(run_id: str = "run", *, task: str = "app:task", size: int = SIZE, **fields: Any) -> pb.Offer:
     layout = encode_layout(Layout((Tensor("w", (size,)),)))
-    return pb.Offer(run_id=run_id, task=task, layout=layout, work=encode_work(Work()), **fields)
+    known: dict[str, Any] = {"work": encode_work(Work()), "kind": pb.KIND_TRAIN, "cohort": 1}
+    fields = known | {"strategy_name": "fedavg"} | fields
+    return pb.Offer(run_id=run_id, task=task, layout=layout, **fields)
+
+
+def bad_layout() -> pb.Offer:
+    message = offer()
+    message.layout.CopyFrom(pb.Layout(tensors=[pb.Tensor(name="w")]))
+    return message
 
 
 def order(round: int = 1, *, kind: WorkKind = "train", model: float = 0.0, size: int = SIZE) -> pb.Order:
@@ -183,12 +200,12 @@ def test_a_run_is_joined_once_its_task_is_loaded_and_offered_again_it_is_just_ac
         (offer(run_id="a\nb"), RefusalCode.TASK_UNAVAILABLE, "LimitError: see the site's log"),
         (offer(task="t" * 5000), RefusalCode.TASK_UNAVAILABLE, "LimitError: see the site's log"),
         (
-            pb.Offer(run_id="run", task="app:task", layout=pb.Layout(tensors=[pb.Tensor(name="w")])),
+            bad_layout(),
             RefusalCode.TASK_UNAVAILABLE,
             "RemoteProtocolError: see the site's log",
         ),
         (
-            pb.Offer(run_id="run", task="app:task", layout=offer().layout, work=pb.Work(optimizer="newton")),
+            offer(work=pb.Work(optimizer="newton")),
             RefusalCode.TASK_UNAVAILABLE,
             "RemoteProtocolError: see the site's log",
         ),
@@ -373,7 +390,7 @@ def test_the_coordinator_hears_of_work_that_takes_long(site: Site, monkeypatch: 
 def test_an_agent_that_starts_again_hands_in_the_bytes_that_it_had_prepared(site: Site, size: int):
     site.consider(offer(size=size))
     before = site.do(order(size=size))
-    again = Site(site.folder)
+    again = site.restarted()
     again.consider(offer(size=size))
     again.worker.result = 9.0  # were it done again, something else would come of it
     after = again.do(order(size=size))
@@ -389,7 +406,7 @@ def test_an_agent_that_has_lost_what_it_had_prepared_says_so_once(site: Site, da
     site.do(order(size=LARGE))
     (vector,) = (site.folder / OUTBOX).glob("*.vector")
     vector.write_bytes(damage)
-    again = Site(site.folder)
+    again = site.restarted()
     again.consider(offer(size=LARGE))
     again.worker.result = 9.0
     (answer,) = again.do(order(size=LARGE))
@@ -403,7 +420,7 @@ def test_what_was_lost_and_comes_out_the_same_again_is_not_lost(site: Site):
     site.do(order(size=LARGE))
     (vector,) = (site.folder / OUTBOX).glob("*.vector")
     vector.unlink()
-    again = Site(site.folder)
+    again = site.restarted()
     again.consider(offer(size=LARGE))
     assert again.do(order(size=LARGE)) == []
     assert again.link.delivered == site.link.delivered
@@ -416,7 +433,7 @@ def test_a_description_that_cannot_be_read_is_an_update_that_was_lost(site: Site
     site.do(order())
     (update,) = (site.folder / OUTBOX).glob("*.update")
     update.write_bytes(damage)
-    again = Site(site.folder)
+    again = site.restarted()
     again.consider(offer())
     (answer,) = again.do(order())
     assert answer.failed.refusal.code == RefusalCode.UPDATE_LOST
@@ -426,9 +443,11 @@ def test_an_order_of_the_same_name_on_another_model_is_another_order(site: Site)
     """A coordinator that has lost its last rounds gives them again, perhaps to another cohort."""
     site.consider(offer())
     site.do(order(model=1.0))
-    for agent in (site, Site(site.folder)):
-        agent.consider(offer()) if agent is not site else None
-        (answer,) = agent.do(order(model=2.0))
+    for restart in (False, True):
+        if restart:
+            site = site.restarted()
+            site.consider(offer())
+        (answer,) = site.do(order(model=2.0))
         assert np.frombuffer(answer.update.vector.inline, np.float32).tolist() == [3.0] * SIZE
 
 

@@ -11,7 +11,8 @@ import pytest
 
 from fedge import federation
 from fedge.config import parse_toml
-from fedge.federation import Federation, Finish, Plan, RunEffect, RunEvent, Stop
+from fedge.federation import Federation, Finish, RunEffect, RunEvent, Stop
+from fedge.plan import Plan
 from fedge.refusal import Refusal, RefusalCode
 from fedge.round import (
     Accept,

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedge import federation
-from fedge.federation import Finish, Plan, Returned, RunEffect, RunEvent, Stop
+from fedge.federation import Finish, Returned, RunEffect, RunEvent, Stop
+from fedge.plan import Plan
 from fedge.refusal import Refusal, RefusalCode
 from fedge.round import (
     Accept,

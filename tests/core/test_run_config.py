@@ -83,23 +83,48 @@ def test_the_designs_example_parses_when_it_asks_for_what_this_version_has():
     assert run.secure_aggregation.threshold == 0.67
 
 
-@pytest.mark.parametrize("unit", ["example", "client"])
-def test_differential_privacy_is_refused_and_never_ignored(unit):
-    text = plain(DESIGN).replace('unit = "none"', f'unit = "{unit}"')
-    assert problem(text) == (
-        f"run.toml: privacy: unit: {unit!r} differential privacy is not in this version; "
-        'a run without it must say unit = "none"'
-    )
+PRIVATE = HEAD + '[privacy]\nunit = "example"\nepsilon = 3.0\ndelta = 1e-5\nclip = 1.0\n'
 
 
-def test_a_privacy_table_without_a_unit_does_not_mean_none():
-    assert "privacy: unit: 'example' differential privacy is not" in problem(HEAD + "[privacy]\nclip = 1.0")
+@pytest.mark.parametrize(
+    ("privacy", "says"),
+    [
+        ("epsilon = 3.0\ndelta = 1e-5", "privacy: clip: expected the largest norm"),  # noise without a bound
+        ("epsilon = 3.0\nclip = 1.0", "privacy: delta: expected"),
+        ("delta = 1e-5\nclip = 1.0", "privacy: expected epsilon (or noise_multiplier), found neither"),
+        ('epsilon = 3.0\ndelta = 1e-5\nclip = 1.0\namplification = "cohort"', "is not amplified by"),
+        ('epsilon = 3.0\ndelta = 1e-5\nclip = 1.0\nmechanism = "laplace"', "unknown key 'privacy.mechanism'"),
+        ("epsilon = inf\ndelta = 1e-5\nclip = 1.0", "privacy.epsilon"),
+        ("epsilon = 3.0\ndelta = 1.0\nclip = 1.0", "privacy.delta"),
+        ("epsilon = 3.0\ndelta = 1e-5\nclip = 0.0", "privacy.clip"),
+    ],
+)
+def test_privacy_that_cannot_keep_its_promise_is_refused(privacy, says):
+    assert says in problem(f"{HEAD}[privacy]\n{privacy}")
 
 
-@pytest.mark.parametrize("promise", ["epsilon = 3.0", "delta = 1e-5"])
+def test_a_privacy_table_without_a_unit_means_example_level():
+    assert parse(f"{HEAD}[privacy]\nepsilon = 3.0\ndelta = 1e-5\nclip = 1.0").privacy.unit == "example"
+
+
+@pytest.mark.parametrize("promise", ["epsilon = 3.0", "delta = 1e-5", "noise_multiplier = 1.0"])
 def test_a_budget_without_a_mechanism_is_refused(promise):
-    words = 'epsilon and delta promise a guarantee that unit = "none" does not give'
+    words = f'{promise.split()[0]} promise a guarantee that unit = "none" does not give'
     assert words in problem(HEAD + f'[privacy]\nunit = "none"\n{promise}')
+
+
+def test_example_weights_are_refused_where_the_number_of_examples_is_private():
+    assert "strategy.weighting: 'examples' needs" in problem(PRIVATE + '[strategy]\nweighting = "examples"')
+    parse(PRIVATE + '[strategy]\nweighting = "uniform"')
+
+
+def test_metrics_without_protection_are_refused_if_asked_for_and_off_otherwise():
+    assert "metrics would be released without protection" in problem(PRIVATE + "[evaluation]\nevery = 2")
+    assert parse(PRIVATE).evaluation_every == 0
+    assert any("do not evaluate" in note for note in parse(PRIVATE).notes())
+    noised = parse(PRIVATE + "evaluation_noise_multiplier = 9.0\n[evaluation]\nevery = 2")
+    assert noised.evaluation_every == 2
+    assert parse(HEAD).evaluation_every == 1
 
 
 def test_secure_aggregation_is_refused_and_never_ignored():
@@ -115,7 +140,7 @@ def test_compression_is_refused_and_never_ignored():
 
 
 def test_every_problem_of_the_designs_example_is_said_at_once():
-    assert [line.split(": ")[1] for line in problem(DESIGN).splitlines()] == ["privacy", "secure_aggregation"]
+    assert [line.split(": ")[1] for line in problem(DESIGN).splitlines()] == ["secure_aggregation"]
 
 
 def test_name_task_and_rounds_are_all_that_a_run_needs():

@@ -128,7 +128,7 @@ class FlatModule:
         A module may have put a parameter or a `.grad` elsewhere in its forward (max-norm constraints
         written as `weight.data = ...` do): its value is taken over, and its memory is ours again.
         """
-        if [p.data_ptr() for p in self._parameters] != self._addresses:
+        if self.was_rearranged():
             self._reclaim(self._trainable)
         if not all(map(is_, [p.grad for p in self._parameters], self._gradients)):
             for place in self._trainable:
@@ -139,6 +139,10 @@ class FlatModule:
             self._bind_gradients()
         for place in self._trained_copies:
             place.flat_gradient.copy_(place.gradient)
+
+    def was_rearranged(self) -> bool:
+        """Whether the module has put a trainable parameter elsewhere since it was loaded."""
+        return [p.data_ptr() for p in self._parameters] != self._addresses
 
     def publish(self) -> None:
         """Let the module see the parameters that an optimiser has moved in `head`."""

@@ -8,6 +8,7 @@ from fedge.errors import TaskError
 from fedge.task import Task
 from fedge.vector import Model
 from fedge_client.torch.flat import FlatModule
+from fedge_client.torch.private.admission import check_private
 from fedge_client.torch.seeded import GlobalRandomness
 
 
@@ -32,14 +33,18 @@ def build_module(task: Task, *, seed: int) -> torch.nn.Module:
 class TorchFramework:
     """`fedge.task.Framework` for torch."""
 
-    def initial_model(self, task: Task, *, seed: int) -> Model:
+    def initial_model(self, task: Task, *, seed: int, private: bool = False) -> Model:
         """The task's model with freshly seeded values; the same seed gives the same bits.
 
         Raises:
             TaskError: the task's `model` fails.
+            RefusedError: MODEL_NOT_PRIVATE; `private` is asked for, and the module cannot be trained so.
             LayoutError: the module holds what a flat vector cannot.
         """
-        flat = FlatModule(build_module(task, seed=seed))
+        module = build_module(task, seed=seed)
+        if private:
+            check_private(module)
+        flat = FlatModule(module)
         return Model(flat.vector, flat.layout)
 
 

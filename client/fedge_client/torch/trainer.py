@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ import torch
 
 from fedge.errors import TaskError
 from fedge.optimizer import Optimizer
+from fedge.privacy.example import Schedule, evaluation_mechanism
+from fedge.privacy.mechanism import Mechanism
 from fedge.run import Work
 from fedge.seeds import derive_seed
 from fedge.task import Task
@@ -24,6 +27,11 @@ from fedge_client.torch.batches import Batches, Order, describe, joined
 from fedge_client.torch.flat import FlatModule
 from fedge_client.torch.framework import build_module
 from fedge_client.torch.optim import InPlaceOptimizer
+from fedge_client.torch.private.choice import choose
+from fedge_client.torch.private.clipping import ClippedSum, Subject, UnsuitedError
+from fedge_client.torch.private.evaluation import BoundedSums
+from fedge_client.torch.private.rows import row_losses
+from fedge_client.torch.private.steps import Private, check_unchanged, noisy_gradient
 from fedge_client.torch.seeded import GlobalRandomness
 
 Progress = Callable[[int, int], None]
@@ -38,10 +46,15 @@ _EVALUATION_SEED = 0
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a piece of local work gives beside its vector: the examples it used, and its metrics."""
+    """What a piece of local work gives beside its vector: the examples it used, and its metrics.
+
+    Private work tells neither how many examples there were nor any metric of them without noise; `mechanism`
+    is what was really done for privacy.
+    """
 
     num_examples: int
     metrics: Mapping[str, float] = field(default_factory=dict)
+    mechanism: Mechanism | None = None
 
 
 def no_progress(done: int, total: int) -> None:
@@ -64,21 +77,47 @@ class Trainer:
         self._optimizer = InPlaceOptimizer(self._flat.layout.trainable_size)
         self._order = Order()
         self._randomness = GlobalRandomness()
+        self._clipped: ClippedSum | None = None
         self.layout: Layout = self._flat.layout
 
+    def prepare_private(self, model: Array, train: Any) -> None:
+        """Find out how the model is trained under example-level privacy, with a few examples of `train`.
+
+        Raises:
+            RefusedError: MODEL_NOT_PRIVATE; it cannot be, with the reason and the remedy.
+            TaskError: the data, or the task's model or loss, fails.
+        """
+        if self._clipped is None:
+            batches = Batches(train, "full", order=self._order)
+            with torch.enable_grad():
+                self._begin(model, training=True)
+                subject = Subject(self._flat, self._forward, self._loss)
+                self._clipped = choose(subject, batches)
+
     def train(
-        self, model: Array, train: Any, work: Work, *, seed: int, out: Array, progress: Progress = no_progress
+        self,
+        model: Array,
+        train: Any,
+        work: Work,
+        *,
+        seed: int,
+        out: Array,
+        progress: Progress = no_progress,
+        private: Private | None = None,
     ) -> Outcome:
         """Train from `model` and write `theta_local - theta` to `out` (both float32[layout.size]).
 
         The metric "train_loss" is the mean over the examples of the last epoch, or with `work.steps`
-        over those of all steps.
+        over those of all steps. `private`: DP-SGD, without metrics.
 
         Raises:
             TaskError: the data, or the task's model or loss, fails.
+            RefusedError: MODEL_NOT_PRIVATE; see `prepare_private`.
             LayoutError: a vector does not fit the layout.
         """
         self.layout.check(out)
+        if private is not None:
+            return self._train_privately(model, train, work, private, seed=seed, out=out, progress=progress)
         flat, optimizer = self._flat, self._optimizer
         batches = Batches(train, work.batch_size, order=self._order)
         total = work.steps or (work.epochs or 1) * batches.per_epoch
@@ -110,19 +149,30 @@ class Trainer:
         step: int,
         out: Array,
         progress: Progress = no_progress,
+        private: Private | None = None,
     ) -> Outcome:
         """Write the mean gradient at `model` over the batch of step `step` to `out` (float32[layout.size]).
 
         `out` holds the gradient, l1 and l2 terms included, in its trainable head, zeros for frozen
         parameters, and the change of each floating-point buffer. The batch follows from `(seed, step)`
-        alone: any process can compute any step. `num_examples` is the size of the batch.
+        alone: any process can compute any step. `num_examples` is the size of the batch. `private`: the noised
+        mean gradient of a Poisson sample.
 
         Raises:
             TaskError: the data, or the task's model or loss, fails.
+            RefusedError: MODEL_NOT_PRIVATE; see `prepare_private`.
             LayoutError: a vector does not fit the layout.
         """
         self.layout.check(out)
         flat = self._flat
+        if private is not None:
+            done = self._differentiate_privately(
+                model, train, work, private, seed=derive_seed(seed, "step", step)
+            )
+            progress(1, 1)
+            out[:] = 0
+            out[: flat.layout.trainable_size] = flat.gradient.numpy()
+            return done
         batches = Batches(train, work.batch_size, order=self._order)
         positions = batches.step(step, seed=seed)
         with self._randomness.seeded(derive_seed(seed, "step", step)), torch.enable_grad():
@@ -137,15 +187,20 @@ class Trainer:
                 out[where] = 0
         return Outcome(len(positions), {"train_loss": loss.item()})
 
-    def evaluate(self, model: Array, test: Any, *, progress: Progress = no_progress) -> Outcome:
+    def evaluate(
+        self, model: Array, test: Any, *, progress: Progress = no_progress, private: Private | None = None
+    ) -> Outcome:
         """Judge `model` on the whole of `test`: "loss" (the mean over examples) and the task's metrics.
 
-        Values that are not finite are reported as they are.
+        Values that are not finite are reported as they are. `private`: noised means, see `BoundedSums`.
 
         Raises:
             TaskError: the data, or the task's model, loss or a metric, fails.
             LayoutError: the vector does not fit the layout.
+            ValueError: `private` has no noise for evaluations.
         """
+        if private is not None:
+            return self._evaluate_privately(model, test, private, progress=progress)
         batches = Batches(test, EVALUATION_ROWS, order=self._order)
         outputs, targets = [], []
         loss_sum = torch.zeros((), dtype=torch.float64)
@@ -165,6 +220,73 @@ class Trainer:
                 output, target = joined(outputs), joined(targets)
                 metrics |= {name: self._metric(name, output, target) for name in self._task.metrics}
         return Outcome(batches.size, metrics)
+
+    def _train_privately(
+        self,
+        model: Array,
+        train: Any,
+        work: Work,
+        private: Private,
+        *,
+        seed: int,
+        out: Array,
+        progress: Progress,
+    ) -> Outcome:
+        flat, optimizer = self._flat, self._optimizer
+        self.prepare_private(model, train)
+        assert self._clipped is not None  # prepared
+        batches = Batches(train, work.batch_size, order=self._order)
+        schedule = Schedule.of(work, batches.size, "train")
+        with self._randomness.seeded(seed), torch.enable_grad():
+            self._begin(model, training=True)
+            optimizer.begin(_optimizer_of(work))
+            for step in range(schedule.steps):
+                noisy_gradient(flat, batches, self._clipped, schedule, private)
+                self._regularise(work)
+                optimizer.step(flat.head, flat.gradient)
+                flat.publish()
+                progress(step + 1, schedule.steps)
+            flat.settle()
+        np.subtract(flat.vector, model, out=out)
+        check_unchanged(out[self.layout.trainable_size :])
+        return Outcome(1, {}, schedule.mechanism(private.level.noise_multiplier))
+
+    def _differentiate_privately(
+        self, model: Array, train: Any, work: Work, private: Private, *, seed: int
+    ) -> Outcome:
+        """Leave the noised gradient in `flat.gradient`."""
+        flat = self._flat
+        self.prepare_private(model, train)
+        assert self._clipped is not None  # prepared
+        batches = Batches(train, work.batch_size, order=self._order)
+        schedule = Schedule.of(work, batches.size, "gradient")
+        with self._randomness.seeded(seed), torch.enable_grad():
+            self._begin(model, training=True)
+            noisy_gradient(flat, batches, self._clipped, schedule, private)
+            self._regularise(work)
+            flat.settle()
+        tail = slice(self.layout.trainable_size, None)
+        check_unchanged(flat.vector[tail] - model[tail])
+        return Outcome(1, {}, schedule.mechanism(private.level.noise_multiplier))
+
+    def _evaluate_privately(
+        self, model: Array, test: Any, private: Private, *, progress: Progress
+    ) -> Outcome:
+        level = private.level
+        metrics = {name: partial(self._metric, name) for name in self._task.metrics}
+        sums = BoundedSums(metrics, level)
+        batches = Batches(test, EVALUATION_ROWS, order=self._order)
+        with self._randomness.seeded(_EVALUATION_SEED), torch.no_grad():
+            self._begin(model, training=False)
+            parts = batches.in_order(max_bytes=EVALUATION_BYTES)
+            for done, positions in enumerate(parts, start=1):
+                inputs, target = batches.gather(positions)
+                output = self._forward(inputs)
+                sums.add(row_losses(self._loss, output, target), output, target)
+                progress(done, len(parts))
+        noise = level.evaluation_noise_multiplier
+        assert noise is not None  # BoundedSums insists on it
+        return Outcome(1, sums.released(batches.size, private.source), evaluation_mechanism(noise))
 
     def _begin(self, model: Array, *, training: bool) -> None:
         self._flat.load(model)
@@ -189,9 +311,12 @@ class Trainer:
         except Exception as error:
             raise _failed("the backward pass", error) from error
         flat.collect()
-        if work.l1 or work.l2:
-            self._optimizer.regularise(flat.gradient, flat.head, l1=work.l1, l2=work.l2)
+        self._regularise(work)
         return loss.detach()
+
+    def _regularise(self, work: Work) -> None:
+        if work.l1 or work.l2:
+            self._optimizer.regularise(self._flat.gradient, self._flat.head, l1=work.l1, l2=work.l2)
 
     def _forward(self, inputs: Any) -> Any:
         module = self._flat.module
@@ -199,6 +324,8 @@ class Trainer:
             if isinstance(inputs, tuple | list):
                 return module(*inputs)
             return module(**inputs) if isinstance(inputs, dict) else module(inputs)
+        except UnsuitedError:
+            raise
         except Exception as error:  # user code may raise anything
             raise _failed("the model's forward", error) from error
 

@@ -15,8 +15,10 @@ from rich.table import Table
 
 from fedge.checkpoint import to_safetensors
 from fedge.config import read_toml
-from fedge.errors import RunError
-from fedge.files import write_atomic
+from fedge.errors import ConfigError, RunError
+from fedge.files import read_capped, write_atomic
+from fedge.principal import MAX_CERTIFICATE_BYTES
+from fedge.privacy.statement import MAX_STATEMENT_BYTES, document, verify
 from fedge.run import RunConfig
 from fedge.strategy import load_strategy
 from fedge.task import load_framework, load_task
@@ -26,13 +28,10 @@ from fedge.wire import fedge_pb2_grpc as services
 from fedge.wire.codec import decode_layout, encode_blob, encode_layout
 from fedge.wire.limits import CHUNK_BYTES, Limits, check_size
 from fedge_server.commands.link import CALL_S, AdminToml, admin_link
-from fedge_server.commands.show import history_table, row_as_dict, summary_as_dict
+from fedge_server.commands.show import history_table, protection, row_as_dict, summary_as_dict
 from fedge_server.commands.watch import watch_run
 
 app = typer.Typer(help="Submit and follow runs.", no_args_is_help=True, add_completion=False)
-
-PROTECTION = "mutual TLS; no differential privacy, no secure aggregation: the coordinator sees each update"
-"""In words, what protects the updates of every run in this version."""
 
 _BULK_S = 3600.0
 RunId = Annotated[str, typer.Argument(metavar="RUN_ID", help="As `fedge run submit` printed it.")]
@@ -71,12 +70,14 @@ def initial_model(config: RunConfig, *, folder: Path) -> Model:
 
     Raises:
         ConfigError, TaskError: the strategy's settings are wrong, or the task cannot be had here.
+        RefusedError: the run is to protect examples, and the model cannot be trained so; with the remedy.
     """
     # Only what is not installed here is left to the coordinator's own list of strategies.
     if ":" not in config.strategy.name:
         load_strategy(config.strategy, config.work)
     task = load_task(config.task, path=folder)
-    return load_framework().initial_model(task, seed=config.seed)
+    private = config.privacy.unit == "example"
+    return load_framework().initial_model(task, seed=config.seed, private=private)
 
 
 def begin_run(link: services.AdminStub, run_toml: str, model: Model) -> str:
@@ -123,7 +124,7 @@ def show(run_id: RunId, admin: AdminToml, as_json: AsJson = False) -> None:
             "clients": clients,
             "history": [row_as_dict(row) for row in detail.history],
             "model_bytes": detail.model_bytes,
-            "protection": PROTECTION,
+            "protection": protection(detail.run_toml),
             "run_toml": detail.run_toml,
         }
         typer.echo(json.dumps(body))
@@ -139,7 +140,7 @@ def show(run_id: RunId, admin: AdminToml, as_json: AsJson = False) -> None:
         console.print(f"  {summary.progress}", highlight=False, markup=False)
     console.print(f"  strategy    {summary.strategy}", highlight=False, markup=False)
     console.print(f"  model       {detail.model_bytes} bytes", highlight=False)
-    console.print(f"  protection  {PROTECTION}", highlight=False)
+    console.print(f"  protection  {protection(detail.run_toml)}", highlight=False)
     for client in clients:
         console.print(
             f"  {client['state']:<10}  {client['name']}  {client['detail']}", highlight=False, markup=False
@@ -183,6 +184,37 @@ def export(
         model = fetch_model(link, run_id)
     write_atomic(out, to_safetensors(model, metadata={"fedge_run": run_id}))
     typer.echo(f"wrote {out}: {model.layout.size} parameters", err=True)
+
+
+@app.command()
+def statement(
+    run_id: Annotated[str | None, typer.Argument(metavar="[RUN_ID]", help="Of a coordinator's run.")] = None,
+    admin: Annotated[Path | None, typer.Option("--admin", metavar="ADMIN.toml")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the signed statement to this file.")] = None,
+    check: Annotated[
+        Path | None, typer.Option("--verify", metavar="FILE", help="Check a signed statement instead.")
+    ] = None,
+    ca: Annotated[Path | None, typer.Option(metavar="FILE", help="The CA to check it with.")] = None,
+) -> None:
+    """Print a run's statement of differential privacy, signed by its coordinator; or check one with --verify.
+
+    Example: fedge run statement icu-vitals-1f2e3d4c --admin coordinator/admin.toml --out statement.json
+    """
+    if check is not None:
+        if ca is None or run_id is not None:
+            raise ConfigError("--verify: expected FILE with --ca FILE, and no run")
+        text = read_capped(check, max_bytes=2 * MAX_STATEMENT_BYTES).decode("utf-8", "replace")
+        found = verify(text, ca_pem=read_capped(ca, max_bytes=MAX_CERTIFICATE_BYTES))
+        typer.echo(json.dumps(found, indent=2))
+        return
+    if run_id is None or admin is None:
+        raise ConfigError("expected RUN_ID and --admin ADMIN.toml, or --verify FILE and --ca FILE")
+    with admin_link(admin) as link:
+        reply = link.Statement(pb.RunRef(run_id=run_id), timeout=CALL_S)
+    if out is not None:
+        write_atomic(out, document(reply.statement, reply.signature, reply.certificate))
+        typer.echo(f"wrote {out}", err=True)
+    typer.echo(json.dumps(json.loads(reply.statement), indent=2))
 
 
 def _submission(text: str, model: Model) -> Iterator[pb.SubmitRequest]:

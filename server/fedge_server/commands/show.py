@@ -9,8 +9,24 @@ from typing import Any
 from rich.markup import escape  # sites choose the names of metrics
 from rich.table import Table
 
+from fedge.config import parse_toml
 from fedge.history import plain_metrics
+from fedge.run import RunConfig
 from fedge.wire import fedge_pb2 as pb
+
+
+def protection(run_toml: str) -> str:
+    """What protects a run's updates, in words."""
+    run = parse_toml(run_toml, RunConfig, source="run.toml")
+    privacy = run.privacy
+    if privacy.unit == "none":
+        return "mutual TLS; no differential privacy, no secure aggregation: the coordinator sees each update"
+    epsilon = f"epsilon {privacy.epsilon:g}" if privacy.epsilon is not None else "noise as the run says"
+    noise = "noise is in before they leave" if privacy.unit == "example" else "the coordinator adds the noise"
+    return (
+        f"mutual TLS; {privacy.unit}-level differential privacy, {epsilon} at delta {privacy.delta:g}; no secure "
+        f"aggregation: the coordinator sees each update, {noise}"
+    )
 
 
 def summary_as_dict(run: pb.RunSummary) -> dict[str, Any]:

@@ -1,0 +1,56 @@
+"""A run that this site takes part in: a value that the agent's jobs keep, not what they do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from fedge.pipeline import Layer
+from fedge.privacy.mechanism import Mechanism
+from fedge.round import OrderId
+from fedge.vector import Array, Layout
+from fedge.wire import fedge_pb2 as pb
+from fedge.wire.codec import encode_order_id
+from fedge_client.holding import Holding
+from fedge_client.outbox import Lost, Prepared
+from fedge_client.protection import Protection
+
+
+@dataclass(slots=True)
+class Participation:
+    """A run that this site takes part in, and the last update that it prepared for it."""
+
+    run_id: str
+    layout: Layout
+    layers: tuple[Layer, ...]
+    protection: Protection
+    holding: Holding
+    update: Array
+    prepared: Prepared | Lost | None = None
+    sent: bool = False
+    """Whether a part of `prepared` may have arrived."""
+    kept: bool = False
+    """Whether its vector is on disk."""
+    unsettled: tuple[int, Mechanism] | None = None
+    """The ledger's entry that pays for `prepared`, and its price, until it was handed in."""
+
+    def answer(self, order: OrderId, model: bytes) -> Prepared | None:
+        """What was prepared, if it answers this order; under privacy also another attempt at its round.
+
+        Fresh noise for the same work would cost the budget again: the same bytes cost nothing.
+        """
+        if not isinstance(self.prepared, Prepared):
+            return None
+        if self.prepared.answers(order, model):
+            return self.prepared
+        earlier = replace(self.prepared.order, attempt=order.attempt)
+        if self.protection.is_on and (earlier, self.prepared.model) == (order, model):
+            return _renamed(self.prepared, order)
+        return None
+
+
+def _renamed(prepared: Prepared, order: OrderId) -> Prepared:
+    """The same update for another attempt at the same round, on the same model."""
+    update = pb.Update()
+    update.CopyFrom(prepared.update)
+    update.id.CopyFrom(encode_order_id(order))
+    return replace(prepared, order=order, update=update)

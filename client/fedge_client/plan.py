@@ -1,0 +1,159 @@
+"""What a run's privacy would cost: at sites of any size, and at this one with what it has spent before."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from fedge.errors import ConfigError, RefusedError, TaskError
+from fedge.privacy.example import Schedule
+from fedge.privacy.ledger import admit as admit_release
+from fedge.privacy.pld import statement
+from fedge.privacy.rdp import epsilon as rdp_epsilon
+from fedge.privacy.rdp import epsilon_of, total
+from fedge.privacy.terms import Terms, price
+from fedge.run import RunConfig
+from fedge.strategy import load_strategy, work_kind
+from fedge.task import Site, load_task
+from fedge.vector import Layout, Tensor
+from fedge_client.admission import Request, admit, check_price, check_task
+from fedge_client.ledger_file import read_only
+from fedge_client.settings import ClientSettings, load_client
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """A run at a site of `examples` training examples. `epsilon` is by PLD, `admission_epsilon` by RDP."""
+
+    examples: int
+    sampling_rate: float
+    steps: int
+    noise_multiplier: float
+    releases: tuple[str, ...]
+    delta: float
+    epsilon: float
+    admission_epsilon: float
+    accountant: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def cost_of(run: RunConfig, examples: int) -> Cost:
+    """The price of a run at a site of so many training examples.
+
+    Raises:
+        ConfigError: the run has no privacy, or no noise keeps its epsilon there.
+    """
+    terms = Terms.of(run)
+    if terms is None:
+        raise ConfigError(
+            f'run {run.name!r} has [privacy] unit = "none": it costs nothing and protects nothing'
+        )
+    kind = work_kind(load_strategy(run.strategy, run.work))
+    assert kind != "evaluate"  # no strategy orders that
+    try:
+        found = price(terms, run.work, kind, examples)
+    except ValueError as error:
+        raise ConfigError(f"run {run.name!r} at a site of {examples} examples: {error}") from None
+    schedule = Schedule.of(run.work, examples, kind)
+    epsilon, accountant = statement(found.run, terms.delta)
+    return Cost(
+        examples=examples,
+        sampling_rate=schedule.sampling_rate,
+        steps=schedule.steps,
+        noise_multiplier=found.noise_multiplier,
+        releases=tuple(map(str, found.run)),
+        delta=terms.delta,
+        epsilon=epsilon,
+        admission_epsilon=epsilon_of(found.run, terms.delta),
+        accountant=accountant,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class AtSite:
+    """What this site's gate would say. `refusal` is empty if it would take part."""
+
+    examples: int
+    cost: Cost | None
+    run_epsilon: float | None
+    spent_before: float
+    spent_after: float | None
+    cap: float
+    delta: float
+    refusal: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def at_site(run: RunConfig, client_toml: Path) -> AtSite:
+    """A run against the policy, the data and the ledger of a site; nothing is reserved.
+
+    Raises:
+        ConfigError, TaskError, RefusedError: the settings, the task or the ledger cannot be read.
+    """
+    settings = load_client(client_toml)
+    folder, policy = client_toml.parent.resolve(), settings.policy
+    task_folder = folder / settings.task.path
+    books = read_only(
+        folder / settings.ledger.path, settings.ledger.dataset, head_folder=folder / settings.identity
+    ).books
+    before = books.spent()
+    spent = before.epsilon(policy.delta)
+    found: Cost | None = None
+    run_epsilon, after, size = None, None, 0
+    request = _request(run)
+    try:
+        check_task(policy, request.task, folder=task_folder)
+        size = _examples(run, settings, task_folder)
+        admit(policy, request, folder=task_folder)
+        if request.terms is not None:
+            found = cost_of(run, size)
+            priced = price(request.terms, run.work, request.kind, size)
+            run_epsilon = epsilon_of(priced.run, policy.delta)
+            check_price(policy, priced, run_epsilon)
+            after = rdp_epsilon(before.curve + total(priced.run), policy.delta)
+            admit_release(
+                books, priced.order, delta=policy.delta, max_epsilon=policy.max_epsilon, run_id="planned"
+            )
+        refusal = ""
+    except RefusedError as error:
+        refusal = str(error)
+    return AtSite(size, found, run_epsilon, spent, after, policy.max_epsilon, policy.delta, refusal)
+
+
+NO_MODEL = Layout((Tensor("none", ()),))
+
+
+def _request(run: RunConfig) -> Request:
+    """The run as its coordinator would offer it, but for the model."""
+    kind = work_kind(load_strategy(run.strategy, run.work))
+    assert kind != "evaluate"  # no strategy orders that
+    terms = Terms.of(run)
+    return Request(
+        run_id="planned",
+        task=run.task,
+        strategy=run.strategy.name,
+        kind=kind,
+        rounds=run.rounds,
+        seed=run.seed,
+        work=run.work,
+        layout=NO_MODEL,
+        clip=run.privacy.clip,
+        terms=terms,
+        cohort=run.cohort.needed,
+        secure_aggregation=run.secure_aggregation.enabled,
+    )
+
+
+def _examples(run: RunConfig, settings: ClientSettings, folder: Path) -> int:
+    task = load_task(run.task, path=folder)
+    try:
+        train, _ = task.data(Site("planned", MappingProxyType(settings.data.table)))
+        return len(train)
+    except Exception as error:  # user code may raise anything
+        raise TaskError(f"{run.task}: its data cannot be loaded: {type(error).__name__}") from error

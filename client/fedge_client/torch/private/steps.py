@@ -1,0 +1,71 @@
+"""DP-SGD's noisy gradients: a Poisson sample, clipped sums in passes of bounded memory, and noise.
+
+Abadi et al. 2016, Algorithm 1, with the denominator of the expected batch. The sample's own size shows in
+nothing that is released: a step without any example is a step of noise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fedge.privacy.example import ExampleLevel, Schedule
+from fedge.privacy.secure import SecureSource
+from fedge.vector import Array
+from fedge_client.torch.batches import Batches
+from fedge_client.torch.flat import FlatModule
+from fedge_client.torch.private.admission import refuse
+from fedge_client.torch.private.clipping import ClippedSum, UnsuitedError
+
+
+@dataclass(frozen=True, slots=True)
+class Private:
+    """What one order's work does for privacy: how much noise, and where it comes from.
+
+    `source` serves this order alone; it is a device's own entropy, or in a simulation the run's seed.
+    """
+
+    level: ExampleLevel
+    source: SecureSource
+
+
+def noisy_gradient(
+    flat: FlatModule, batches: Batches, clipped: ClippedSum, schedule: Schedule, private: Private
+) -> None:
+    """Leave in `flat.gradient` the noised mean gradient of a new Poisson sample at the loaded model.
+
+    **Guarantees.** One example more or less changes the sum before the noise by at most `clip` in L2 norm;
+    the noise has the standard deviation `noise_multiplier * clip` in every coordinate.
+
+    Raises:
+        RefusedError: MODEL_NOT_PRIVATE; the model did something that its examples did not show before.
+        TaskError: the data, or the task's model or loss, fails.
+    """
+    level, source = private.level, private.source
+    flat.zero_gradient()
+    sample = torch.from_numpy(source.poisson_sample(batches.size, schedule.sampling_rate))
+    try:
+        for rows in torch.split(sample, clipped.max_rows) if len(sample) else ():
+            clipped.add(*batches.gather(rows), level.clip)
+    except UnsuitedError as error:
+        refuse(f"per-example gradients cannot be computed any more: {error}")
+    if flat.was_rearranged():
+        refuse(
+            "the model puts its parameters elsewhere while it computes; change them in place, or not at all"
+        )
+    source.add_gaussian(flat.gradient.numpy(), level.noise_multiplier * level.clip)
+    flat.gradient.mul_(1 / schedule.expected_batch)
+
+
+def check_unchanged(tail: Array) -> None:
+    """Refuse an update that changes what has no noise: buffers and frozen parameters (float32[n] of changes).
+
+    Raises:
+        RefusedError: MODEL_NOT_PRIVATE.
+    """
+    if tail.any():
+        refuse(
+            "training changed a buffer or a frozen parameter, to which no noise is added: keep buffers constant, "
+            "or register them with persistent=False"
+        )

@@ -1,0 +1,317 @@
+"""The rules of a site's ledger: `step(books, record) -> books`, and whether a release may be admitted.
+
+    reserved   the most that work may spend is set aside     (Reserve, before any training)
+    sending    its first byte may be on the way: it is spent (Sending, at the maximum until it is known better)
+    settled    what it spent in fact                         (Commit)
+    released   nothing left the site, nothing is spent       (Release, never after Sending)
+
+No file, clock or entropy: `fedge.privacy.lines` writes records as lines, the site's client keeps them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import ClassVar, Final, Literal
+
+import numpy as np
+
+from fedge.errors import LocalProtocolError, RefusedError
+from fedge.privacy import rdp
+from fedge.privacy.mechanism import Mechanism, scaled
+from fedge.privacy.rdp import Curve
+from fedge.refusal import Refusal, RefusalCode
+from fedge.round import OrderId
+
+KEPT_ENTRIES: Final = 16
+"""How many of a run's latest entries that left are remembered by number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reserve:
+    """Set aside the most that the work for an order may spend. Entries count from 1."""
+
+    kind: ClassVar[Literal["reserve"]] = "reserve"
+
+    entry: int
+    run_id: str
+    order: OrderId
+    mechanism: Mechanism
+
+
+@dataclass(frozen=True, slots=True)
+class Sending:
+    """From now on bytes that depend on the data may have left."""
+
+    kind: ClassVar[Literal["sending"]] = "sending"
+
+    entry: int
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """What was spent in fact: the mechanism that was reserved, released at most as often."""
+
+    kind: ClassVar[Literal["commit"]] = "commit"
+
+    entry: int
+    mechanism: Mechanism
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Nothing left the site, and nothing will."""
+
+    kind: ClassVar[Literal["release"]] = "release"
+
+    entry: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unprotected:
+    """A run without differential privacy took part: for those who saw it no epsilon bounds anything."""
+
+    kind: ClassVar[Literal["unprotected"]] = "unprotected"
+
+    run_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Trusted:
+    """The data set's owner accepted this ledger although its head said otherwise, and why."""
+
+    kind: ClassVar[Literal["trusted"]] = "trusted"
+
+    reason: str
+
+
+Record = Reserve | Sending | Commit | Release | Unprotected | Trusted
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """Releases that were made, equal mechanisms counted together, with the curve of them all.
+
+    Its size is that of the different mechanisms, whatever the number of releases.
+    """
+
+    counts: Mapping[Mechanism, int] = field(default_factory=lambda: MappingProxyType({}))
+    """By the mechanism with a count of 1."""
+    curve: Curve = field(default_factory=lambda: np.zeros(len(rdp.ORDERS)), compare=False, repr=False)
+
+    def charged(self, mechanism: Mechanism) -> Account:
+        """The account with this mechanism on top."""
+        one = scaled(mechanism, 1)
+        counts = {**self.counts, one: self.counts.get(one, 0) + mechanism.count}
+        return Account(counts, self.curve + price(mechanism))
+
+    @property
+    def mechanisms(self) -> tuple[Mechanism, ...]:
+        return tuple(scaled(one, count) for one, count in self.counts.items())
+
+    def epsilon(self, delta: float) -> float:
+        """By RDP; infinite where there is no bound.
+
+        Raises:
+            ValueError: `delta` is not in (0, 1).
+        """
+        return rdp.epsilon(self.curve, delta)
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """A reservation that is neither settled nor released."""
+
+    run_id: str
+    order: OrderId
+    mechanism: Mechanism
+    sending: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RunBooks:
+    """One run's part: what it spent (at the maximum where it is sending), what it has set aside.
+
+    `releases` is how many entries left; `left` are the numbers of the last ones of them.
+    """
+
+    spent: Account = field(default_factory=Account)
+    outstanding: Account = field(default_factory=Account)
+    releases: int = 0
+    left: tuple[int, ...] = ()
+    unprotected: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Books:
+    """All of a data set's runs. `settled` and `runs` hold what is committed, `open` what is not yet."""
+
+    settled: Account = field(default_factory=Account)
+    runs: Mapping[str, RunBooks] = field(default_factory=lambda: MappingProxyType({}))
+    open: Mapping[int, Open] = field(default_factory=lambda: MappingProxyType({}))
+    next_entry: int = 1
+
+    def spent(self) -> Account:
+        """Committed, and at its reserved maximum what is sending without a commit."""
+        return _with(self.settled, self.open, sending=True)
+
+    def outstanding(self) -> Account:
+        """Reserved, and not yet sending."""
+        return _with(Account(), self.open, sending=False)
+
+    def of_run(self, run_id: str) -> RunBooks:
+        """One run's part; of a run that is not in the books, an empty one."""
+        run = self.runs.get(run_id, RunBooks())
+        own = {number: each for number, each in self.open.items() if each.run_id == run_id}
+        return replace(
+            run, spent=_with(run.spent, own, sending=True), outstanding=_with(Account(), own, sending=False)
+        )
+
+    @property
+    def unprotected(self) -> tuple[str, ...]:
+        """Runs without differential privacy: whoever saw one of them is bounded by no epsilon."""
+        return tuple(run_id for run_id, run in self.runs.items() if run.unprotected)
+
+
+def price(mechanism: Mechanism) -> Curve:
+    """Its RDP curve; infinite where the accountant cannot give a number."""
+    try:
+        with np.errstate(all="ignore"):
+            out = rdp.curve(mechanism)
+    except (ArithmeticError, ValueError):
+        return np.full(len(rdp.ORDERS), math.inf)
+    return np.where(np.isnan(out), math.inf, out)
+
+
+def step(books: Books, record: Record) -> Books:
+    """The books after a record.
+
+    **Guarantees.** `spent().epsilon` falls only at a Commit that is less than was reserved; what is sending
+    or settled can never be released.
+
+    Raises:
+        LocalProtocolError: the record may not follow here. From a file it says that the file is not what
+            this program wrote.
+    """
+    match record:
+        case Reserve(entry, run_id, order, mechanism):
+            if entry != books.next_entry:
+                raise LocalProtocolError(f"expected entry {books.next_entry} to be reserved, found {entry}")
+            opened = {**books.open, entry: Open(run_id, order, mechanism)}
+            runs = books.runs if run_id in books.runs else {**books.runs, run_id: RunBooks()}
+            return replace(books, open=opened, runs=runs, next_entry=entry + 1)
+        case Sending(entry):
+            reservation = _open(books, entry, sending=False)
+            run = books.runs[reservation.run_id]
+            left = (*run.left, entry)[-KEPT_ENTRIES:]
+            run = replace(run, releases=run.releases + 1, left=left)
+            return replace(
+                books,
+                open={**books.open, entry: replace(reservation, sending=True)},
+                runs={**books.runs, reservation.run_id: run},
+            )
+        case Commit(entry, mechanism):
+            reservation = _open(books, entry, sending=True)
+            most = reservation.mechanism
+            if scaled(mechanism, 1) != scaled(most, 1) or mechanism.count > most.count:
+                raise LocalProtocolError(f"entry {entry}: expected at most {most}, found {mechanism}")
+            run = books.runs[reservation.run_id]
+            run = replace(run, spent=run.spent.charged(mechanism))
+            return replace(
+                books,
+                settled=books.settled.charged(mechanism),
+                open=_without(books.open, entry),
+                runs={**books.runs, reservation.run_id: run},
+            )
+        case Release(entry):
+            _open(books, entry, sending=False)
+            return replace(books, open=_without(books.open, entry))
+        case Unprotected(run_id):
+            run = books.runs.get(run_id, RunBooks())
+            if run.unprotected:
+                raise LocalProtocolError(
+                    "expected a run without protection to be recorded once, found it twice"
+                )
+            return replace(books, runs={**books.runs, run_id: replace(run, unprotected=True)})
+        case Trusted():
+            return books
+
+
+def recover(books: Books) -> tuple[Books, tuple[Record, ...]]:
+    """What a crash left open is closed: released where nothing was sent, else spent at its maximum."""
+    records: list[Record] = []
+    for entry, each in sorted(books.open.items()):
+        records.append(Commit(entry, each.mechanism) if each.sending else Release(entry))
+    for record in records:
+        books = step(books, record)
+    return books, tuple(records)
+
+
+def admit(
+    books: Books,
+    mechanism: Mechanism,
+    *,
+    delta: float,
+    max_epsilon: float,
+    run_id: str,
+    run_delta: float | None = None,
+    max_run_epsilon: float | None = None,
+) -> float:
+    """The epsilon, at `delta`, of the data set if this too is spent: at most `max_epsilon`.
+
+    What counts is spent and outstanding. `max_run_epsilon` bounds the run alone, at `run_delta` (without
+    one at `delta`).
+
+    Raises:
+        RefusedError: BUDGET_EXHAUSTED, with what was asked, spent and left in words.
+        ValueError: a delta is not in (0, 1).
+    """
+    divergence = price(mechanism)
+    before = books.spent().curve + books.outstanding().curve
+    after = _within(divergence, before, delta=delta, cap=max_epsilon, of="the data set")
+    if max_run_epsilon is not None:
+        run = books.of_run(run_id)
+        before = run.spent.curve + run.outstanding.curve
+        at = delta if run_delta is None else run_delta
+        _within(divergence, before, delta=at, cap=max_run_epsilon, of="the run")
+    return after
+
+
+def _within(asked: Curve, before: Curve, *, delta: float, cap: float, of: str) -> float:
+    total = rdp.epsilon(before + asked, delta)
+    if total <= cap:
+        return total
+    spent = rdp.epsilon(before, delta)
+    raise RefusedError(
+        Refusal(
+            RefusalCode.BUDGET_EXHAUSTED,
+            f"the privacy budget of {of} does not allow this: asked for epsilon "
+            f"{rdp.epsilon(asked, delta):.4g} at delta {delta:g}, spent or reserved {spent:.4g}, cap {cap:.4g}, "
+            f"left {max(0.0, cap - spent):.4g}, and with it {total:.4g} would be spent; ask for more noise, fewer "
+            "steps or fewer rounds",
+        )
+    )
+
+
+def _open(books: Books, entry: int, *, sending: bool) -> Open:
+    reservation = books.open.get(entry)
+    if reservation is None or reservation.sending != sending:
+        found = (
+            "none that is open" if reservation is None else "sending" if reservation.sending else "reserved"
+        )
+        expected = "sending" if sending else "reserved and not yet sending"
+        raise LocalProtocolError(f"entry {entry}: expected it to be {expected}, found it {found}")
+    return reservation
+
+
+def _with(account: Account, entries: Mapping[int, Open], *, sending: bool) -> Account:
+    for each in entries.values():
+        if each.sending == sending:
+            account = account.charged(each.mechanism)
+    return account
+
+
+def _without(entries: Mapping[int, Open], entry: int) -> Mapping[int, Open]:
+    return {number: each for number, each in entries.items() if number != entry}

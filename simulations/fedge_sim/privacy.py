@@ -1,0 +1,125 @@
+"""What privacy costs the simulated clients: each has an account, as each deployed site has a ledger."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Literal
+
+from fedge.errors import ConfigError, RefusedError
+from fedge.privacy.config import Unit
+from fedge.privacy.example import ExampleLevel
+from fedge.privacy.mechanism import Mechanism, merged, scaled
+from fedge.privacy.pld import statement
+from fedge.privacy.rdp import epsilon_of
+from fedge.privacy.terms import Price, Terms, price
+from fedge.refusal import Refusal, RefusalCode
+from fedge.run import RunConfig
+from fedge.strategy import WorkKind
+
+_EXHAUSTED = Refusal(RefusalCode.BUDGET_EXHAUSTED, "this client's privacy budget does not allow this")
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """The privacy of a finished simulation: the epsilon of every client that took part, at `delta`.
+
+    `epsilons` are by RDP, as a site's gate counts; `epsilon` is the largest of them by the accountant named,
+    as it is stated to people.
+    """
+
+    unit: Unit = "none"
+    delta: float | None = None
+    epsilon: float | None = None
+    accountant: str = ""
+    epsilons: Mapping[str, float] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For summaries: the spread, and not every client."""
+        if self.unit == "none":
+            return {"unit": self.unit}
+        spread = sorted(self.epsilons.values())
+        return {
+            "unit": self.unit,
+            "delta": self.delta,
+            "epsilon": self.epsilon,
+            "accountant": self.accountant,
+            "clients": len(spread),
+            "epsilon_median_rdp": statistics.median(spread) if spread else 0.0,
+            "epsilon_max_rdp": spread[-1] if spread else 0.0,
+        }
+
+
+class Accounts:
+    """Prices and counts what the clients do. Without privacy it has nothing to do."""
+
+    def __init__(self, run: RunConfig, kind: WorkKind) -> None:
+        self.terms = Terms.of(run)
+        self._run = run
+        self._kind: Literal["train", "gradient"] = "gradient" if kind == "gradient" else "train"
+        self._made: dict[str, dict[tuple[bool, Mechanism], int]] = {}
+        self._prices: dict[int, Price] = {}
+
+    def price(self, size: int) -> Price:
+        """The run at a client of `size` training examples.
+
+        Raises:
+            ConfigError: no noise keeps the run's terms there.
+        """
+        assert self.terms is not None  # asked only under terms
+        if size not in self._prices:
+            try:
+                self._prices[size] = price(self.terms, self._run.work, self._kind, size)
+            except ValueError as error:
+                raise ConfigError(f"run {self._run.name!r} at a client of {size} examples: {error}") from None
+        return self._prices[size]
+
+    def level(self, size: int) -> ExampleLevel | None:
+        """What a client of `size` examples does to gradients and evaluations; None if nothing."""
+        if self.terms is None or self.terms.unit != "example":
+            return None
+        return ExampleLevel(
+            self.terms.clip,
+            self.price(size).noise_multiplier,
+            self.terms.evaluation_noise_multiplier,
+            self.terms.loss_bound,
+        )
+
+    def charge(self, client: str, kind: WorkKind, size: int) -> None:
+        """A client does an order; more of them than the run has paid for are refused.
+
+        Raises:
+            RefusedError: the client's budget is exhausted.
+        """
+        if self.terms is None:
+            return
+        found = self.price(size)
+        cost = found.evaluation if kind == "evaluate" else found.order
+        limit = self.terms.evaluations if kind == "evaluate" else self.terms.participations
+        made = self._made.setdefault(client, {})
+        if cost is None or (times := made.get((kind == "evaluate", cost), 0)) >= limit:
+            raise RefusedError(_EXHAUSTED)
+        made[kind == "evaluate", cost] = times + 1
+
+    def spent(self) -> Spent:
+        """What it came to."""
+        if self.terms is None:
+            return Spent()
+        delta = self.terms.delta
+        histories = {
+            client: merged(scaled(cost, times * cost.count) for (_, cost), times in made.items())
+            for client, made in self._made.items()
+        }
+        epsilons = {client: _epsilon(history, delta) for client, history in histories.items()}
+        if not epsilons:
+            return Spent(self.terms.unit, delta, 0.0, "RDP", {})
+        worst = max(epsilons, key=lambda client: epsilons[client])
+        epsilon, accountant = statement(histories[worst], delta)
+        return Spent(self.terms.unit, delta, epsilon, accountant, epsilons)
+
+
+@lru_cache(maxsize=4096)
+def _epsilon(history: tuple[Mechanism, ...], delta: float) -> float:
+    return epsilon_of(history, delta)

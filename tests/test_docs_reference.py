@@ -62,8 +62,10 @@ def describe(schema: dict[str, Any]) -> str:
         return " or ".join(describe(each) for each in schema["anyOf"] if each.get("type") != "null")
     if "enum" in schema or "const" in schema:
         return " or ".join(f'"{value}"' for value in schema.get("enum", [schema.get("const")]))
+    if "prefixItems" in schema:
+        return f"[{', '.join(describe(each) for each in schema['prefixItems'])}]"
     if schema["type"] == "array":
-        return f"list of {describe(schema['items'])}s"
+        return f"list of {describe(schema['items'])}{'' if 'enum' in schema['items'] else 's'}"
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     bounds = [f"{sign} {number(schema[key])}" for key, sign in signs.items() if key in schema]
     return f"{schema['type']} {', '.join(bounds)}".strip()

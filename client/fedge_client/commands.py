@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import sys
 from pathlib import Path
@@ -15,6 +16,9 @@ from fedge.errors import FedgeError
 from fedge.files import read_capped
 from fedge_client.check import run_checks
 from fedge_client.enrolment import MAX_PEM_BYTES, enrol_site
+from fedge_client.ledger import accept_head
+from fedge_client.ledger_report import print_report, report
+from fedge_client.ledger_report import verify as recompute
 from fedge_client.settings import load_client
 
 app = typer.Typer(help="Run a site's client.", no_args_is_help=True, add_completion=False)
@@ -84,3 +88,42 @@ def check(
             console.print(f"[green]ok[/]      {name}: {outcome}", highlight=False)
     if failed is not None:
         raise failed
+
+
+@app.command()
+def ledger(
+    path: ClientToml,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Recompute epsilon from every record, with another accountant.")
+    ] = False,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Accept a ledger that you moved or restored on purpose; recorded.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what was spent of this site's data set, and what is left of its budget.
+
+    Example: fedge client ledger site/client.toml --verify
+    """
+    settings, folder = load_client(path), path.parent.resolve()
+    console = Console()
+    if trust:
+        accepted = accept_head(
+            folder / settings.ledger.path,
+            settings.ledger.dataset,
+            settings.policy.delta,
+            head_folder=folder / settings.identity,
+            reason="accepted by `fedge client ledger --trust`",
+        )
+        console.print("accepted as it is, and recorded" if accepted else "nothing to accept: it is in order")
+    found = report(settings, folder)
+    checked = recompute(settings, folder) if verify else None
+    if as_json:
+        typer.echo(json.dumps(found.as_dict() | {"verified": checked}))
+        return
+    print_report(console, found)
+    if checked is not None:
+        console.print(
+            f"verified: {checked} records, their chain and head, and every epsilon by another accountant",
+            highlight=False,
+        )

@@ -41,7 +41,7 @@ WHOLE_FILES = {
             "unknown key 'unknown'",
             "unknown key 'cohort.quorm'; did you mean 'quorum'?",
             "work: expected epochs or steps, found both",
-            "privacy: unit: 'example' differential privacy is not in this version",
+            "privacy: clip: expected the largest norm of one example's part, found none",
         ],
     ),
 }

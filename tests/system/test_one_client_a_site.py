@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+
 from harness import Federation, Running, fedge_ok
 
 
 def test_a_second_client_of_a_site_stays_and_the_first_ends_and_says_why(bare: Federation):
     bare.enrol("doubled")
+    copy = shutil.copytree(bare.folder / "doubled", bare.folder / "elsewhere")
     first = bare.start("doubled")
-    second = Running.start(
-        "client", "start", bare.folder / "doubled" / "client.toml", log=bare.folder / "doubled-2.log"
-    )
+    second = Running.start("client", "start", copy / "client.toml", log=bare.folder / "doubled-2.log")
     try:
         assert first.ends() == 5
         assert "another client connected as site 'doubled'" in first.output
@@ -19,6 +20,20 @@ def test_a_second_client_of_a_site_stays_and_the_first_ends_and_says_why(bare: F
         assert second.output.count("session_started") == 1
     finally:
         second.end()
+
+
+def test_a_second_client_of_a_data_set_is_refused_and_the_first_stays(bare: Federation):
+    """Two that spend one budget would each believe that the other's part is left."""
+    bare.enrol("shared")
+    first = bare.start("shared")
+    second = Running.start(
+        "client", "start", bare.folder / "shared" / "client.toml", log=bare.folder / "shared-2.log"
+    )
+    assert second.ends() == 6
+    assert "another client at work with this data set" in second.output
+    assert first.process.poll() is None
+    assert "shared" in bare.connected()
+    first.end()
 
 
 def test_a_check_takes_over_no_session(bare: Federation):

@@ -1,0 +1,113 @@
+"""Runs with example-level privacy, on real processes: what the sites demand happens, and is paid for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from harness import Federation, fedge, fedge_ok, run_toml
+
+PRIVACY = '[privacy]\nunit = "example"\nepsilon = {}\ndelta = 1e-5\nclip = 1.0\n'
+
+
+def ledger(federation: Federation, site: str, *flags: str) -> dict[str, Any]:
+    path = federation.folder / site / "client.toml"
+    return json.loads(fedge_ok("client", "ledger", path, "--json", *flags))
+
+
+@pytest.fixture
+def hospital(bare: Federation, request: pytest.FixtureRequest) -> Iterator[Hospital]:
+    """Two sites of this test's own; one of them insists on privacy."""
+    tag = f"{abs(hash(request.node.name)) % 10**6}"
+    strict, lax = f"strict-{tag}", f"open-{tag}"
+    bare.enrol(strict, policy={"units": ["example"], "max_epsilon": 5.0})
+    bare.enrol(lax)
+    for name in (strict, lax):
+        bare.start(name)
+    yield Hospital(bare, strict, lax)
+    for name in (strict, lax):
+        bare.clients[name].end()
+
+
+@dataclass(frozen=True)
+class Hospital:
+    federation: Federation
+    strict: str
+    open: str
+
+
+def test_a_private_run_is_paid_for_by_each_site_and_stated_by_the_coordinator(hospital: Hospital):
+    federation, sites = hospital.federation, (hospital.strict, hospital.open)
+    detail = federation.run(run_toml("private", more=PRIVACY.format(3.0)))
+    run_id = detail.summary.run_id
+
+    # The coordinator has seen neither a number of examples nor a metric.
+    assert [row.num_examples for row in detail.history] == [2, 2, 2]
+    assert not any(row.metrics for row in detail.history)
+    assert "example-level differential privacy, epsilon 3" in federation.show_json(run_id)["protection"]
+
+    # Both sites have spent what the run may, and no more; every number is found again by another accountant.
+    for site in sites:
+        found = ledger(federation, site, "--verify")
+        assert found["verified"] == 3 * 3  # reserved, sent and settled, in each round
+        (run,) = found["runs"]
+        assert run["name"] == run_id
+        assert 2.5 < run["stated"] < run["epsilon"] <= 3.0
+
+    # The statement is signed, and a changed one is not.
+    path, ca = federation.folder / "statement.json", federation.home / "ca.pem"
+    printed = json.loads(
+        fedge_ok("run", "statement", run_id, "--admin", federation.admin_toml, "--out", path)
+    )
+    assert (printed["unit"], printed["epsilon"]) == ("example", 3.0)
+    assert printed["sites"] == dict.fromkeys(sites, 3)
+    assert json.loads(fedge_ok("run", "statement", "--verify", path, "--ca", ca)) == printed
+    path.write_text(path.read_text().replace('"epsilon": 3.0', '"epsilon": 1.0'))
+    changed = fedge("run", "statement", "--verify", path, "--ca", ca)
+    assert changed.returncode == 5
+    assert "signed by a coordinator of this CA" in changed.stderr
+
+
+def test_an_exhausted_site_refuses_also_after_a_restart_and_the_run_goes_on(hospital: Hospital):
+    federation, strict = hospital.federation, hospital.strict
+    federation.run(run_toml("first", more=PRIVACY.format(4.5)))
+    for again in range(2):
+        detail = federation.run(run_toml("second", quorum=1, more=PRIVACY.format(3.5)))
+        cohorts = [row.clients for row in detail.history]
+        assert all(hospital.open in cohort for cohort in cohorts)
+        assert sum(strict in cohort for cohort in cohorts) < 3
+        assert "budget_exhausted" in federation.clients[strict].output
+        assert ledger(federation, strict, "--verify")["total"]["epsilon"] <= 5.0
+        federation.clients[strict].end()
+        federation.start(strict)
+        assert again or ledger(federation, strict)["total"]["epsilon"] > 4.0
+
+
+def test_a_run_without_protection_never_starts_where_the_policy_requires_it(hospital: Hospital):
+    federation, strict = hospital.federation, hospital.strict
+    detail = federation.run(run_toml("unprotected", quorum=1))
+    assert {client for row in detail.history for client in row.clients} == {hospital.open}
+    refused = {client.name: client.detail for client in federation.show(detail.summary.run_id).clients}
+    assert "no differential privacy" in refused[strict]
+    assert not ledger(federation, strict)["runs"]
+    assert "asked=task tiny:task" in federation.clients[strict].output
+    assert [run["unprotected"] for run in ledger(federation, hospital.open)["runs"]] == [True]
+
+
+def test_what_a_run_would_cost_is_said_before_and_nothing_is_spent(hospital: Hospital):
+    federation, strict = hospital.federation, hospital.strict
+    path, client = federation.folder / "planned.toml", federation.folder / strict / "client.toml"
+    path.write_text(run_toml("planned", more=PRIVACY.format(3.0)))
+    found = json.loads(fedge_ok("privacy", "plan", path, "--client", client, "--json"))
+    assert found["spent_before"] == 0
+    assert 2.5 < found["spent_after"] <= 3.0
+    assert not found["refusal"]
+    assert "epsilon" in fedge_ok("privacy", "plan", path, "--examples", "50")
+    path.write_text(run_toml("planned"))
+    refused = fedge("privacy", "plan", path, "--client", client)
+    assert refused.returncode == 6
+    assert "no differential privacy" in refused.stderr
+    assert not ledger(federation, strict)["runs"]

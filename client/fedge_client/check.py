@@ -12,6 +12,7 @@ from fedge.errors import FedgeError, TaskError
 from fedge.task import Site, load_task
 from fedge_client import admission
 from fedge_client.identity import Identity, load_identity
+from fedge_client.ledger_file import read_only
 from fedge_client.link import Link
 from fedge_client.settings import ClientSettings, load_client
 
@@ -37,6 +38,10 @@ def run_checks(path: Path, task: str | None) -> Iterator[Outcome]:
         yield "link", asyncio.run(_greet(settings, identity))
     except FedgeError as error:
         yield "link", error
+    try:
+        yield "budget", _budget(settings, folder)
+    except FedgeError as error:
+        yield "budget", error
     if task is not None:
         try:
             yield "task", _load(settings, folder, identity.site, task)
@@ -53,6 +58,13 @@ async def _greet(settings: ClientSettings, identity: Identity) -> str:
         return f"{settings.server} answers: {welcome.software}, federation {welcome.federation}"
     finally:
         await link.close()
+
+
+def _budget(settings: ClientSettings, folder: Path) -> str:
+    policy, place = settings.policy, settings.ledger
+    books = read_only(folder / place.path, place.dataset, head_folder=folder / settings.identity).books
+    spent = books.spent().epsilon(policy.delta)
+    return f"spent {spent:.4g} of {policy.max_epsilon:g} at delta {policy.delta:g}, data set {place.dataset}"
 
 
 def _load(settings: ClientSettings, folder: Path, site: str, name: str) -> str:

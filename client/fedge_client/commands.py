@@ -74,7 +74,7 @@ def check(
         str | None, typer.Option(help="Also load this task ('module:attribute') and its data.")
     ] = None,
 ) -> None:
-    """Preflight: settings, identity, link, and with --task the task and its data on this site.
+    """Preflight: settings, identity, link, budget, and with --task the task and its data on this site.
 
     Example: fedge client check site/client.toml --task app:task
     """

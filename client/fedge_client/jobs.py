@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 OUTBOX = "outbox"
 _ON_THREAD_BYTES = 1 << 20
+_PRIVATE_GRAIN = 50
 
 Send = Callable[[pb.ClientMessage], None]
 
@@ -88,7 +89,8 @@ class Jobs:
             participation = await self._join(offer)
         except FedgeError as error:
             refusal = _refusal_of(error, RefusalCode.TASK_UNAVAILABLE)
-            log.warning("run_refused run=%s reason=%s", printable(offer.run_id)[:100], error)
+            why = f"{error}: {error.__cause__}" if error.__cause__ else str(error)
+            log.warning("run_refused run=%s reason=%s", printable(offer.run_id)[:100], why)
             refuse = pb.Refuse(run_id=offer.run_id, refusal=encode_refusal(refusal))
             self._send(pb.ClientMessage(refuse=refuse))
             return
@@ -202,6 +204,10 @@ class Jobs:
                 "order_failed run=%s order=%s reason=%s", run.run_id, order, error
             )  # no traceback needed
             self._fail(run, order, _refusal_of(error, RefusalCode.TASK_FAILED))
+        finally:
+            if self.runs.get(run.run_id) is not run:  # it ended meanwhile: what was kept since is of no use
+                self._outbox.forget(run.run_id)
+                await self._settle(run)
 
     async def _prepare(self, run: Participation, message: pb.Order, link: Link) -> Prepared:
         """Fetch the model and do the work. What was lost is made good, or it is said.
@@ -265,6 +271,8 @@ class Jobs:
         return RefusedError(lost.refusal)
 
     def _fail(self, run: Participation, order: OrderId, refusal: Refusal) -> None:
+        if run.protection.is_on:  # the message may be of the data: what the task has raised, say
+            refusal = Refusal(refusal.code, "see the site's log")
         failed = pb.Failed(run_id=run.run_id, id=encode_order_id(order), refusal=encode_refusal(refusal))
         self._send(pb.ClientMessage(failed=failed))
 
@@ -306,13 +314,16 @@ class Jobs:
     def _teller(self, run: Participation, message: pb.Order) -> Callable[[int, int], None]:
         """Tells the coordinator now and then how far the worker is: a deadline is about progress."""
         every_s, told = progress.every_s(message.deadline_s), time.monotonic()
+        # A step's share of the work would tell how many steps, and so how many examples, there are.
+        grain = _PRIVATE_GRAIN if run.protection.is_on else 1
 
         def tell(done: int, total: int) -> None:
             nonlocal told
             if time.monotonic() - told < every_s:
                 return
             told = time.monotonic()
-            so_far = pb.Progress(run_id=run.run_id, id=message.id, permille=progress.computed(done, total))
+            permille = progress.computed(done, total) // grain * grain
+            so_far = pb.Progress(run_id=run.run_id, id=message.id, permille=permille)
             self._send(pb.ClientMessage(progress=so_far))
 
         return tell

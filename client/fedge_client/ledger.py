@@ -75,8 +75,10 @@ class Ledger:
             nothing more is accepted until the ledger is opened again.
     """
 
-    def __init__(self, paths: Paths, delta: float, reach: Callable[[str], None], now: Clock) -> None:
-        """See `open`."""
+    def __init__(
+        self, paths: Paths, delta: float, reach: Callable[[str], None], now: Clock, *, anew: bool
+    ) -> None:
+        """See `open`. `anew`: a ledger that is gone may be begun again."""
         self._paths = paths
         self._delta = delta
         self._reach = reach
@@ -84,7 +86,7 @@ class Ledger:
         self._lock = threading.RLock()
         self._unusable = ""
         self._chain = Chain()
-        self._descriptor = _open_locked(paths)
+        self._descriptor = _open_locked(paths, anew=anew)
 
     @classmethod
     def open(
@@ -114,7 +116,7 @@ class Ledger:
         except StorageError as error:
             refuse(str(error))
         paths = Paths.of(folder, dataset, head_folder)
-        opened = cls(paths, float(delta), (faults or Faults()).reach, now)
+        opened = cls(paths, float(delta), (faults or Faults()).reach, now, anew=bool(trust))
         try:
             opened._load(dataset, trust)
         except BaseException:
@@ -329,10 +331,10 @@ def accept_head(
     return True
 
 
-def _open_locked(paths: Paths) -> int:
+def _open_locked(paths: Paths, *, anew: bool) -> int:
     """The ledger's descriptor, for this process alone; a new file only where no head says there was one."""
     path = paths.ledger
-    begin = 0 if paths.head.exists() and not path.exists() else os.O_CREAT
+    begin = os.O_CREAT if anew or path.exists() or not paths.head.exists() else 0
     flags = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | begin
     try:
         descriptor = os.open(path, flags, 0o600)

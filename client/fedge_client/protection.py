@@ -31,14 +31,16 @@ class Protection:
         """What a run's terms mean for a site of so many examples.
 
         Raises:
-            RefusedError: no noise can keep them.
+            RefusedError: no noise can keep them; what it would take is in the cause, for the site alone.
         """
         if request.terms is None:
             return cls()
         try:
             return cls(request.terms, price(request.terms, request.work, request.kind, train_examples))
         except ValueError as error:
-            raise RefusedError(Refusal(RefusalCode.PROTECTION_UNAVAILABLE, str(error))) from None
+            raise RefusedError(
+                Refusal(RefusalCode.PROTECTION_UNAVAILABLE, "no noise keeps the run's terms of privacy here")
+            ) from error
 
     @property
     def is_on(self) -> bool:

@@ -40,9 +40,14 @@ class Caps(TypedDict):
     max_run_epsilon: float
 
 
-_EXHAUSTED = Refusal(
-    RefusalCode.BUDGET_EXHAUSTED, "this site's privacy budget does not allow this; see the site's log"
-)
+_TOLD = {
+    code: Refusal(code, f"{what}; see the site's log")
+    for code, what in (
+        (RefusalCode.BUDGET_EXHAUSTED, "this site's privacy budget does not allow this"),
+        (RefusalCode.LEDGER_UNUSABLE, "this site's ledger cannot be used"),
+    )
+}
+"""What a coordinator hears of the ledger's refusals, which name what is left, and files of the site."""
 
 
 class Spending:
@@ -120,7 +125,5 @@ class Spending:
         try:
             return await asyncio.to_thread(function, *args, **kwargs)
         except RefusedError as error:
-            if error.refusal.code != RefusalCode.BUDGET_EXHAUSTED:
-                raise
-            log.warning("budget_exhausted %s", error)
-            raise RefusedError(_EXHAUSTED) from None
+            log.warning("%s %s", error.refusal.code.name.lower(), error)
+            raise RefusedError(_TOLD[error.refusal.code]) from None

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 
 from fedge.errors import LinkError, RefusedError, RemoteProtocolError
+from fedge.privacy.terms import Terms
 from fedge.refusal import Refusal, RefusalCode
 from fedge.round import OrderId
 from fedge.run import Work
 from fedge.strategy import WorkKind
 from fedge.vector import Array, Layout, Tensor, bytes_of, digest_of
 from fedge.wire import fedge_pb2 as pb
-from fedge.wire.codec import encode_blob, encode_layout, encode_order_id, encode_work
+from fedge.wire.codec import encode_blob, encode_layout, encode_order_id, encode_terms, encode_work
 from fedge.wire.limits import INLINE_BYTES
 from fedge_client import jobs as jobs_module
 from fedge_client import pipe_pb2 as pipe
@@ -459,6 +460,32 @@ def test_a_run_that_is_over_leaves_nothing_behind(site: Site):
     assert list((site.folder / OUTBOX).iterdir()) == []
 
 
+@pytest.mark.parametrize("size", [SIZE, LARGE])
+@pytest.mark.parametrize("at", ["while it is fetched", "while it is kept"])
+def test_a_run_that_is_over_in_the_middle_of_an_order_leaves_nothing_behind(
+    site: Site, monkeypatch, size, at
+):
+    def end() -> None:
+        site.jobs.cancel()
+        site.jobs.leave("run")
+
+    site.consider(offer(size=size))
+    if at == "while it is fetched":
+        site.link.on_fetch = end
+    else:
+        write = os.open
+
+        def slow(path: Any, *rest: Any, **more: Any) -> int:
+            if "run" in site.jobs.runs and str(path).endswith((".vector", ".new")):
+                end()
+            return write(path, *rest, **more)
+
+        monkeypatch.setattr(os, "open", slow)
+    site.do(order(size=size))
+    assert "run" not in site.jobs.runs
+    assert list((site.folder / OUTBOX).iterdir()) == []
+
+
 def test_a_full_disk_on_the_site_costs_nothing_but_the_copy(site: Site, monkeypatch: pytest.MonkeyPatch):
     site.consider(offer())
     (site.folder / OUTBOX).chmod(0o500)
@@ -478,3 +505,143 @@ def test_runs_that_ended_unheard_of_leave_no_more_behind_than_there_may_be_runs(
         site.worker.loads.clear()
     assert len(list((site.folder / OUTBOX).glob("*.update"))) == SLOTS
     assert len(list((site.folder / OUTBOX).glob("*.vector"))) == SLOTS
+
+
+# Under terms of privacy.
+
+
+@dataclass
+class PrivateWorker(Worker):
+    """Does what the gate demands, unless it is told to claim something else."""
+
+    claim: dict[str, float] = field(default_factory=dict)
+    silent: bool = False
+    num_examples: int = 1
+
+    async def perform(self, message: pipe.Perform, *, progress: Callable[[int, int], None]) -> pipe.Finished:
+        finished = await super().perform(message, progress=progress)
+        finished.num_examples = self.num_examples
+        if not self.silent:
+            # Three examples in a batch of 32: all of them, once an epoch.
+            done = {"noise_multiplier": message.privacy.noise_multiplier, "sampling_rate": 1.0, "count": 1}
+            finished.releases.CopyFrom(pipe.Releases(**(done | self.claim)))
+        return finished
+
+
+@pytest.fixture
+def private(tmp_path: Path) -> Site:
+    site = Site(tmp_path)
+    site.worker = PrivateWorker(metrics={})
+    site.jobs._supervisor = site.worker  # type: ignore[assignment]  # its surface
+    assert site.consider(private_offer()).HasField("accept")
+    return site
+
+
+def private_offer() -> pb.Offer:
+    return offer(privacy=encode_terms(Terms("example", 1e-5, 1.0, 3, epsilon=6.0)))
+
+
+def charged(site: Site) -> int:
+    """Orders that the ledger counts as spent, once nothing is open any more."""
+    books = site.ledger.books
+    assert not books.outstanding().mechanisms
+    return sum(each.count for each in books.spent().mechanisms)
+
+
+def test_the_gate_decides_the_noise_and_what_was_done_is_paid_for(private: Site):
+    (answer,) = private.do(order())
+    (perform,) = private.worker.performed
+    assert (perform.privacy.clip, answer.update.num_examples, list(answer.update.metrics)) == (1.0, 1, [])
+    assert perform.privacy.noise_multiplier > 1
+    assert charged(private) == 1
+
+
+@pytest.mark.parametrize("again", [order(), None], ids=["sent again", "another attempt"])
+def test_another_attempt_at_a_round_is_answered_with_the_same_bytes_and_costs_nothing(private: Site, again):
+    (first,) = private.do(order())
+    retry = order()
+    retry.id.attempt = 2
+    private.worker.result = 99.0
+    (second,) = private.do(again or retry)
+    assert second.update.vector == first.update.vector
+    assert second.update.id == (again or retry).id
+    assert (len(private.worker.performed), charged(private)) == (1, 1)
+    private = private.restarted()
+    private.worker = PrivateWorker(metrics={}, result=99.0)
+    private.jobs._supervisor = private.worker  # type: ignore[assignment]  # its surface
+    private.consider(private_offer())
+    (third,) = private.do(again or retry)
+    assert third.update.vector == first.update.vector
+    assert (len(private.worker.performed), charged(private)) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    "deceit",
+    [
+        {"silent": True},
+        {"claim": {"noise_multiplier": 0.5}},
+        {"claim": {"count": 2}},
+        {"claim": {"sampling_rate": 0.5}},
+        {"num_examples": 3},
+        {"metrics": {"secret": 4711.0}},
+    ],
+)
+def test_work_that_was_not_protected_as_demanded_does_not_leave(private: Site, deceit):
+    for name, value in deceit.items():
+        setattr(private.worker, name, value)
+    (answer,) = private.do(order())
+    refusal = answer.failed.refusal
+    assert (refusal.code, refusal.message) == (RefusalCode.PROTECTION_UNAVAILABLE, "see the site's log")
+    assert charged(private) == 1  # that it failed was told
+
+
+def test_a_failure_is_charged_and_says_nothing_of_the_data(private: Site):
+    private.worker.refusal = Refusal(RefusalCode.TASK_FAILED, "the task's code failed (Patient4711Error)")
+    (answer,) = private.do(order())
+    assert answer.failed.refusal.message == "see the site's log"
+    assert charged(private) == 1
+
+
+def test_what_was_cancelled_costs_nothing(private: Site):
+    private.worker.refusal = Refusal(RefusalCode.CANCELLED, "cancelled")
+    assert private.do(order()) == []
+    assert charged(private) == 0
+
+
+def test_no_more_rounds_than_the_run_has_paid_for(private: Site):
+    for round in range(1, 4):
+        (answer,) = private.do(order(round))
+        assert answer.HasField("update")
+    (answer,) = private.do(order(4))
+    assert answer.failed.refusal.code == RefusalCode.BUDGET_EXHAUSTED
+    assert (len(private.worker.performed), charged(private)) == (3, 3)
+
+
+def test_an_evaluation_without_noise_for_it_is_refused(private: Site):
+    (answer,) = private.do(order(kind="evaluate"))
+    assert answer.failed.refusal.code == RefusalCode.PROTECTION_UNAVAILABLE
+    assert not private.worker.performed
+
+
+def test_a_private_update_that_was_lost_is_not_made_again(private: Site):
+    """Its noise would be another one, and the budget would be spent twice."""
+    private.do(order())
+    for path in (private.folder / OUTBOX).iterdir():
+        path.write_bytes(b"")
+    private = private.restarted()
+    private.worker = PrivateWorker(metrics={})
+    private.jobs._supervisor = private.worker  # type: ignore[assignment]  # its surface
+    private.consider(private_offer())
+    (answer,) = private.do(order())
+    assert answer.failed.refusal.code == RefusalCode.UPDATE_LOST
+    assert (len(private.worker.performed), charged(private)) == (0, 1)
+
+
+def test_progress_under_privacy_is_told_in_twentieths(private: Site, monkeypatch: pytest.MonkeyPatch):
+    """A step's exact share of the work would tell how many examples there are."""
+    monkeypatch.setattr(jobs_module.progress, "every_s", lambda _: 0.0)
+    private.worker.steps = 7
+    answers = private.do(order())
+    told = [answer.progress.permille for answer in answers if answer.HasField("progress")]
+    assert len(told) == 7
+    assert all(permille % 50 == 0 for permille in told)

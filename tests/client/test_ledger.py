@@ -138,6 +138,9 @@ def test_a_ledger_or_a_head_that_is_gone_is_noticed_and_its_owner_may_accept_it(
     assert not accept_head(tmp_path / "ledger", "data", DELTA, head_folder=tmp_path, reason="again")
     (tmp_path / "ledger" / "data.ledger").unlink()
     unusable(tmp_path, "deleted")
+    assert accept_head(tmp_path / "ledger", "data", DELTA, head_folder=tmp_path, reason="begun anew")
+    assert spent(tmp_path) == 0
+    assert "begun anew" in (tmp_path / "ledger" / "data.ledger").read_text()
 
 
 def test_a_second_one_at_work_with_the_data_set_is_refused(tmp_path: Path):

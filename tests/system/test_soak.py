@@ -48,7 +48,9 @@ def test_five_hundred_rounds_leave_nothing_behind(federation: Federation, task: 
     before = at_rest(federation)
     run_id = federation.submit(run_toml(f"{name}-soak", task=task, rounds=500, more=often))
     assert federation.finish(run_id).status == "done"
-    until(lambda: "ended" in federation.server.output, "the run has been wound up")
+    for site in SITES:
+        until(lambda site=site: f"run_ended run={run_id}" in federation.clients[site].output, "it is told")
+        until(lambda site=site: files(federation.folder / site / "outbox", "*") == [], "it has tidied up")
     after = at_rest(federation)
     for process, (resident, descriptors) in after.items():
         assert resident <= before[process][0] + SLACK_BYTES, process
@@ -57,5 +59,3 @@ def test_five_hundred_rounds_leave_nothing_behind(federation: Federation, task: 
     assert len(files(state / "checkpoints" / run_id, "*")) <= 2
     assert sum(path.stat().st_size for path in files(state, "fedge.db*")) < 16 << 20
     assert files(federation.home / "spool", "*") == []
-    for site in SITES:
-        assert files(federation.folder / site / "outbox", "*") == []

@@ -11,24 +11,58 @@ from types import MappingProxyType
 from typing import Any
 
 from fedge.errors import RunError
-from fedge.pipeline import Aggregate, MeanState, Pipeline, Update
+from fedge.pipeline import Aggregate, MeanState, Pipeline, Reduction, Update
+from fedge.privacy.central import Central, Noising
+from fedge.privacy.secure import SecureSource
 from fedge.round import OrderId
 from fedge.strategy import AnyStrategy, Order, WorkKind
 from fedge.vector import Layout, Model, all_finite
 
 
 @dataclass(frozen=True, eq=False)
+class Kept:
+    """What a checkpoint of a run with client-level privacy holds: no noise."""
+
+    state: Any
+    clip: float
+
+
+@dataclass(frozen=True, eq=False)
 class Learning:
-    """A strategy, its state, and for each kind of order that is open what was folded so far."""
+    """A strategy, its state, and for each kind of order that is open what was folded so far.
+
+    `central` is client-level privacy by the coordinator, and `noising` its state.
+    """
 
     strategy: AnyStrategy
     layout: Layout
     state: Any
     folds: Mapping[WorkKind, MeanState] = field(default_factory=lambda: MappingProxyType({}))
+    central: Central | None = None
+    noising: Noising | None = None
 
     @classmethod
-    def begin(cls, strategy: AnyStrategy, model: Model) -> Learning:
-        return cls(strategy, model.layout, strategy.init(model))
+    def begin(cls, strategy: AnyStrategy, model: Model, central: Central | None = None) -> Learning:
+        """Before the first round.
+
+        Raises:
+            ConfigError: the strategy cannot be run with the noise of `central`.
+        """
+        if central is None:
+            return cls(strategy, model.layout, strategy.init(model))
+        central.check(strategy)
+        return cls(strategy, model.layout, strategy.init(model), central=central, noising=central.begin())
+
+    @property
+    def kept(self) -> Any:
+        """What a checkpoint holds of it; `revived` takes that."""
+        return self.state if self.noising is None else Kept(self.state, self.noising.clip)
+
+    def revived(self, kept: Any) -> Learning:
+        """As it was when `kept` was taken. Noise begins anew, which costs nothing: see `fedge.privacy.banded`."""
+        if self.noising is None:
+            return replace(self, state=kept, folds={})
+        return replace(self, state=kept.state, folds={}, noising=Noising(kept.clip))
 
     @property
     def model(self) -> Model:
@@ -37,28 +71,42 @@ class Learning:
 
     def order(self, round: int) -> Order:
         """What the strategy wants done with the current model."""
-        return self.strategy.order(self.state, round)
+        order = self.strategy.order(self.state, round)
+        return order if self.noising is None else replace(order, clip=self.noising.clip)
 
     def fold(self, order: OrderId, *updates: Update) -> Learning:
         """Add accepted updates to the aggregate of their order. Consumes what was folded before."""
-        folded = Pipeline(self.strategy.reduction).fold(self._folded(order), *updates)
+        folded = Pipeline(self._reduction(order)).fold(self._folded(order), *updates)
         return replace(self, folds={**self.folds, order.kind: folded})
 
     def abandon(self, order: OrderId) -> Learning:
         """Drop what was folded for an order that is given up."""
         return replace(self, folds={kind: fold for kind, fold in self.folds.items() if kind != order.kind})
 
-    def close(self, order: OrderId, *updates: Update) -> tuple[Learning, Aggregate]:
+    def close(
+        self, order: OrderId, *updates: Update, source: SecureSource | None = None
+    ) -> tuple[Learning, Aggregate]:
         """Finish an order's aggregate and, unless it was an evaluation, make the strategy's step.
 
         The order's last updates are folded on the way: a round that has no others needs no memory for
-        sums.
+        sums. `source` is of noise, for a run that is to have some. What comes of it may be told to anybody
+        only when it is certain that this order is not closed again, with other noise.
 
         Raises:
             RunError: the new model has NaN or infinity in it.
         """
-        aggregate = Pipeline(self.strategy.reduction).finish(self._folded(order), *updates)
+        aggregate = Pipeline(self._reduction(order)).finish(self._folded(order), *updates)
         rest = self.abandon(order)
+        if self.central is not None:
+            assert self.noising is not None  # both or neither
+            if source is None:
+                raise ValueError("expected a source of noise for a run with client-level privacy, found none")
+            if order.kind == "evaluate":
+                return rest, self.central.release_metrics(aggregate, source)
+            noising, aggregate = self.central.release(
+                self.noising, aggregate, source, trainable=self.layout.trainable_size
+            )
+            rest = replace(rest, noising=noising)
         if order.kind == "evaluate":
             return rest, aggregate
         # The step consumes the aggregate's vector, so nobody else is given it.
@@ -74,4 +122,11 @@ class Learning:
         folded = self.folds.get(order.kind)
         if folded is not None:
             return folded
-        return Pipeline(self.strategy.reduction).start(0 if order.kind == "evaluate" else self.layout.size)
+        return Pipeline(self._reduction(order)).start(0 if order.kind == "evaluate" else self.layout.size)
+
+    def _reduction(self, order: OrderId) -> Reduction:
+        if self.central is None or self.noising is None:
+            return self.strategy.reduction
+        if order.kind == "evaluate":
+            return self.central.evaluation()
+        return self.central.reduction(self.noising)

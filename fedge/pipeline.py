@@ -121,7 +121,7 @@ def _scaled(vector: Array, scale: float) -> Array:
     return out
 
 
-def l2_norm(vector: Array) -> float:
+def l2_norm(vector: Values) -> float:
     """The Euclidean norm, accumulated in float64 so that no finite float32 vector overflows."""
     total = 0.0
     for start in range(0, len(vector), _PART):

@@ -46,6 +46,7 @@ class Plan:
             evaluation_clients=run.evaluation.clients or cohort.size,
             max_staleness=max_staleness,
             max_participations=run.privacy.max_participations,
+            separation=run.privacy.separation,
         )
 
     def evaluates(self, round: int) -> bool:

@@ -42,13 +42,15 @@ class Order:
     """What a client is asked to do with the model: local training, or a gradient.
 
     `optimizer` is set for strategies with mirrors; `slots` is then the optimiser's state that goes with
-    the model to a client that has no mirror, and `advance` the short way for one that has.
+    the model to a client that has no mirror, and `advance` the short way for one that has. `clip` is not a
+    strategy's to set: it is the norm that updates are clipped to where the run's privacy adapts it.
     """
 
     kind: WorkKind
     optimizer: Optimizer | None = None
     slots: Slots | None = None
     advance: Advance | None = None
+    clip: float | None = None
 
 
 class State(Protocol):

@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import Any, Protocol, cast
 
 from fedge.errors import ConfigError, TaskError
+from fedge.privacy.config import Unit
 from fedge.vector import Model
 
 
@@ -54,10 +55,10 @@ class Task:
 class Framework(Protocol):
     """What the core asks of a training framework, found by entry point (`fedge.frameworks`)."""
 
-    def initial_model(self, task: Task, *, seed: int, private: bool = False) -> Model:
+    def initial_model(self, task: Task, *, seed: int, unit: Unit = "none") -> Model:
         """The task's model with freshly seeded values, as a flat vector and its layout.
 
-        `private` refuses (RefusedError, MODEL_NOT_PRIVATE) one that cannot be trained with example-level privacy.
+        One that cannot be trained with that unit of privacy is refused (RefusedError, MODEL_NOT_PRIVATE).
         """
         ...
 

@@ -8,7 +8,7 @@ import tomllib
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import click
 import pytest
@@ -97,7 +97,7 @@ def keys_of(model: type[BaseModel]) -> dict[str, Key]:
     """The keys of one table, without the tables inside it."""
     out = {}
     for name, field in model.model_fields.items():
-        if is_table(field.annotation):
+        if table_of(field.annotation):
             continue
         annotation = field.annotation
         for each in field.metadata:
@@ -107,8 +107,12 @@ def keys_of(model: type[BaseModel]) -> dict[str, Key]:
     return out
 
 
-def is_table(annotation: object) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+def table_of(annotation: object) -> type[BaseModel] | None:
+    """The table that a key is, be it one that may be left out."""
+    for each in get_args(annotation) or (annotation,):
+        if isinstance(each, type) and issubclass(each, BaseModel):
+            return each
+    return None
 
 
 def assert_documented(found: list[Cells], keys: dict[str, Key]) -> None:
@@ -124,9 +128,9 @@ def tables_inside(model: type[BaseModel]) -> dict[str, type[BaseModel]]:
     """Every table below this one, by its dotted name."""
     out: dict[str, type[BaseModel]] = {}
     for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and is_table(field.annotation):
-            out[name] = field.annotation
-            out |= {f"{name}.{inner}": kind for inner, kind in tables_inside(field.annotation).items()}
+        if table := table_of(field.annotation):
+            out[name] = table
+            out |= {f"{name}.{inner}": kind for inner, kind in tables_inside(table).items()}
     return out
 
 

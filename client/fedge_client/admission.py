@@ -226,12 +226,21 @@ def _check_work(policy: Policy, request: Request) -> None:
             )
         _check_range("epochs", epochs, policy.epochs)
         _check_range("learning_rate", work.learning_rate, policy.learning_rate)
-    if policy.clip is not None and request.clip is None:
+    check_clip(policy, request.clip)
+
+
+def check_clip(policy: Policy, clip: float | None) -> None:
+    """Refuse a clip that the policy does not allow: that of a run, or one that an order has adapted.
+
+    Raises:
+        RefusedError: with the code WORK_NOT_ALLOWED.
+    """
+    if policy.clip is not None and clip is None:
         raise _no(
             RefusalCode.WORK_NOT_ALLOWED,
             f"asked for no clip; this site's [policy] clip is {_shown(policy.clip)}",
         )
-    _check_range("clip", request.clip, policy.clip)
+    _check_range("clip", clip, policy.clip)
 
 
 def _check_range(name: str, value: float | None, allowed: Range | None) -> None:

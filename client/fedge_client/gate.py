@@ -45,8 +45,8 @@ def release(
 ) -> Released:
     """The update as it may leave; `layout` None is an evaluation, which has no vector.
 
-    **Guarantees.** Under terms of privacy every update weighs 1, metrics leave with evaluations alone, and at
-    example level nothing leaves of what no noise was added to (frozen parameters, buffers).
+    **Guarantees.** Under terms of privacy every update weighs 1, metrics leave with evaluations alone, and
+    nothing leaves of what no noise is added to (frozen parameters, buffers).
 
     Raises:
         RefusedError: it is not finite, not of the run's layout, weighs nothing or too much, carries
@@ -60,7 +60,7 @@ def release(
         _check_vector(vector, layout)  # before the metrics: a model that diverges shows in both
     if terms is not None:
         num_examples, metrics = 1, _private_metrics(metrics, terms, evaluation=layout is None)
-        if layout is not None and terms.unit == "example" and vector[layout.trainable_size :].any():
+        if layout is not None and vector[layout.trainable_size :].any():
             raise _refused(
                 RefusalCode.PROTECTION_UNAVAILABLE,
                 "training changed a buffer or a frozen parameter, to which no noise is added; keep buffers "

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedge import progress
-from fedge.errors import FedgeError, LinkError, RefusedError, StorageError
+from fedge.errors import FedgeError, LinkError, RefusedError, RemoteProtocolError, StorageError
 from fedge.faults import Faults
 from fedge.refusal import Refusal, RefusalCode
 from fedge.round import OrderId
@@ -26,7 +26,7 @@ from fedge.wire.codec import (
 from fedge.wire.limits import INLINE_BYTES
 from fedge_client import gate
 from fedge_client import pipe_pb2 as pipe
-from fedge_client.admission import Request, admit
+from fedge_client.admission import Request, admit, check_clip
 from fedge_client.holding import Holding
 from fedge_client.link import Link
 from fedge_client.outbox import Lost, Outbox, Prepared
@@ -132,7 +132,7 @@ class Jobs:
         return Participation(
             run_id=request.run_id,
             layout=layout,
-            layers=gate.layers_of(request.clip_of_updates),
+            clip=request.clip_of_updates,
             protection=protection,
             holding=Holding(request.run_id, layout, model),
             update=update,
@@ -278,6 +278,7 @@ class Jobs:
 
     async def _perform(self, run: Participation, order: OrderId, message: pb.Order) -> Prepared:
         """Have the worker do it, and pass the result through the gate: the last code before the wire."""
+        clip = self._clip(run, message)
         perform = pipe.Perform(run_id=run.run_id, id=encode_order_id(order), privacy=run.protection.demand())
         finished = await self._supervisor.perform(perform, progress=self._teller(run, message))
         self._reach("job.trained")
@@ -291,7 +292,7 @@ class Jobs:
                 finished.num_examples,
                 metrics,
                 layout=layout,
-                layers=run.layers,
+                layers=gate.layers_of(clip),
                 terms=run.protection.terms,
             )
             return released, digest_of(released.vector)
@@ -310,6 +311,19 @@ class Jobs:
             vector=pb.Blob(digest=digest, size=vector.nbytes, inline=vector.tobytes() if small else None),
         )
         return Prepared(order, message.model.digest, update, vector)
+
+    def _clip(self, run: Participation, message: pb.Order) -> float | None:
+        """What an order's update is clipped to.
+
+        Raises:
+            RefusedError: WORK_NOT_ALLOWED; the order adapts the clip beyond what the policy allows.
+        """
+        if run.clip is None or not message.HasField("clip"):
+            return run.clip
+        if not 0 < message.clip < float("inf"):
+            raise RemoteProtocolError(f"expected a finite clip above 0, found {message.clip}")
+        check_clip(self._settings.policy, message.clip)
+        return message.clip
 
     def _teller(self, run: Participation, message: pb.Order) -> Callable[[int, int], None]:
         """Tells the coordinator now and then how far the worker is: a deadline is about progress."""

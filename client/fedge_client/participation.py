@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fedge.pipeline import Layer
 from fedge.privacy.mechanism import Mechanism
 from fedge.round import OrderId
 from fedge.vector import Array, Layout
@@ -21,7 +20,8 @@ class Participation:
 
     run_id: str
     layout: Layout
-    layers: tuple[Layer, ...]
+    clip: float | None
+    """What updates are clipped to, unless their order says otherwise."""
     protection: Protection
     holding: Holding
     update: Array

@@ -8,7 +8,8 @@ from types import MappingProxyType
 from typing import Any
 
 from fedge.errors import ConfigError, RefusedError, TaskError
-from fedge.privacy.example import Schedule
+from fedge.privacy.central import Central
+from fedge.privacy.example import ONE_RELEASE, Schedule
 from fedge.privacy.ledger import admit as admit_release
 from fedge.privacy.pld import statement
 from fedge.privacy.rdp import epsilon as rdp_epsilon
@@ -25,7 +26,10 @@ from fedge_client.settings import ClientSettings, load_client
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """A run at a site of `examples` training examples. `epsilon` is by PLD, `admission_epsilon` by RDP."""
+    """A run at a site of `examples` training examples (at client level: whatever it has, as one release a round).
+
+    `epsilon` is by PLD, `admission_epsilon` by RDP.
+    """
 
     examples: int
     sampling_rate: float
@@ -52,13 +56,16 @@ def cost_of(run: RunConfig, examples: int) -> Cost:
         raise ConfigError(
             f'run {run.name!r} has [privacy] unit = "none": it costs nothing and protects nothing'
         )
-    kind = work_kind(load_strategy(run.strategy, run.work))
+    strategy = load_strategy(run.strategy, run.work)
+    if (central := Central.of(run)) is not None:
+        central.check(strategy)
+    kind = work_kind(strategy)
     assert kind != "evaluate"  # no strategy orders that
     try:
         found = price(terms, run.work, kind, examples)
     except ValueError as error:
         raise ConfigError(f"run {run.name!r} at a site of {examples} examples: {error}") from None
-    schedule = Schedule.of(run.work, examples, kind)
+    schedule = Schedule.of(run.work, examples, kind) if terms.unit == "example" else ONE_RELEASE
     epsilon, accountant = statement(found.run, terms.delta)
     return Cost(
         examples=examples,

@@ -53,6 +53,8 @@ def plan(
                 Refusal(RefusalCode.WORK_NOT_ALLOWED, f"this site would refuse the run: {found.refusal}")
             )
         return
+    if run.privacy.unit == "client":
+        examples = [1]  # a round is one release of all that a site has, however much that is
     costs = [cost_of(run, size) for size in examples or _SIZES]
     typer.echo(json.dumps([cost.as_dict() for cost in costs])) if as_json else _print_costs(run, costs)
 
@@ -67,20 +69,15 @@ def _print_costs(run: RunConfig, costs: list[Cost]) -> None:
         highlight=False,
     )
     table = Table(box=None, pad_edge=False)
-    for name in (
-        "examples",
-        "sampling rate",
-        "steps a round",
-        "noise multiplier",
-        "epsilon",
-        "epsilon (RDP)",
-    ):
+    of_examples = privacy.unit == "example"
+    for name in ("examples", "sampling rate", "steps a round") if of_examples else ():
+        table.add_column(name, justify="right")
+    for name in ("noise multiplier", "epsilon", "epsilon (RDP)"):
         table.add_column(name, justify="right")
     for cost in costs:
+        sampling = (str(cost.examples), f"{cost.sampling_rate:.4g}", str(cost.steps))
         table.add_row(
-            str(cost.examples),
-            f"{cost.sampling_rate:.4g}",
-            str(cost.steps),
+            *(sampling if of_examples else ()),
             f"{cost.noise_multiplier:.4g}",
             f"{cost.epsilon:.4g}",
             f"{cost.admission_epsilon:.4g}",

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import ParamSpec, TypedDict, TypeVar
 
 from fedge.errors import RefusedError
-from fedge.privacy.ledger import admit
+from fedge.privacy.ledger import admit, check_rested
 from fedge.privacy.mechanism import Mechanism
 from fedge.privacy.rdp import epsilon_of
 from fedge.privacy.terms import Price, Terms
@@ -82,10 +82,12 @@ class Spending:
         """Set aside the most that an order may spend; returns the ledger's entry.
 
         Raises:
-            RefusedError: the budget does not allow it, or the ledger cannot be used.
+            RefusedError: the budget does not allow it, or the ledger cannot be used; or the order comes too
+                soon after another for the run's noise.
         """
         assert protection.terms is not None  # what costs something has terms and a price
         assert protection.price is not None
+        check_rested(self._ledger.books.of_run(run_id), order, protection.terms.separation)
         return await self._call(
             self._ledger.reserve, run_id, order, cost, **self._caps(protection.terms, protection.price)
         )

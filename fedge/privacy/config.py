@@ -12,7 +12,25 @@ Unit = Literal["none", "example", "client"]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
-_PROMISES = ("epsilon", "delta", "noise_multiplier", "evaluation_noise_multiplier", "max_participations")
+_PROMISES = (
+    "epsilon",
+    "delta",
+    "noise_multiplier",
+    "evaluation_noise_multiplier",
+    "max_participations",
+    "adaptive_clip",
+)
+
+
+class AdaptiveClip(Config):
+    """`[privacy.adaptive_clip]`: the clip moves so that the share `target` of updates is not clipped.
+
+    `noise_multiplier` is for the count of those; without the key it follows from the cohort's size.
+    """
+
+    target: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    learning_rate: Annotated[float, Field(gt=0, le=2)] = 0.2
+    noise_multiplier: Positive | None = None
 
 
 class Privacy(Config):
@@ -20,7 +38,8 @@ class Privacy(Config):
 
     `noise_multiplier` fixes the noise instead; with both, a site whose cost would exceed `epsilon` refuses.
     `max_participations` bounds the rounds that a site takes part in (otherwise: all), and with it the noise.
-    Nothing is evaluated unless `evaluation_noise_multiplier` says with how much noise.
+    Nothing is evaluated unless `evaluation_noise_multiplier` says with how much noise. With the unit "client",
+    a site rests `separation - 1` rounds after each, and the noise of so many rounds is correlated.
     """
 
     unit: Unit = "example"
@@ -31,6 +50,8 @@ class Privacy(Config):
     evaluation_noise_multiplier: Positive | None = None
     loss_bound: Positive = 10.0
     max_participations: Count | None = None
+    separation: Annotated[int, Field(ge=1, le=256)] = 1
+    adaptive_clip: AdaptiveClip | None = None
     amplification: Literal["none", "cohort"] = "none"
 
     @model_validator(mode="after")
@@ -42,13 +63,17 @@ class Privacy(Config):
             )
         if self.unit == "none":
             given = [name for name in _PROMISES if getattr(self, name) is not None]
+            given += ["separation"] if self.separation > 1 else []
             if given:
                 raise ValueError(
                     f'{" and ".join(given)} promise a guarantee that unit = "none" does not give'
                 )
             return self
-        if self.unit == "client":
-            raise ValueError("unit: 'client' differential privacy is not in this version")
+        if self.unit == "example" and (self.separation > 1 or self.adaptive_clip is not None):
+            raise ValueError(
+                "separation and adaptive_clip are for noise that the coordinator adds to a round's sum, under "
+                'unit = "client"'
+            )
         if self.clip is None:
             raise ValueError(
                 f"clip: expected the largest norm of one {self.unit}'s part, found none: noise without a bound "

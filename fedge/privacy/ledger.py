@@ -134,13 +134,15 @@ class Open:
 class RunBooks:
     """One run's part: what it spent (at the maximum where it is sending), what it has set aside.
 
-    `releases` is how many entries left; `left` are the numbers of the last ones of them.
+    `releases` is how many entries left; `left` are the numbers of the last ones of them, and `last_turn` is the
+    last round of training that one was for.
     """
 
     spent: Account = field(default_factory=Account)
     outstanding: Account = field(default_factory=Account)
     releases: int = 0
     left: tuple[int, ...] = ()
+    last_turn: int = 0
     unprotected: bool = False
 
 
@@ -206,7 +208,9 @@ def step(books: Books, record: Record) -> Books:
             reservation = _open(books, entry, sending=False)
             run = books.runs[reservation.run_id]
             left = (*run.left, entry)[-KEPT_ENTRIES:]
-            run = replace(run, releases=run.releases + 1, left=left)
+            order = reservation.order
+            last_turn = run.last_turn if order.kind == "evaluate" else max(run.last_turn, order.round)
+            run = replace(run, releases=run.releases + 1, left=left, last_turn=last_turn)
             return replace(
                 books,
                 open={**books.open, entry: replace(reservation, sending=True)},
@@ -277,6 +281,24 @@ def admit(
         at = delta if run_delta is None else run_delta
         _within(divergence, before, delta=at, cap=max_run_epsilon, of="the run")
     return after
+
+
+def check_rested(run: RunBooks, order: OrderId, separation: int) -> None:
+    """Whether a site's turn is far enough from its last one for the correlated noise of the run's rounds.
+
+    Raises:
+        RefusedError: PROTECTION_TOO_WEAK; it is not.
+    """
+    if order.kind == "evaluate" or run.last_turn in (0, order.round):
+        return
+    if order.round - run.last_turn < separation:
+        raise RefusedError(
+            Refusal(
+                RefusalCode.PROTECTION_TOO_WEAK,
+                f"asked for round {order.round} after round {run.last_turn}; the noise of this run hides a site's "
+                f"turns only where they are {separation} rounds apart",
+            )
+        )
 
 
 def _within(asked: Curve, before: Curve, *, delta: float, cap: float, of: str) -> float:

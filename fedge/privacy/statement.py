@@ -17,7 +17,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedge.errors import IdentityError
 from fedge.principal import key_of_pem, load_certificate, principal_of
+from fedge.privacy.central import Central
 from fedge.privacy.config import Unit
+from fedge.privacy.mechanism import merged, scaled
 from fedge.privacy.pld import statement
 from fedge.privacy.terms import Terms, price
 from fedge.run import RunConfig
@@ -94,10 +96,11 @@ def state(run: RunConfig, run_id: str, status: str, cohorts: Sequence[Sequence[s
             reason = "the run fixes the noise, and not epsilon: each site's own ledger knows what it spent"
     else:
         found = price(terms, run.work, "train", 1)
-        mechanism = (
-            f"Gaussian noise of {found.noise_multiplier:g} x the clip {terms.clip:g} on the sum of updates"
-        )
-        epsilon, accountant = statement(found.run, terms.delta)
+        mechanism = str(Central.of(run))
+        releases = [scaled(found.order, most)] if most else []
+        if found.evaluation is not None and terms.evaluations:
+            releases.append(scaled(found.evaluation, terms.evaluations))
+        epsilon, accountant = statement(merged(releases), terms.delta)
     return Statement(
         run_id=run_id,
         name=run.name,

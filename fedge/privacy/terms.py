@@ -22,6 +22,7 @@ class Terms:
     """A run's privacy as it is offered to sites.
 
     `participations` and `evaluations` are the most that the run may ask of one site: so many are paid for.
+    `separation` is the fewest rounds from one turn of a site to its next.
     """
 
     unit: Unit
@@ -33,6 +34,7 @@ class Terms:
     noise_multiplier: float | None = None
     evaluation_noise_multiplier: float | None = None
     loss_bound: float = 10.0
+    separation: int = 1
 
     def __post_init__(self) -> None:
         if self.unit not in ("example", "client"):
@@ -43,6 +45,8 @@ class Terms:
             raise ValueError("expected epsilon or noise_multiplier, found neither")
         if self.participations < 1 or self.evaluations < 0:
             raise ValueError(f"expected 1 participation or more, found {self.participations}")
+        if self.separation < 1:
+            raise ValueError(f"separation: expected 1 round or more, found {self.separation}")
         if self.evaluations and self.evaluation_noise_multiplier is None:
             raise ValueError("evaluations: expected noise for them, found none")
         for name in ("clip", "loss_bound", "epsilon", "noise_multiplier", "evaluation_noise_multiplier"):
@@ -63,12 +67,15 @@ class Terms:
             unit=privacy.unit,
             delta=privacy.delta,
             clip=privacy.clip,
-            participations=min(privacy.max_participations or run.rounds, run.rounds),
+            participations=min(
+                privacy.max_participations or run.rounds, -(-run.rounds // privacy.separation)
+            ),
             evaluations=-(-run.rounds // every) if every else 0,
             epsilon=privacy.epsilon,
             noise_multiplier=privacy.noise_multiplier,
             evaluation_noise_multiplier=privacy.evaluation_noise_multiplier,
             loss_bound=privacy.loss_bound,
+            separation=privacy.separation,
         )
 
     def evaluation(self) -> Mechanism | None:

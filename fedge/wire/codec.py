@@ -147,6 +147,7 @@ def encode_terms(terms: Terms) -> pb.Privacy:
         noise_multiplier=terms.noise_multiplier,
         evaluation_noise_multiplier=terms.evaluation_noise_multiplier,
         loss_bound=terms.loss_bound,
+        separation=terms.separation,
     )
 
 
@@ -165,6 +166,7 @@ def decode_terms(message: pb.Privacy) -> Terms:
             if message.HasField("evaluation_noise_multiplier")
             else None,
             loss_bound=message.loss_bound,
+            separation=message.separation,
         )
     except ValueError as error:
         raise RemoteProtocolError(f"not terms of privacy: {error}") from None

@@ -572,6 +572,7 @@ class Privacy(_message.Message):
     NOISE_MULTIPLIER_FIELD_NUMBER: _builtins.int
     EVALUATION_NOISE_MULTIPLIER_FIELD_NUMBER: _builtins.int
     LOSS_BOUND_FIELD_NUMBER: _builtins.int
+    SEPARATION_FIELD_NUMBER: _builtins.int
     unit: _builtins.str
     delta: _builtins.float
     clip: _builtins.float
@@ -582,6 +583,8 @@ class Privacy(_message.Message):
     noise_multiplier: _builtins.float
     evaluation_noise_multiplier: _builtins.float
     loss_bound: _builtins.float
+    separation: _builtins.int
+    """rounds from one turn of a site to its next, at least"""
     def __init__(
         self,
         *,
@@ -594,10 +597,11 @@ class Privacy(_message.Message):
         noise_multiplier: _builtins.float | None = ...,
         evaluation_noise_multiplier: _builtins.float | None = ...,
         loss_bound: _builtins.float = ...,
+        separation: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_epsilon", b"_epsilon", "_evaluation_noise_multiplier", b"_evaluation_noise_multiplier", "_noise_multiplier", b"_noise_multiplier", "epsilon", b"epsilon", "evaluation_noise_multiplier", b"evaluation_noise_multiplier", "noise_multiplier", b"noise_multiplier"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_epsilon", b"_epsilon", "_evaluation_noise_multiplier", b"_evaluation_noise_multiplier", "_noise_multiplier", b"_noise_multiplier", "clip", b"clip", "delta", b"delta", "epsilon", b"epsilon", "evaluation_noise_multiplier", b"evaluation_noise_multiplier", "evaluations", b"evaluations", "loss_bound", b"loss_bound", "noise_multiplier", b"noise_multiplier", "participations", b"participations", "unit", b"unit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_epsilon", b"_epsilon", "_evaluation_noise_multiplier", b"_evaluation_noise_multiplier", "_noise_multiplier", b"_noise_multiplier", "clip", b"clip", "delta", b"delta", "epsilon", b"epsilon", "evaluation_noise_multiplier", b"evaluation_noise_multiplier", "evaluations", b"evaluations", "loss_bound", b"loss_bound", "noise_multiplier", b"noise_multiplier", "participations", b"participations", "separation", b"separation", "unit", b"unit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__epsilon: _TypeAlias = _typing.Literal["epsilon"]  # noqa: Y015
     _WhichOneofArgType__epsilon: _TypeAlias = _typing.Literal["_epsilon", b"_epsilon"]  # noqa: Y015
@@ -665,8 +669,11 @@ class Order(_message.Message):
     DEADLINE_S_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     MIRROR_FIELD_NUMBER: _builtins.int
+    CLIP_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     deadline_s: _builtins.float
+    clip: _builtins.float
+    """client-level privacy: what the update is clipped to"""
     @_builtins.property
     def id(self) -> Global___OrderId: ...
     @_builtins.property
@@ -681,13 +688,19 @@ class Order(_message.Message):
         deadline_s: _builtins.float = ...,
         model: Global___Blob | None = ...,
         mirror: Global___Mirror | None = ...,
+        clip: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_mirror", b"_mirror", "id", b"id", "mirror", b"mirror", "model", b"model"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_clip", b"_clip", "_mirror", b"_mirror", "clip", b"clip", "id", b"id", "mirror", b"mirror", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_mirror", b"_mirror", "deadline_s", b"deadline_s", "id", b"id", "mirror", b"mirror", "model", b"model", "run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clip", b"_clip", "_mirror", b"_mirror", "clip", b"clip", "deadline_s", b"deadline_s", "id", b"id", "mirror", b"mirror", "model", b"model", "run_id", b"run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__clip: _TypeAlias = _typing.Literal["clip"]  # noqa: Y015
+    _WhichOneofArgType__clip: _TypeAlias = _typing.Literal["_clip", b"_clip"]  # noqa: Y015
     _WhichOneofReturnType__mirror: _TypeAlias = _typing.Literal["mirror"]  # noqa: Y015
     _WhichOneofArgType__mirror: _TypeAlias = _typing.Literal["_mirror", b"_mirror"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__clip) -> _WhichOneofReturnType__clip | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__mirror) -> _WhichOneofReturnType__mirror | None: ...
 
 Global___Order: _TypeAlias = Order  # noqa: Y015

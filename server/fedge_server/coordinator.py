@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from fedge.errors import BusyError, ConfigError, FedgeError, RunError
 from fedge.federation import Stop
+from fedge.privacy.central import Central
 from fedge.privacy.terms import Terms
 from fedge.refusal import Refusal
 from fedge.round import Failed, OrderId
@@ -219,7 +220,10 @@ class Coordinator:
 
     async def _resumed(self, kept: KeptRun, past: PastRun) -> RunDriver:
         strategy = load_strategy(past.config.strategy, past.config.work, allowed=self.settings.strategies)
-        start = await self.archive.call(start_of, kept, strategy, past.layout, self.archive, self.spool)
+        central = Central.of(past.config)
+        start = await self.archive.call(
+            start_of, kept, strategy, central, past.layout, self.archive, self.spool
+        )
         return RunDriver(kept.record, past.config, start, self._surroundings())
 
     def _drive(self, driver: RunDriver) -> None:

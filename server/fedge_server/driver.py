@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,8 +22,10 @@ from fedge.errors import LinkError, RunError, StorageError
 from fedge.federation import Finish, Returned, RunEffect, RunEvent
 from fedge.history import Row
 from fedge.learning import Learning
-from fedge.pipeline import Update
+from fedge.pipeline import Aggregate, Update
 from fedge.plan import Plan
+from fedge.privacy.central import Central
+from fedge.privacy.secure import KEY_BYTES, SecureSource
 from fedge.refusal import Refusal, RefusalCode
 from fedge.round import (
     Accept,
@@ -49,9 +53,11 @@ from fedge_server.history import History
 from fedge_server.keeper import Keeper
 from fedge_server.moments import Start, moment_of
 from fedge_server.orders import Orders
+from fedge_server.receipts import Delivery
 from fedge_server.shelf import Shelf
 from fedge_server.spool import Upload
 from fedge_server.store.records import RunRecord
+from fedge_server.timers import Timers
 from fedge_server.traffic import Traffic
 from fedge_server.waiting import Accepted, Waiting
 
@@ -66,16 +72,6 @@ _NO_VECTOR: Array = np.zeros(0, np.float32)
 _ENDED = Refusal(RefusalCode.RUN_ENDED, "the run is over")
 
 Outbox = Callable[[str, pb.ServerMessage], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Delivery:
-    """A complete, well-formed update and the future that its sender's receipt waits on."""
-
-    num_examples: int
-    metrics: dict[str, float]
-    upload: Upload | None
-    receipt: asyncio.Future[Refusal | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +99,15 @@ class RunDriver:
         self.keeper = Keeper(surroundings.archive, config.checkpoint, committed=start.machine.committed)
         self._first = start.effects
         self._learning = start.learning
+        # Noise of the coordinator's own, where it is to add some: its key is this process's, and goes with it.
+        self._source = (
+            SecureSource(secrets.token_bytes(KEY_BYTES)) if start.learning.central is not None else None
+        )
         self._outbox = surroundings.outbox
         self._reach = surroundings.archive.faults.reach
         self._orders = Orders(record.run_id, self.shelf)
         self._queue: asyncio.Queue[tuple[RunEvent | None, Delivery | None]] = asyncio.Queue()
-        self._timers: dict[tuple[OrderId, str], asyncio.TimerHandle] = {}
+        self._timers = Timers(self.post)
         self._waiting = Waiting(surroundings.max_kept_bytes)
         for accepted in start.accepted:
             self._waiting.add(accepted)
@@ -129,7 +129,7 @@ class RunDriver:
         surroundings: Surroundings,
     ) -> RunDriver:
         """A new run. It is not kept yet: see `first_moment`."""
-        learning = Learning.begin(strategy, model)
+        learning = Learning.begin(strategy, model, Central.of(config))
         kind = learning.order(1).kind
         plan = Plan.of(config, kind=kind, max_staleness=strategy.max_staleness)
         machine, effects = federation.begin(plan)
@@ -176,13 +176,13 @@ class RunDriver:
         """Hand the run an event; it is handled after those before it."""
         if self._over:
             if delivery is not None:
-                _answer(delivery, _ENDED)
+                delivery.answer(_ENDED)
             return
         # Only a flood of peers fills the queue; what is lost is the flood's, never a timer or its owner's stop.
         if isinstance(event, Arrived | Failed | Progressed) and self._queue.qsize() >= MAX_WAITING_EVENTS:
             log.error("run_queue_full run=%s event=%s", self.run_id, type(event).__name__)
             if delivery is not None:
-                _answer(delivery, Refusal(RefusalCode.LATE, "the coordinator is overloaded"))
+                delivery.answer(Refusal(RefusalCode.LATE, "the coordinator is overloaded"))
             return
         self._queue.put_nowait((event, delivery))
 
@@ -272,7 +272,8 @@ class RunDriver:
         self._nudge = None
         self._queue.put_nowait((None, None))
 
-    def _keep(self) -> None:
+    def _keep(self, learning: Learning | None = None, row: Row | None = None) -> None:
+        """Begin to keep this moment; with these in it, if they are not the run's yet."""
         if self._nudge is not None:
             self._nudge.cancel()
             self._nudge = None
@@ -284,7 +285,13 @@ class RunDriver:
             self._queue.put_nowait((None, None))
 
         self._changed = False
-        self.keeper.keep(self._moment(unkept), kept)
+        rows = self.history.since(self._kept_revision) + ([row] if row is not None else [])
+        committed = self.machine.committed > self.keeper.committed
+        newest = learning if learning is not None else self._learning
+        moment = moment_of(
+            self.run_id, self.machine, newest if committed else None, rows=rows, accepted=unkept
+        )
+        self.keeper.keep(moment, kept)
 
     async def _keep_to_the_end(self) -> None:
         """Keep the last moment, however long that takes."""
@@ -293,19 +300,11 @@ class RunDriver:
             self._keep()
             await self.keeper.settled()
 
-    def _moment(self, unkept: list[Accepted]) -> Moment:
-        committed = self.machine.committed > self.keeper.committed
-        rows = self.history.since(self._kept_revision)
-        learning = self._learning if committed else None
-        return moment_of(self.run_id, self.machine, learning, rows=rows, accepted=unkept)
-
     async def _fail(self, reason: str) -> None:
         self.machine, effects = federation.fail(self.machine, reason)
         await self._execute(effects, None)
 
     def _wind_up(self) -> None:
-        for timer in self._timers.values():
-            timer.cancel()
         self._timers.clear()
         self.shelf.clear()
         self._waiting.clear()
@@ -320,7 +319,7 @@ class RunDriver:
         while not self._queue.empty():
             event, delivery = self._queue.get_nowait()
             if delivery is not None:
-                _answer(delivery, _ENDED)
+                delivery.answer(_ENDED)
             if isinstance(event, Joined | Returned):  # ready a moment too late
                 clients.add(event.client)
         for client in sorted(clients):
@@ -334,10 +333,7 @@ class RunDriver:
         while not self._queue.empty():
             _, delivery = self._queue.get_nowait()
             if delivery is not None:
-                # No answer: the sender keeps it, and brings it to the next process.
-                delivery.receipt.set_exception(LinkError("the coordinator is shutting down"))
-                if delivery.upload is not None:
-                    delivery.upload.close()
+                delivery.leave(LinkError("the coordinator is shutting down"))
         self.history.touch()
         log.info("run_interrupted run=%s round=%d", self.run_id, self.machine.committed)
 
@@ -359,7 +355,7 @@ class RunDriver:
         finally:
             if delivery is not None and not delivery.receipt.done():
                 # A defect on the way must not leave the sender waiting.
-                _answer(delivery, Refusal(RefusalCode.LATE, "the coordinator could not use this update"))
+                delivery.answer(Refusal(RefusalCode.LATE, "the coordinator could not use this update"))
         if waited != self.machine.waiting_for:
             self.history.touch()
 
@@ -387,20 +383,20 @@ class RunDriver:
                     refusal,
                 )
                 if delivery is not None:
-                    _answer(delivery, refusal)
+                    delivery.answer(refusal)
             case Cancel(client, order):
                 cancel = pb.Cancel(run_id=self.run_id, id=encode_order_id(order))
                 self._outbox(client, pb.ServerMessage(cancel=cancel))
                 self.shelf.withdraw(client, order.kind)
             case StartTimer(order, phase, seconds):
-                self._start_timer(DeadlinePassed(order, phase), seconds)
+                self._timers.start(DeadlinePassed(order, phase), seconds)
             case Close(order, _):
                 await self._close(order)
             case GiveUp(order, reason):
                 log.warning("round_given_up run=%s order=%s reason=%s", self.run_id, order, reason)
                 self._waiting.drop(order.kind)
                 self._learning = self._learning.abandon(order)
-                self._drop_timers(order)
+                self._timers.drop(order)
             case Finish():
                 pass  # `run` sees the machine's status
 
@@ -419,7 +415,7 @@ class RunDriver:
         self._traffic.up += upload.size if upload is not None else 0
         self.shelf.withdraw(client, order.kind)
         self.history.refusals.pop(client, None)
-        _answer(delivery, None)
+        delivery.answer(None)
         if full:
             with self._waiting.taken(order.kind) as updates:
                 size = self._bytes_of(order)
@@ -430,15 +426,30 @@ class RunDriver:
         return 0 if order.kind == "evaluate" else self.layout.nbytes
 
     async def _close(self, order: OrderId) -> None:
-        self._drop_timers(order)
+        self._timers.drop(order)
         with self._waiting.taken(order.kind) as updates:
-            size = self._bytes_of(order)
-            self._learning, aggregate = await _off_loop(size, self._learning.close, order, *updates)
+            close = partial(self._learning.close, order, *updates, source=self._source)
+            learning, aggregate = await _off_loop(self._bytes_of(order), close)
         self._waiting.drop(order.kind)
+        row = None
+        if self._source is not None:
+            row = self._row(order, aggregate)
+            await self._keep_first(learning, row)
+        self._learning = learning
+        if order.kind != "evaluate":
+            await self._publish(order.round + 1)
+        self.history.put(row if row is not None else self._row(order, aggregate))
+
+    async def _keep_first(self, learning: Learning, row: Row) -> None:
+        """Nothing is told of an aggregate with noise before it is certain that it is not made again with other
+        noise: two of them would hide less than one."""
+        await self.keeper.settled()
+        self._keep(learning, row)
+        await self.keeper.settled()
+
+    def _row(self, order: OrderId, aggregate: Aggregate) -> Row:
         if order.kind == "evaluate":
-            self.history.add_metrics(order.round, aggregate.metrics)
-            return
-        await self._publish(order.round + 1)
+            return self.history.evaluated(order.round, aggregate.metrics)
         traffic = self._traffic.end(order)
         log.info(
             "round_committed run=%s round=%d clients=%d seconds=%.3f",
@@ -447,19 +458,17 @@ class RunDriver:
             len(aggregate.clients),
             traffic.seconds,
         )
-        self.history.add(
-            Row(
-                round=order.round,
-                attempt=order.attempt,
-                clients=aggregate.clients,
-                num_examples=aggregate.num_examples,
-                seconds=traffic.seconds,
-                bytes_down=traffic.down,
-                bytes_up=traffic.up,
-                refused=traffic.refused,
-                staleness=aggregate.staleness,
-                metrics=aggregate.metrics,
-            )
+        return Row(
+            round=order.round,
+            attempt=order.attempt,
+            clients=aggregate.clients,
+            num_examples=aggregate.num_examples,
+            seconds=traffic.seconds,
+            bytes_down=traffic.down,
+            bytes_up=traffic.up,
+            refused=traffic.refused,
+            staleness=aggregate.staleness,
+            metrics=aggregate.metrics,
         )
 
     async def _publish(self, round: int) -> None:
@@ -467,23 +476,6 @@ class RunDriver:
         order = self._learning.order(round)
         vector = self._learning.model.vector
         await _off_loop(vector.nbytes, self._orders.publish, vector, order)
-
-    def _start_timer(self, event: DeadlinePassed, seconds: float) -> None:
-        key = (event.order, event.phase)
-        if key in self._timers:
-            self._timers[key].cancel()
-        self._timers[key] = asyncio.get_running_loop().call_later(seconds, self.post, event)
-
-    def _drop_timers(self, order: OrderId) -> None:
-        for key in [key for key in self._timers if key[0] == order]:
-            self._timers.pop(key).cancel()
-
-
-def _answer(delivery: Delivery, refusal: Refusal | None) -> None:
-    if not delivery.receipt.done():
-        delivery.receipt.set_result(refusal)
-    if refusal is not None and delivery.upload is not None:
-        delivery.upload.close()
 
 
 async def _off_loop(size: int, function: Callable[..., Any], *arguments: Any) -> Any:

@@ -23,16 +23,16 @@ class History:
     def __post_init__(self) -> None:
         self._changed_at = [0] * len(self.rows)  # rows of an earlier process
 
-    def add(self, row: Row) -> None:
-        self.rows.append(row)
-        self._changed_at.append(self.revision + 1)
-        self.touch()
+    def evaluated(self, round: int, metrics: Mapping[str, float]) -> Row:
+        """The row of `round` with an evaluation of the model that it made; it is not in the history yet."""
+        row = self.rows[round - 1]
+        return replace(row, metrics={**row.metrics, **metrics})
 
-    def add_metrics(self, round: int, metrics: Mapping[str, float]) -> None:
-        """An evaluation of the model that `round` made."""
-        index = round - 1
-        self.rows[index] = replace(self.rows[index], metrics={**self.rows[index].metrics, **metrics})
-        self._changed_at[index] = self.revision + 1
+    def put(self, row: Row) -> None:
+        """The next round's row, or an earlier one's in its new form."""
+        index = row.round - 1
+        self.rows[index : index + 1] = [row]
+        self._changed_at[index : index + 1] = [self.revision + 1]
         self.touch()
 
     def touch(self) -> None:

@@ -13,6 +13,7 @@ from fedge.federation import Federation, RunEffect
 from fedge.history import Row
 from fedge.learning import Learning
 from fedge.pipeline import Update
+from fedge.privacy.central import Central
 from fedge.round import OrderId
 from fedge.snapshot import revive
 from fedge.strategy import AnyStrategy
@@ -55,11 +56,18 @@ def moment_of(
         updates=tuple(_kept_update(each, of) for each, of in held),
         cohorts=machine.cohorts,
     )
-    saved = Saved(learning.model.vector, learning.state) if learning is not None else None
+    saved = Saved(learning.model.vector, learning.kept) if learning is not None else None
     return Moment(progress, saved, [of for _, of in held])
 
 
-def start_of(kept: KeptRun, strategy: AnyStrategy, layout: Layout, archive: Archive, spool: Spool) -> Start:
+def start_of(
+    kept: KeptRun,
+    strategy: AnyStrategy,
+    central: Central | None,
+    layout: Layout,
+    archive: Archive,
+    spool: Spool,
+) -> Start:
     """Where a run goes on that an earlier process has kept. Blocks: it reads all of its vectors.
 
     Raises:
@@ -67,8 +75,8 @@ def start_of(kept: KeptRun, strategy: AnyStrategy, layout: Layout, archive: Arch
         LayoutError: the checkpoint is not one of this strategy.
     """
     blank = np.zeros(layout.size, np.float32)
-    like = Saved(blank, strategy.init(Model(blank, layout)))
-    learning = Learning(strategy, layout, revive(archive.read(kept), like).state)
+    begun = Learning.begin(strategy, Model(blank, layout), central)
+    learning = begun.revived(revive(archive.read(kept), Saved(blank, begun.kept)).state)
     found = [_accepted(update, spool) for update in kept.progress.updates]
     accepted = tuple(each for each in found if each is not None)
     of_order: dict[OrderId, set[str]] = {}

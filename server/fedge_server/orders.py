@@ -20,6 +20,7 @@ class Orders:
         self._shelf = shelf
         self._model = pb.Blob()
         self._mirror: pb.Mirror | None = None
+        self._clip: float | None = None
         self._messages: dict[OrderId, pb.ServerMessage] = {}
 
     def publish(self, model: Array, order: Order) -> None:
@@ -44,6 +45,7 @@ class Orders:
                 beta2_power=order.slots.beta2_power,
                 advance=pb.Advance(from_digest=previous, gradient=others[1]) if order.advance else None,
             )
+        self._clip = order.clip
         self._messages.clear()
 
     def message(self, order: OrderId, *, deadline_s: float) -> pb.ServerMessage:
@@ -56,6 +58,7 @@ class Orders:
                     deadline_s=deadline_s,
                     model=self._model,
                     mirror=self._mirror,
+                    clip=self._clip,
                 )
             )
         return self._messages[order]

@@ -21,6 +21,7 @@ from fedge.history import Row
 from fedge.learning import Learning
 from fedge.pipeline import Update
 from fedge.plan import Plan
+from fedge.privacy.central import Central
 from fedge.privacy.secure import SecureSource
 from fedge.refusal import Refusal, RefusalCode
 from fedge.round import (
@@ -124,9 +125,8 @@ class _Engine:
         self._callbacks = callbacks
         self._population = Population.of(run, task, count=run.simulation.clients)
         strategy = load_strategy(run.strategy, run.work)
-        private = run.privacy.unit == "example"
         self._learning = Learning.begin(
-            strategy, framework.initial_model(task, seed=run.seed, private=private)
+            strategy, framework.initial_model(task, seed=run.seed, unit=run.privacy.unit), Central.of(run)
         )
         self._trainer = Trainer(task, seed=run.seed)
         self.threads = suitable_threads(self._trainer.layout.size)
@@ -134,7 +134,7 @@ class _Engine:
         self._accounts = Accounts(run, kind)
         terms = self._accounts.terms
         # At example level the clip is for the gradients of examples, not for updates.
-        self._layers = layers_of(None if terms and terms.unit == "example" else run.privacy.clip)
+        self._clip = None if terms and terms.unit == "example" else run.privacy.clip
         plan = Plan.of(run, kind=kind, max_staleness=strategy.max_staleness)
         self._machine, effects = federation.begin(plan, frozenset(self._population.names))
         self._effects = effects
@@ -229,7 +229,7 @@ class _Engine:
                 done.num_examples,
                 metrics,
                 layout=layout,
-                layers=self._layers,
+                layers=layers_of(noising.clip if (noising := self._learning.noising) else self._clip),
                 terms=self._accounts.terms,
             )
         except RefusedError as error:
@@ -284,8 +284,9 @@ class _Engine:
         back; what is not asked of them again is no longer wanted.
         """
         strategy, layout = self._learning.strategy, self._learning.layout
-        blank = strategy.init(Model(np.zeros(layout.size, np.float32), layout))
-        learning = Learning(strategy, layout, revive(take(self._learning.state), blank))
+        blank = Model(np.zeros(layout.size, np.float32), layout)
+        begun = Learning.begin(strategy, blank, self._learning.central)
+        learning = begun.revived(revive(take(self._learning.kept), begun.kept))
         kept: dict[OrderId, list[str]] = {}
         for order, update in (each for updates in self._kept.values() for each in updates):
             learning = learning.fold(order, update)
@@ -352,7 +353,7 @@ class _Engine:
     def _close(self, order: OrderId) -> None:
         self._drop_timers(order)
         self._kept.pop(order.kind, None)
-        self._learning, aggregate = self._learning.close(order)
+        self._learning, aggregate = self._learning.close(order, source=self._noise(order))
         if order.kind == "evaluate":
             row = self._rows[order.round - 1]
             row = replace(row, metrics={**row.metrics, **aggregate.metrics})
@@ -376,6 +377,12 @@ class _Engine:
             self._began = now
         for callback in self._callbacks:
             callback(row)
+
+    def _noise(self, order: OrderId) -> SecureSource | None:
+        """The coordinator's own noise, which follows from the run's seed."""
+        if self._learning.central is None:
+            return None
+        return SecureSource(derive_key(self._run.seed, "coordinator", order.kind, order.round, order.attempt))
 
     def _drop_timers(self, order: OrderId) -> None:
         self._timers = {key: timer for key, timer in self._timers.items() if key[0] != order}

@@ -136,15 +136,14 @@ def test_a_private_update_tells_neither_its_number_of_examples_nor_any_metric(te
 
 
 @pytest.mark.parametrize("at", [2, 3])
-def test_at_example_level_nothing_leaves_to_which_no_noise_was_added(at):
+@pytest.mark.parametrize("terms", [EXAMPLE, CLIENT], ids=lambda terms: terms.unit)
+def test_nothing_leaves_to_which_no_noise_is_added(terms, at):
     vector = np.zeros(4, np.float32)
     vector[:2] = 1
-    release(vector, 1, {}, layout=PARTS, layers=(), terms=EXAMPLE)
+    release(vector, 1, {}, layout=PARTS, layers=layers_of(1.0), terms=terms)
     vector[at] = 1e-30
-    code = refused(lambda: release(vector, 1, {}, layout=PARTS, layers=(), terms=EXAMPLE))
+    code = refused(lambda: release(vector, 1, {}, layout=PARTS, layers=layers_of(1.0), terms=terms))
     assert code == RefusalCode.PROTECTION_UNAVAILABLE
-    # At client level the whole update is clipped and noised as one.
-    release(vector, 1, {}, layout=PARTS, layers=layers_of(1.0), terms=CLIENT)
 
 
 @pytest.mark.parametrize(("value", "left"), [(0.25, 0.25), (-1, 0), (9, 1), (math.nan, 0), (math.inf, 0)])

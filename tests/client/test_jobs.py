@@ -2,161 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from one_site import LARGE, SIZE, SLOTS, Site, offer, order
 
-from fedge.errors import LinkError, RefusedError, RemoteProtocolError
-from fedge.privacy.terms import Terms
+from fedge.errors import RemoteProtocolError
 from fedge.refusal import Refusal, RefusalCode
 from fedge.round import OrderId
-from fedge.run import Work
-from fedge.strategy import WorkKind
-from fedge.vector import Array, Layout, Tensor, bytes_of, digest_of
+from fedge.vector import digest_of
 from fedge.wire import fedge_pb2 as pb
-from fedge.wire.codec import encode_blob, encode_layout, encode_order_id, encode_terms, encode_work
-from fedge.wire.limits import INLINE_BYTES
+from fedge.wire.codec import encode_order_id
 from fedge_client import jobs as jobs_module
-from fedge_client import pipe_pb2 as pipe
 from fedge_client import transfer
-from fedge_client.download import Download
-from fedge_client.jobs import OUTBOX, Jobs
-from fedge_client.ledger import Ledger
-from fedge_client.settings import ClientSettings, Policy
-from fedge_client.spending import Spending
-
-SLOTS = 2
-SIZE, LARGE = 4, INLINE_BYTES // 4 + 1
-
-
-@dataclass
-class Worker:
-    """The supervisor's surface: leaves `result` in the slot, or refuses."""
-
-    loads: dict[str, pipe.Load] = field(default_factory=dict)
-    segments: dict[int, tuple[Array, Array]] = field(default_factory=dict)
-    performed: list[pipe.Perform] = field(default_factory=list)
-    cancels: int = 0
-    result: float = 1.0
-    metrics: dict[str, float] = field(default_factory=lambda: {"train_loss": 0.5})
-    refusal: Refusal | None = None
-    trouble: Exception | None = None
-    steps: int = 0
-
-    def free_slot(self) -> int | None:
-        used = {load.slot for load in self.loads.values()}
-        return next((slot for slot in range(SLOTS) if slot not in used), None)
-
-    def vectors(self, slot: int, size: int) -> tuple[Array, Array]:
-        return self.segments.setdefault(slot, (np.zeros(size, np.float32), np.zeros(size, np.float32)))
-
-    async def load(self, load: pipe.Load) -> pipe.Loaded:
-        self._behave()
-        self.loads[load.run_id] = load
-        return pipe.Loaded(run_id=load.run_id, train_examples=3, test_examples=2)
-
-    async def perform(self, message: pipe.Perform, *, progress: Callable[[int, int], None]) -> pipe.Finished:
-        self.performed.append(message)
-        self._behave()
-        for done in range(1, self.steps + 1):
-            progress(done, self.steps)
-        model, update = self.segments[self.loads[message.run_id].slot]
-        update[:] = model + np.float32(self.result)
-        metrics = [pb.Metric(name=name, value=value) for name, value in self.metrics.items()]
-        return pipe.Finished(num_examples=3, metrics=metrics)
-
-    def cancel(self) -> None:
-        self.cancels += 1
-
-    def release(self, run_id: str) -> None:
-        self.loads.pop(run_id)
-
-    def _behave(self) -> None:
-        if self.refusal is not None:
-            raise RefusedError(self.refusal)
-        if self.trouble is not None:
-            raise self.trouble
-
-
-@dataclass
-class Link:
-    """Fetches what rides inline; keeps what is delivered; breaks `breaks` times first."""
-
-    delivered: list[tuple[bytes, bytes]] = field(default_factory=list)
-    breaks: int = 0
-    breaks_in: str = "fetch deliver"
-    on_fetch: Callable[[], None] = lambda: None
-    on_break: Callable[[], None] = lambda: None
-
-    closed: bool = False
-    arrived: int = 0
-    """Bytes of the update that came before the link broke."""
-
-    async def fetch(self, run_id: str, download: Download) -> None:
-        self.on_fetch()
-        self._break("fetch")
-        assert download.complete, "it rides inline"
-
-    async def resume(self, update: pb.Update) -> int:
-        return self.arrived
-
-    async def deliver(self, update: pb.Update, vector: Array, *, offset: int = 0) -> pb.Receipt:
-        assert offset == self.arrived
-        self._break("deliver")
-        self.delivered.append((update.SerializeToString(), vector.tobytes()))
-        return pb.Receipt(run_id=update.run_id, id=update.id)
-
-    def _break(self, where: str) -> None:
-        if self.breaks and where in self.breaks_in:
-            self.breaks -= 1
-            self.on_break()
-            raise LinkError("broken")
-
-
-@dataclass
-class Site:
-    folder: Path
-    policy: Policy = field(default_factory=lambda: Policy(max_runs=SLOTS))
-
-    def __post_init__(self) -> None:
-        (self.folder / "app.py").write_text("raise SystemExit('never imported here')")
-        self.worker, self.link = Worker(), Link()
-        self.sent: list[pb.ClientMessage] = []
-        settings = ClientSettings(server="h:1", policy=self.policy)
-        worker: Any = self.worker
-        self.ledger = Ledger.open(self.folder / "ledger", "data", self.policy.delta, head_folder=self.folder)
-        spending = Spending(self.ledger, self.policy)
-        self.jobs = Jobs(settings, self.folder, worker, spending, self.sent.append)
-
-    def restarted(self) -> Site:
-        """Another agent in its place, which finds what this one has kept."""
-        self.ledger.close()
-        return Site(self.folder, self.policy)
-
-    def consider(self, offer: pb.Offer) -> pb.ClientMessage:
-        """The one answer to an offer."""
-        asyncio.run(self.jobs.consider(offer))
-        (answer,) = self.sent
-        self.sent.clear()
-        return answer
-
-    def refuses(self, offer: pb.Offer) -> Refusal:
-        refusal = self.consider(offer).refuse.refusal
-        assert self.worker.free_slot() is not None or len(self.worker.loads) == SLOTS
-        assert offer.run_id not in self.jobs.runs
-        return Refusal(RefusalCode(refusal.code), refusal.message)
-
-    def do(self, order: pb.Order) -> list[pb.ClientMessage]:
-        link: Any = self.link
-        asyncio.run(self.jobs.do(order, link))
-        answers, self.sent[:] = list(self.sent), []
-        return answers
+from fedge_client.jobs import OUTBOX
 
 
 @pytest.fixture
@@ -164,22 +26,10 @@ def site(tmp_path: Path) -> Site:
     return Site(tmp_path)
 
 
-def offer(run_id: str = "run", *, task: str = "app:task", size: int = SIZE, **fields: Any) -> pb.Offer:
-    layout = encode_layout(Layout((Tensor("w", (size,)),)))
-    known: dict[str, Any] = {"work": encode_work(Work()), "kind": pb.KIND_TRAIN, "cohort": 1}
-    fields = known | {"strategy_name": "fedavg"} | fields
-    return pb.Offer(run_id=run_id, task=task, layout=layout, **fields)
-
-
 def bad_layout() -> pb.Offer:
     message = offer()
     message.layout.CopyFrom(pb.Layout(tensors=[pb.Tensor(name="w")]))
     return message
-
-
-def order(round: int = 1, *, kind: WorkKind = "train", model: float = 0.0, size: int = SIZE) -> pb.Order:
-    blob = encode_blob(bytes_of(np.full(size, model, np.float32)), inline_bytes=1 << 30)
-    return pb.Order(run_id="run", id=encode_order_id(OrderId(kind, round)), model=blob)
 
 
 # Offers.
@@ -505,143 +355,3 @@ def test_runs_that_ended_unheard_of_leave_no_more_behind_than_there_may_be_runs(
         site.worker.loads.clear()
     assert len(list((site.folder / OUTBOX).glob("*.update"))) == SLOTS
     assert len(list((site.folder / OUTBOX).glob("*.vector"))) == SLOTS
-
-
-# Under terms of privacy.
-
-
-@dataclass
-class PrivateWorker(Worker):
-    """Does what the gate demands, unless it is told to claim something else."""
-
-    claim: dict[str, float] = field(default_factory=dict)
-    silent: bool = False
-    num_examples: int = 1
-
-    async def perform(self, message: pipe.Perform, *, progress: Callable[[int, int], None]) -> pipe.Finished:
-        finished = await super().perform(message, progress=progress)
-        finished.num_examples = self.num_examples
-        if not self.silent:
-            # Three examples in a batch of 32: all of them, once an epoch.
-            done = {"noise_multiplier": message.privacy.noise_multiplier, "sampling_rate": 1.0, "count": 1}
-            finished.releases.CopyFrom(pipe.Releases(**(done | self.claim)))
-        return finished
-
-
-@pytest.fixture
-def private(tmp_path: Path) -> Site:
-    site = Site(tmp_path)
-    site.worker = PrivateWorker(metrics={})
-    site.jobs._supervisor = site.worker  # type: ignore[assignment]  # its surface
-    assert site.consider(private_offer()).HasField("accept")
-    return site
-
-
-def private_offer() -> pb.Offer:
-    return offer(privacy=encode_terms(Terms("example", 1e-5, 1.0, 3, epsilon=6.0)))
-
-
-def charged(site: Site) -> int:
-    """Orders that the ledger counts as spent, once nothing is open any more."""
-    books = site.ledger.books
-    assert not books.outstanding().mechanisms
-    return sum(each.count for each in books.spent().mechanisms)
-
-
-def test_the_gate_decides_the_noise_and_what_was_done_is_paid_for(private: Site):
-    (answer,) = private.do(order())
-    (perform,) = private.worker.performed
-    assert (perform.privacy.clip, answer.update.num_examples, list(answer.update.metrics)) == (1.0, 1, [])
-    assert perform.privacy.noise_multiplier > 1
-    assert charged(private) == 1
-
-
-@pytest.mark.parametrize("again", [order(), None], ids=["sent again", "another attempt"])
-def test_another_attempt_at_a_round_is_answered_with_the_same_bytes_and_costs_nothing(private: Site, again):
-    (first,) = private.do(order())
-    retry = order()
-    retry.id.attempt = 2
-    private.worker.result = 99.0
-    (second,) = private.do(again or retry)
-    assert second.update.vector == first.update.vector
-    assert second.update.id == (again or retry).id
-    assert (len(private.worker.performed), charged(private)) == (1, 1)
-    private = private.restarted()
-    private.worker = PrivateWorker(metrics={}, result=99.0)
-    private.jobs._supervisor = private.worker  # type: ignore[assignment]  # its surface
-    private.consider(private_offer())
-    (third,) = private.do(again or retry)
-    assert third.update.vector == first.update.vector
-    assert (len(private.worker.performed), charged(private)) == (0, 1)
-
-
-@pytest.mark.parametrize(
-    "deceit",
-    [
-        {"silent": True},
-        {"claim": {"noise_multiplier": 0.5}},
-        {"claim": {"count": 2}},
-        {"claim": {"sampling_rate": 0.5}},
-        {"num_examples": 3},
-        {"metrics": {"secret": 4711.0}},
-    ],
-)
-def test_work_that_was_not_protected_as_demanded_does_not_leave(private: Site, deceit):
-    for name, value in deceit.items():
-        setattr(private.worker, name, value)
-    (answer,) = private.do(order())
-    refusal = answer.failed.refusal
-    assert (refusal.code, refusal.message) == (RefusalCode.PROTECTION_UNAVAILABLE, "see the site's log")
-    assert charged(private) == 1  # that it failed was told
-
-
-def test_a_failure_is_charged_and_says_nothing_of_the_data(private: Site):
-    private.worker.refusal = Refusal(RefusalCode.TASK_FAILED, "the task's code failed (Patient4711Error)")
-    (answer,) = private.do(order())
-    assert answer.failed.refusal.message == "see the site's log"
-    assert charged(private) == 1
-
-
-def test_what_was_cancelled_costs_nothing(private: Site):
-    private.worker.refusal = Refusal(RefusalCode.CANCELLED, "cancelled")
-    assert private.do(order()) == []
-    assert charged(private) == 0
-
-
-def test_no_more_rounds_than_the_run_has_paid_for(private: Site):
-    for round in range(1, 4):
-        (answer,) = private.do(order(round))
-        assert answer.HasField("update")
-    (answer,) = private.do(order(4))
-    assert answer.failed.refusal.code == RefusalCode.BUDGET_EXHAUSTED
-    assert (len(private.worker.performed), charged(private)) == (3, 3)
-
-
-def test_an_evaluation_without_noise_for_it_is_refused(private: Site):
-    (answer,) = private.do(order(kind="evaluate"))
-    assert answer.failed.refusal.code == RefusalCode.PROTECTION_UNAVAILABLE
-    assert not private.worker.performed
-
-
-def test_a_private_update_that_was_lost_is_not_made_again(private: Site):
-    """Its noise would be another one, and the budget would be spent twice."""
-    private.do(order())
-    for path in (private.folder / OUTBOX).iterdir():
-        path.write_bytes(b"")
-    private = private.restarted()
-    private.worker = PrivateWorker(metrics={})
-    private.jobs._supervisor = private.worker  # type: ignore[assignment]  # its surface
-    private.consider(private_offer())
-    (answer,) = private.do(order())
-    assert answer.failed.refusal.code == RefusalCode.UPDATE_LOST
-    assert (len(private.worker.performed), charged(private)) == (0, 1)
-
-
-def test_progress_under_privacy_is_told_in_twentieths(private: Site, monkeypatch: pytest.MonkeyPatch):
-    """A step's exact share of the work would tell how many examples there are."""
-    monkeypatch.setattr(jobs_module.progress, "every_s", lambda _: 0.0)
-    private.worker.steps = 7
-    answers = private.do(order())
-    told = [answer.progress.permille for answer in answers if answer.HasField("progress")]
-    assert len(told) == 7
-    assert all(permille % 50 == 0 for permille in told)

@@ -103,11 +103,29 @@ def test_privacy_that_cannot_keep_its_promise_is_refused(privacy, says):
     assert says in problem(f"{HEAD}[privacy]\n{privacy}")
 
 
+@pytest.mark.parametrize(
+    ("unit", "setting", "says"),
+    [
+        ("example", "separation = 2", "are for noise that the coordinator adds"),
+        ("example", "[privacy.adaptive_clip]", "are for noise that the coordinator adds"),
+        ("client", "[privacy.adaptive_clip]\ntarget = 1.0", "privacy.adaptive_clip.target"),
+        ("client", "[privacy.adaptive_clip]\nquantile = 0.5", "unknown key 'privacy.adaptive_clip.quantile'"),
+        ("client", "separation = 0", "privacy.separation"),
+    ],
+)
+def test_what_only_a_coordinators_noise_can_do_is_refused_elsewhere(unit, setting, says):
+    assert says in problem(
+        f'{HEAD}[privacy]\nunit = "{unit}"\nepsilon = 3.0\ndelta = 1e-5\nclip = 1.0\n{setting}'
+    )
+
+
 def test_a_privacy_table_without_a_unit_means_example_level():
     assert parse(f"{HEAD}[privacy]\nepsilon = 3.0\ndelta = 1e-5\nclip = 1.0").privacy.unit == "example"
 
 
-@pytest.mark.parametrize("promise", ["epsilon = 3.0", "delta = 1e-5", "noise_multiplier = 1.0"])
+@pytest.mark.parametrize(
+    "promise", ["epsilon = 3.0", "delta = 1e-5", "noise_multiplier = 1.0", "separation = 3"]
+)
 def test_a_budget_without_a_mechanism_is_refused(promise):
     words = f'{promise.split()[0]} promise a guarantee that unit = "none" does not give'
     assert words in problem(HEAD + f'[privacy]\nunit = "none"\n{promise}')

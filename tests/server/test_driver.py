@@ -8,12 +8,16 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
+from fedge.errors import StorageError
+from fedge.learning import Learning
 from fedge.refusal import RefusalCode
 from fedge.round import OrderId
+from fedge.snapshot import revive
 from fedge.strategy import Order
 from fedge.vector import digest_of
 from fedge.wire.limits import INLINE_BYTES
 from fedge_server import driver as drivers
+from fedge_server.archive import Saved
 from fedge_strategies import FedAvg, MirroredSgd, Sgd
 from fedge_strategies.fedavg import FedAvgState
 
@@ -273,5 +277,61 @@ def test_a_run_without_parameters_is_nobodys_crash(start_run, play):
         run = await start_run(FedAvg(), "a", size=0, cohort={"size": 1}, rounds=1)
         assert await run.deliver("a", OrderId("train", 1), np.zeros(0, np.float32)) is None
         assert await run.ended() == "done"
+
+    play(scenario())
+
+
+# Client-level privacy.
+
+PRIVACY = {"unit": "client", "delta": 1e-5, "clip": 1.0, "noise_multiplier": 1.0}
+
+
+def test_nothing_is_told_of_a_noised_model_before_it_is_certain_that_it_is_not_made_again(
+    start_run, play, archive, monkeypatch
+):
+    async def scenario() -> None:
+        run = await start_run(FedAvg(), "a", cohort={"size": 1}, privacy=PRIVACY)
+        keep, disk = archive.keep, asyncio.Event()
+
+        def fails(moment: object) -> None:
+            if not disk.is_set():
+                raise StorageError("the disk is full")
+            keep(moment)
+
+        monkeypatch.setattr(archive, "keep", fails)
+        before = run.driver.model.vector
+        assert await run.deliver("a", OrderId("train", 1)) is None
+        for _ in range(5):
+            await asyncio.sleep(0.05)
+            assert run.driver.model.vector is before
+            assert run.orders("a") == [OrderId("train", 1)]
+            assert run.driver.history.rows == []
+        assert "cannot keep this run" in run.driver.waiting_for
+        disk.set()
+        while len(run.orders("a")) < 2:
+            await asyncio.sleep(0.05)
+        order = run.messages("a", "order")[-1]
+        assert order.model.inline == run.driver.model.vector.tobytes() != before.tobytes()
+        assert order.clip == 1.0
+        assert await run.deliver("a", OrderId("train", 2)) is None
+        assert await run.ended() == "done"
+
+    play(scenario())
+
+
+def test_what_was_kept_of_a_noised_round_is_the_round_that_was_told(start_run, play, archive):
+    async def scenario() -> None:
+        run = await start_run(FedAvg(), "a", cohort={"size": 1}, rounds=3, privacy=PRIVACY)
+        assert await run.deliver("a", OrderId("train", 1)) is None
+        while len(run.orders("a")) < 2:
+            await asyncio.sleep(0.01)
+        (kept,) = [each for each in archive.store.runs() if each.record.run_id == run.driver.run_id]
+        assert kept.progress.committed == 1
+        assert [row.round for row in archive.store.rows(run.driver.run_id)] == [1]
+        begun = Learning.begin(FedAvg(), run.driver.model, run.driver._learning.central)
+        like = Saved(begun.model.vector, begun.kept)
+        assert np.array_equal(revive(archive.read(kept), like).model, run.driver.model.vector)
+        run.stop()
+        await run.ended()
 
     play(scenario())

@@ -100,7 +100,7 @@ def test_an_evaluation_that_nobody_answers_does_not_hold_the_run_up(start_run, p
 def test_no_timer_outlives_its_round_or_its_run(start_run, play):
     async def scenario() -> None:
         run = await start_run(FedAvg(), "a", cohort={"size": 1}, evaluation={"every": 1}, rounds=9)
-        timers = run.driver._timers
+        timers = run.driver._timers._handles
         for number in (1, 2):
             await run.deliver("a", OrderId("train", number))
             await run.deliver("a", OrderId("evaluate", number))

@@ -16,12 +16,12 @@ def row(round: int, **metrics: float) -> Row:
 
 def test_rows_are_told_once_and_again_when_they_change():
     history = History()
-    history.add(row(1, train_loss=2.0))
-    history.add(row(2))
+    history.put(row(1, train_loss=2.0))
+    history.put(row(2))
     assert [each.round for each in history.since(-1)] == [1, 2]
     seen = history.revision
     assert history.since(seen) == []
-    history.add_metrics(1, {"loss": 1.0})
+    history.put(history.evaluated(1, {"loss": 1.0}))
     assert [each.round for each in history.since(seen)] == [1]
     assert history.rows[0].metrics == {"train_loss": 2.0, "loss": 1.0}
     assert history.rows[1] == row(2)
@@ -29,7 +29,7 @@ def test_rows_are_told_once_and_again_when_they_change():
 
 def test_a_change_of_state_alone_is_news_without_rows():
     history = History()
-    history.add(row(1))
+    history.put(row(1))
     seen = history.revision
     history.touch()
     assert history.revision > seen
@@ -38,7 +38,7 @@ def test_a_change_of_state_alone_is_news_without_rows():
 
 def test_metrics_of_a_round_that_was_never_committed_are_a_defect():
     with pytest.raises(IndexError):
-        History().add_metrics(1, {"loss": 1.0})
+        History().evaluated(1, {"loss": 1.0})
 
 
 def test_everybody_who_waits_is_woken_by_the_next_change_and_misses_none():
@@ -47,8 +47,8 @@ def test_everybody_who_waits_is_woken_by_the_next_change_and_misses_none():
         watchers = [asyncio.create_task(history.changed_after(0)) for _ in range(3)]
         await asyncio.sleep(0)
         assert not any(watcher.done() for watcher in watchers)
-        history.add(row(1))
-        history.add(row(2))
+        history.put(row(1))
+        history.put(row(2))
         assert await asyncio.gather(*watchers) == [2, 2, 2]
         assert await history.changed_after(1) == 2, "what was missed is told at once"
         late = asyncio.create_task(history.changed_after(2))
@@ -77,6 +77,6 @@ def test_a_row_in_plain_values_is_all_of_it():
 
 def test_rows_of_an_earlier_process_are_told_to_those_who_know_nothing_yet():
     history = History([row(1), row(2)])
-    history.add_metrics(2, {"loss": 1.0})
+    history.put(history.evaluated(2, {"loss": 1.0}))
     assert [each.round for each in history.since(-1)] == [1, 2]
     assert [each.round for each in history.since(0)] == [2]

@@ -59,7 +59,9 @@ def until(condition: Callable[[], Any], what: str, *, seconds: float = PATIENCE_
     return value
 
 
-def fedge(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def fedge(
+    *arguments: str | Path, cwd: Path | None = None, seconds: float = PATIENCE_S
+) -> subprocess.CompletedProcess[str]:
     """Run a `fedge` command to its end."""
     return subprocess.run(
         [_FEDGE, *map(str, arguments)],
@@ -68,7 +70,7 @@ def fedge(*arguments: str | Path, cwd: Path | None = None) -> subprocess.Complet
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=PATIENCE_S,
+        timeout=seconds,
         check=False,
     )
 

@@ -88,9 +88,9 @@ def test_a_token_and_a_runs_id_stand_alone_on_the_last_line(walk: Walk) -> None:
 
 def test_check_says_of_each_thing_that_it_is_right(walk: Walk) -> None:
     words = walk.said["check"].split()
-    assert words.count("ok") == 4
+    assert words.count("ok") == 5
     assert "failed" not in words
-    for what in ("settings:", "identity:", "link:", "task:"):
+    for what in ("settings:", "identity:", "link:", "budget:", "task:"):
         assert what in words
 
 

@@ -111,3 +111,51 @@ def test_what_a_run_would_cost_is_said_before_and_nothing_is_spent(hospital: Hos
     assert refused.returncode == 6
     assert "no differential privacy" in refused.stderr
     assert not ledger(federation, strict)["runs"]
+
+
+CLIENT_LEVEL = """[privacy]
+unit = "client"
+noise_multiplier = 2.0
+delta = 1e-5
+clip = 0.5
+separation = 2
+evaluation_noise_multiplier = 20.0
+[privacy.adaptive_clip]
+[evaluation]
+every = 4
+"""
+
+
+def test_client_level_privacy_takes_place_among_sites_that_trust_the_coordinator(bare: Federation):
+    trusting = ["trusting-1", "trusting-2"]
+    for name in trusting:
+        bare.enrol(name, policy={"trust_coordinator": True, "units": ["client"]})
+    bare.enrol("wary")
+    for name in (*trusting, "wary"):
+        bare.start(name)
+    detail = bare.run(run_toml("central", size=1, quorum=1, rounds=4, more=CLIENT_LEVEL))
+    run_id = detail.summary.run_id
+    refused = {client.name: client.detail for client in bare.show(run_id).clients}
+    assert "trust_coordinator" in refused["wary"]
+
+    # Two sites take turns, as the noise was made for; the clip adapts; metrics have noise, and are few.
+    cohorts = [list(row.clients) for row in detail.history]
+    assert sorted(cohorts[0] + cohorts[1]) == trusting
+    assert cohorts[:2] == cohorts[2:]
+    metrics = [{each.name: each.value for each in row.metrics} for row in detail.history]
+    assert [set(each) for each in metrics[:3]] == [{"clip", "within_clip"}] * 3
+    assert {"loss"} < set(metrics[3])
+    assert len({each["clip"] for each in metrics}) == 4
+
+    # Each site has paid for its own turns.
+    for site in trusting:
+        found = ledger(bare, site, "--verify")
+        assert found["verified"] > 0
+        assert "2 x Gaussian, noise multiplier 2" in found["runs"][0]["releases"]
+    said = json.loads(fedge_ok("run", "statement", run_id, "--admin", bare.admin_toml))
+    assert (said["unit"], said["participations"]) == ("client", 2)
+    assert "correlated over 2 rounds" in said["mechanism"]
+    assert "the coordinator" in said["trust"]
+    assert max(ledger(bare, site)["total"]["stated"] for site in trusting) <= said["epsilon"] * (1 + 1e-6)
+    for name in (*trusting, "wary"):
+        bare.clients[name].end()

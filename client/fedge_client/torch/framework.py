@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fedge.errors import TaskError
+from fedge.privacy.config import Unit
 from fedge.task import Task
 from fedge.vector import Model
 from fedge_client.torch.flat import FlatModule
@@ -33,17 +34,16 @@ def build_module(task: Task, *, seed: int) -> torch.nn.Module:
 class TorchFramework:
     """`fedge.task.Framework` for torch."""
 
-    def initial_model(self, task: Task, *, seed: int, private: bool = False) -> Model:
+    def initial_model(self, task: Task, *, seed: int, unit: Unit = "none") -> Model:
         """The task's model with freshly seeded values; the same seed gives the same bits.
 
         Raises:
             TaskError: the task's `model` fails.
-            RefusedError: MODEL_NOT_PRIVATE; `private` is asked for, and the module cannot be trained so.
+            RefusedError: MODEL_NOT_PRIVATE; the module cannot be trained with this unit of privacy.
             LayoutError: the module holds what a flat vector cannot.
         """
         module = build_module(task, seed=seed)
-        if private:
-            check_private(module)
+        check_private(module, unit)
         flat = FlatModule(module)
         return Model(flat.vector, flat.layout)
 

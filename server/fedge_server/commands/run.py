@@ -76,8 +76,7 @@ def initial_model(config: RunConfig, *, folder: Path) -> Model:
     if ":" not in config.strategy.name:
         load_strategy(config.strategy, config.work)
     task = load_task(config.task, path=folder)
-    private = config.privacy.unit == "example"
-    return load_framework().initial_model(task, seed=config.seed, private=private)
+    return load_framework().initial_model(task, seed=config.seed, unit=config.privacy.unit)
 
 
 def begin_run(link: services.AdminStub, run_toml: str, model: Model) -> str:

@@ -21,7 +21,9 @@ def demo(
     ),
     keep: Annotated[bool, typer.Option(help="Keep keys and logs, and say where.")] = False,
 ) -> None:
-    """Run a coordinator and five hospitals on this machine: FedAvg, then MirroredSGD, on real medical data.
+    """Run a coordinator and five hospitals on this machine, on real medical data, with differential privacy.
+
+    First FedAvg, then MirroredSGD; at the end, what each hospital's ledger has counted.
 
     Example: fedge demo
     """

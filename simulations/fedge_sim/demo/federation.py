@@ -18,6 +18,8 @@ from fedge.files import write_atomic, write_private
 from fedge.run import RunConfig
 from fedge.wire import fedge_pb2 as pb
 from fedge_client.enrolment import enrol_site
+from fedge_client.ledger_report import Report, report
+from fedge_client.settings import load_client
 from fedge_server.clock import now
 from fedge_server.commands.link import CALL_S, admin_link
 from fedge_server.commands.run import begin_run, fetch_model, initial_model
@@ -28,6 +30,13 @@ from fedge_sim.demo.hospitals import HOSPITALS
 from fedge_sim.demo.processes import Started, free_port, running, wait_for
 
 RUNS = Path(__file__).parent
+POLICY = {
+    "tasks": ["fedge_sim.demo.hospitals:task"],
+    "units": ["example"],
+    "max_epsilon": 8.0,
+    "delta": 1e-4,
+}
+"""What each hospital allows, for ever: no run without privacy, and no more than this of them all together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +46,8 @@ class Finished:
     config: RunConfig
     summary: pb.RunSummary
     rounds: tuple[pb.HistoryRow, ...]
+    ledgers: dict[str, Report]
+    """Each hospital's, as it stood when the run was over."""
 
     @property
     def bytes_up(self) -> int:
@@ -107,7 +118,14 @@ class Federation:
             trained = fetch_model(link, run_id)
         model.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(model, to_safetensors(trained, metadata={"fedge_run": run_id}))
-        return Finished(config, detail.summary, tuple(detail.history))
+        return Finished(config, detail.summary, tuple(detail.history), self._ledgers())
+
+    def _ledgers(self) -> dict[str, Report]:
+        """What each hospital's own ledger says, as `fedge client ledger` prints it there."""
+        return {
+            name: report(load_client(self.folder / name / "client.toml"), self.folder / name)
+            for name in HOSPITALS
+        }
 
 
 def _enrol_all(folder: Path, address: str) -> None:
@@ -118,7 +136,7 @@ def _enrol_all(folder: Path, address: str) -> None:
         asyncio.run(enrol_site(address, token, ca_pem=authority.ca_pem, folder=folder / name))
         path = folder / name / "client.toml"
         document = tomlkit.parse(path.read_text(encoding="utf-8"))
-        document["policy"] = {"tasks": ["fedge_sim.demo.hospitals:task"]}
+        document["policy"] = POLICY
         document["worker"] = {"threads": 1}
         document["data"] = {"hospital": index}
         write_private(path, tomlkit.dumps(document))

@@ -1,4 +1,4 @@
-"""Which modules can be trained under example-level privacy, judged by what they are; no data is needed.
+"""Which modules can be trained privately, judged by what they are; no data is needed.
 
 What only real examples show (a custom forward that mixes the rows of a batch) is found by
 `fedge_client.torch.private.choice`.
@@ -14,6 +14,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from fedge.errors import RefusedError
+from fedge.privacy.config import Unit
 from fedge.refusal import Refusal, RefusalCode
 from fedge_client.torch.private.group_norm import is_batch_norm
 
@@ -23,15 +24,15 @@ def refuse(message: str) -> NoReturn:
     raise RefusedError(Refusal(RefusalCode.MODEL_NOT_PRIVATE, message))
 
 
-def check_private(module: nn.Module) -> None:
-    """Refuse a module that cannot be trained privately, with the reason and the remedy.
+def check_private(module: nn.Module, unit: Unit = "example") -> None:
+    """Refuse a module that cannot be trained under such privacy, with the reason and the remedy.
 
     Raises:
-        RefusedError: MODEL_NOT_PRIVATE; it normalises by batch statistics, keeps statistics of the data in
-            buffers, or rewrites parameters in its forward.
+        RefusedError: MODEL_NOT_PRIVATE; it keeps statistics of the data in buffers or, at example level,
+            normalises by batch statistics or rewrites parameters in its forward.
     """
     for name, part in module.named_modules():
-        reason = _objection(part)
+        reason = _objection(part) if unit == "example" else _statistics(part) if unit == "client" else None
         if reason is not None:
             where = f"{name!r} ({type(part).__name__})" if name else f"the model ({type(part).__name__})"
             refuse(f"{where} {reason}")
@@ -44,14 +45,6 @@ def _objection(part: nn.Module) -> str | None:
             "fedge_client.torch.private.group_norm_for_batch_norm(model) in the task's model(), once, "
             "before the run exists, replaces every one"
         )
-    if isinstance(part, _InstanceNorm) and part.track_running_stats:
-        return "keeps running statistics of the data, which would leave un-noised: track_running_stats=False"
-    if isinstance(part, _SpectralNorm) or any(
-        isinstance(hook, SpectralNorm) for hook in part._forward_pre_hooks.values()
-    ):
-        return (
-            "has buffers that training updates, and they would leave un-noised: train without spectral norm"
-        )
     if isinstance(part, nn.Embedding | nn.EmbeddingBag):
         if part.max_norm is not None:
             return (
@@ -60,4 +53,22 @@ def _objection(part: nn.Module) -> str | None:
             )
         if part.scale_grad_by_freq:
             return "scales gradients by counts over the batch: scale_grad_by_freq=False"
+    return _statistics(part)
+
+
+def _statistics(part: nn.Module) -> str | None:
+    if is_batch_norm(part) and getattr(part, "track_running_stats", True):
+        return (
+            "keeps running statistics of the data, which would leave un-noised: use GroupNorm; "
+            "fedge_client.torch.private.group_norm_for_batch_norm(model) in the task's model(), once, "
+            "before the run exists, replaces every one"
+        )
+    if isinstance(part, _InstanceNorm) and part.track_running_stats:
+        return "keeps running statistics of the data, which would leave un-noised: track_running_stats=False"
+    if isinstance(part, _SpectralNorm) or any(
+        isinstance(hook, SpectralNorm) for hook in part._forward_pre_hooks.values()
+    ):
+        return (
+            "has buffers that training updates, and they would leave un-noised: train without spectral norm"
+        )
     return None

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import big
+import leaky
 import psutil
 import tiny
 import tomlkit
@@ -45,8 +46,8 @@ PATIENCE_S = 100.0
 _END_S = 20.0
 _FEDGE = str(Path(sys.executable).with_name("fedge"))
 _ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
-_TASKS = {"tiny:task": tiny.task, "wide:task": wide.task, "big:task": big.task}
-_TASK_FILES = (Path(tiny.__file__), Path(wide.__file__), Path(big.__file__))
+_TASKS = {"tiny:task": tiny.task, "wide:task": wide.task, "big:task": big.task, "leaky:task": leaky.task}
+_TASK_FILES = tuple(Path(each.__file__) for each in (tiny, wide, big, leaky))
 
 
 def until(condition: Callable[[], Any], what: str, *, seconds: float = PATIENCE_S) -> Any:

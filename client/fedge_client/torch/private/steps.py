@@ -44,16 +44,15 @@ def noisy_gradient(
     """
     level, source = private.level, private.source
     flat.zero_gradient()
+    before = flat.head.clone()
     sample = torch.from_numpy(source.poisson_sample(batches.size, schedule.sampling_rate))
     try:
         for rows in torch.split(sample, clipped.max_rows) if len(sample) else ():
             clipped.add(*batches.gather(rows), level.clip)
     except UnsuitedError as error:
         refuse(f"per-example gradients cannot be computed any more: {error}")
-    if flat.was_rearranged():
-        refuse(
-            "the model puts its parameters elsewhere while it computes; change them in place, or not at all"
-        )
+    if flat.was_rearranged() or not torch.equal(flat.head.view(torch.int32), before.view(torch.int32)):
+        refuse("the model or the loss changes parameters while it computes, and what it changes has no noise")
     source.add_gaussian(flat.gradient.numpy(), level.noise_multiplier * level.clip)
     flat.gradient.mul_(1 / schedule.expected_batch)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from fedge.privacy.mechanism import Gaussian, SampledGaussian
 from fedge.privacy.rdp import Curve, curve, epsilon
@@ -10,6 +11,7 @@ from fedge.privacy.rdp import Curve, curve, epsilon
 MAX_NOISE_MULTIPLIER = 1e4
 _MIN_NOISE_MULTIPLIER = 0.05
 _RELATIVE_TOLERANCE = 1e-3
+_NUDGE = 4e-4
 
 
 def releases(noise_multiplier: float, *, sampling_rate: float, count: int) -> Gaussian | SampledGaussian:
@@ -41,17 +43,57 @@ def noise_multiplier_for(
             f"epsilon {before:.4g} at delta {delta:g} is spent already, which is more than {target:g}; no noise "
             "makes that less"
         )
-    low, high = _MIN_NOISE_MULTIPLIER, 1.0
-    while cost(high) > target:
-        if high == MAX_NOISE_MULTIPLIER:
-            raise ValueError(
-                f"no noise buys epsilon {target:g} at delta {delta:g} for {count} releases; ask for fewer "
-                "rounds or steps, or for a larger epsilon"
-            )
-        low, high = high, min(2 * high, MAX_NOISE_MULTIPLIER)
-    if low < 1 and cost(low) <= target:
-        return low
-    while high / low > 1 + _RELATIVE_TOLERANCE:
-        middle = math.sqrt(low * high)
-        low, high = (low, middle) if cost(middle) <= target else (middle, high)
-    return high
+    low, high = _bracket(cost, target)
+    if high is None:
+        raise ValueError(
+            f"no noise buys epsilon {target:g} at delta {delta:g} for {count} releases; ask for fewer "
+            "rounds or steps, or for a larger epsilon"
+        )
+    return high[0] if low is None else _narrowed(cost, target, low, high)
+
+
+Point = tuple[float, float]
+"""A noise multiplier and the epsilon that it costs."""
+
+
+def _bracket(cost: Callable[[float], float], target: float) -> tuple[Point | None, Point | None]:
+    """Two points, with too little noise and with enough; the first is None where the least that there is is
+    enough, the second where the most is not. Begins at 1: the cost of curves grows as noise falls."""
+    at = (1.0, cost(1.0))
+    if at[1] <= target:
+        while at[0] > _MIN_NOISE_MULTIPLIER:
+            less = max(at[0] / 2, _MIN_NOISE_MULTIPLIER)
+            found = (less, cost(less))
+            if found[1] > target:
+                return found, at
+            at = found
+        return None, at
+    while at[0] < MAX_NOISE_MULTIPLIER:
+        more = min(2 * at[0], MAX_NOISE_MULTIPLIER)
+        found = (more, cost(more))
+        if found[1] <= target:
+            return at, found
+        at = found
+    return at, None
+
+
+def _narrowed(cost: Callable[[float], float], target: float, low: Point, high: Point) -> float:
+    """The noise multiplier between the two, to the tolerance: where a power law through both would have the
+    target, a little to either side of it, so that both ends close in; halving where that does not help."""
+    goal = math.log(target)
+    while high[0] / low[0] > 1 + _RELATIVE_TOLERANCE:
+        width = math.log(high[0] / low[0])
+        left, right = (math.log(max(each[1], 1e-300)) for each in (low, high))
+        share = (left - goal) / (left - right) if math.isfinite(left) and left > right else 0.5
+        guess = low[0] * math.exp(width * min(max(share, 0.05), 0.95))
+        for nudge in (1 + _NUDGE, 1 - _NUDGE):
+            at = min(max(guess * nudge, low[0]), high[0])
+            if not low[0] < at < high[0]:
+                continue
+            found = (at, cost(at))
+            low, high = (low, found) if found[1] <= target else (found, high)
+        if math.log(high[0] / low[0]) > width / 2:
+            middle = math.sqrt(low[0] * high[0])
+            found = (middle, cost(middle))
+            low, high = (low, found) if found[1] <= target else (found, high)
+    return high[0]

@@ -45,13 +45,13 @@ def main() -> None:
                 found.order,
                 delta=DELTA,
                 max_epsilon=1e6,
-                run_id="new",
+                run_id=f"new-{run}",
                 run_delta=DELTA,
                 max_run_epsilon=3.0,
             )
             seconds.append(time.perf_counter() - began)
             began = time.perf_counter()
-            ledger.reserve("new", OrderId("train", run + 1), found.order, max_epsilon=1e6)
+            ledger.reserve(f"new-{run}", OrderId("train", 1), found.order, max_epsilon=1e6)
             reserving.append(time.perf_counter() - began)
     print(json.dumps({"seconds": seconds, "reserve_seconds": reserving}))
 

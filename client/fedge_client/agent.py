@@ -38,6 +38,7 @@ from fedge_client.link import Link, SessionCall
 from fedge_client.settings import ClientSettings
 from fedge_client.spending import Spending
 from fedge_client.supervisor import Supervisor
+from fedge_client.witness import Seal
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,8 @@ class Agent:
             self._faults,
             head_folder=self._folder / settings.identity,
         )
-        spending = Spending(self._ledger, settings.policy)
+        self._seal = Seal(self._identity.key_pem, settings.ledger.dataset)
+        spending = Spending(self._ledger, settings.policy, self._tell_witness)
         self._jobs = Jobs(settings, self._folder, self._supervisor, spending, self._send, self._faults)
         self._queue: deque[pb.ServerMessage] = deque()
         self._work_to_do = asyncio.Event()
@@ -147,11 +149,13 @@ class Agent:
         """One session from greeting to end; True if it was greeted."""
         call, welcome = await link.open_session()
         admission.check_coordinator(self._settings.policy, welcome.federation, own=self._identity.federation)
+        await self._hear_witness(welcome.witness)
         log.info("session_started server=%s federation=%s", self._settings.server, welcome.federation)
         self._was_connected = True
         self._jobs.new_session()
         self._queue = deque(message for message in self._queue if not message.HasField("offer"))
         self._outgoing = asyncio.Queue(_MAX_QUEUED_JOBS)
+        self._tell_witness()
         writer = asyncio.create_task(self._write(link, call, self._outgoing), name="session writer")
         try:
             async for message in link.read(call):
@@ -164,6 +168,24 @@ class Agent:
                 await writer
         return True
 
+    async def _hear_witness(self, sealed: bytes) -> None:
+        """Compare the ledger with what it was when this site was last connected.
+
+        Raises:
+            RefusedError: LEDGER_UNUSABLE; it was further then, and its owner has not accepted that.
+        """
+        head = self._seal.open(sealed) if sealed else None
+        if head is not None:
+            await asyncio.to_thread(self._ledger.check_witness, *head)
+        elif sealed:
+            log.warning(
+                "witness_unreadable because=it is of another key or data set; a new one takes its place"
+            )
+
+    def _tell_witness(self) -> None:
+        witness = pb.Witness(sealed=self._seal.close(self._ledger.head))
+        self._send(pb.ClientMessage(witness=witness))
+
     async def _write(self, link: Link, call: SessionCall, outgoing: asyncio.Queue[pb.ClientMessage]) -> None:
         with suppress(LinkError):  # the call is over; its reader says so
             while True:
@@ -171,7 +193,8 @@ class Agent:
 
     def _send(self, message: pb.ClientMessage) -> None:
         """Queue a message for the session; without one it is dropped, since a new session starts afresh."""
-        if self._outgoing is None or (message.HasField("progress") and self._outgoing.full()):
+        spare = message.WhichOneof("kind") in ("progress", "witness")  # the next one says more
+        if self._outgoing is None or (spare and self._outgoing.full()):
             return
         self._outgoing.put_nowait(message)
 

@@ -115,7 +115,9 @@ def ledger(
             head_folder=folder / settings.identity,
             reason="accepted by `fedge client ledger --trust`",
         )
-        console.print("accepted as it is, and recorded" if accepted else "nothing to accept: it is in order")
+        console.print(
+            "accepted as it is, and recorded" if accepted else "nothing to do: it was accepted already"
+        )
     found = report(settings, folder)
     checked = recompute(settings, folder) if verify else None
     if as_json:

@@ -102,7 +102,7 @@ class Ledger:
     ) -> Self:
         """Open or begin the ledger of a data set, whose records say what is spent at `delta`.
 
-        `trust` is a reason to accept a head that is missing or says otherwise; see `accept_head`.
+        `trust` is a reason to accept it as it is, whatever its head says; see `accept_head`.
 
         Raises:
             RefusedError: LEDGER_UNUSABLE: it is in use, or not as it was left; the message says what to do.
@@ -196,22 +196,28 @@ class Ledger:
                 self._append(Unprotected(run_id))
 
     def check_witness(self, seq: int, digest: bytes) -> None:
-        """Compare with a `head` that somebody else remembers.
+        """Compare with a `head` that somebody else remembers. What its owner has just accepted is in order.
 
         Raises:
             RefusedError: LEDGER_UNUSABLE: this ledger is older, or another one; nothing is accepted any more.
         """
+        remedy = (
+            "restore the newest copy; if the data set's owner put this one back on purpose, "
+            "`fedge client ledger CLIENT.toml --trust` accepts it as it is"
+        )
         with self._lock:
             self._check_usable()
+            if self.books.trusted:
+                return
             if seq > self.head[0]:
                 self._unusable = (
                     f"{self._paths.ledger}: a witness remembers {seq} records, found {self.head[0]}: it was "
-                    "replaced by an older copy; restore the newest one"
+                    f"replaced by an older copy, so that spent budget is missing; {remedy}"
                 )
             elif seq < 0 or hash_at(self._descriptor, seq) != digest:
                 self._unusable = (
                     f"{self._paths.ledger}: a witness remembers another record {seq} than the one here: the "
-                    "ledger was tampered with or replaced; restore the newest copy"
+                    f"ledger was tampered with or replaced; {remedy}"
                 )
             self._check_usable()
 
@@ -238,7 +244,6 @@ class Ledger:
         check_dataset(chain, dataset, path)
         try:
             check_head(chain, head, self._paths)
-            trust = ""
         except RefusedError:
             if not trust:
                 raise
@@ -252,10 +257,10 @@ class Ledger:
                 self._write(*encode_header(header), Books())
             elif chain.head != head and not trust:
                 write_head(self._paths.head, chain.head, before_rename=lambda: None)
-        if trust:
-            self._append(Trusted(trust))
         for record in ledger.recover(self.books)[1]:
             self._append(record)
+        if trust:
+            self._append(Trusted(trust))
 
     def _append(self, record: Record) -> None:
         with self._lock:
@@ -315,16 +320,18 @@ class Ledger:
 def accept_head(
     folder: Path, dataset: str, delta: float, faults: Faults | None = None, *, head_folder: Path, reason: str
 ) -> bool:
-    """Accept a ledger, as it is, whose head is missing or says otherwise: its owner replaced it on purpose.
+    """Accept a ledger, as it is, whose head, or a witness, says otherwise: its owner replaced it on purpose.
 
-    The decision is itself a record. False if there was nothing to accept.
+    The decision is itself a record. False if the last record says so already.
 
     Raises:
         RefusedError: LEDGER_UNUSABLE: its own chain is broken, which no one can accept, or it is in use.
     """
+    trust = reason
     try:
-        Ledger.open(folder, dataset, delta, faults, head_folder=head_folder).close()
-        return False
+        with Ledger.open(folder, dataset, delta, faults, head_folder=head_folder) as opened:
+            if opened.books.trusted:
+                return False
     except RefusedError as error:
         trust = f"{reason}: {error}"[:_MAX_REASON]
     Ledger.open(folder, dataset, delta, faults, head_folder=head_folder, trust=trust).close()

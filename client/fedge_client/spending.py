@@ -53,9 +53,11 @@ _TOLD = {
 class Spending:
     """The ledger of this site's data set, under its owner's caps."""
 
-    def __init__(self, ledger: Ledger, policy: Policy) -> None:
+    def __init__(self, ledger: Ledger, policy: Policy, witnessed: Callable[[], None] = lambda: None) -> None:
+        """`witnessed` is called when the ledger has come further, before anything that it pays for leaves."""
         self._ledger = ledger
         self._policy = policy
+        self._witnessed = witnessed
 
     async def join(self, run_id: str, protection: Protection) -> None:
         """A run is about to be joined; one without privacy is recorded as such, before it sees anything.
@@ -95,10 +97,12 @@ class Spending:
     async def leaves(self, entry: int) -> None:
         """The first byte that depends on the data is about to leave: from now on it is spent."""
         await self._call(self._ledger.sending, entry)
+        self._witnessed()
 
     async def settle(self, entry: int, cost: Mechanism) -> None:
         """What was spent in fact."""
         await self._call(self._ledger.commit, entry, cost)
+        self._witnessed()
 
     async def give_back(self, entry: int) -> None:
         """Nothing left this site, and nothing will."""

@@ -154,6 +154,8 @@ class Books:
     runs: Mapping[str, RunBooks] = field(default_factory=lambda: MappingProxyType({}))
     open: Mapping[int, Open] = field(default_factory=lambda: MappingProxyType({}))
     next_entry: int = 1
+    trusted: bool = False
+    """Whether the last record says that the owner accepts the ledger as it is."""
 
     def spent(self) -> Account:
         """Committed, and at its reserved maximum what is sending without a commit."""
@@ -197,6 +199,10 @@ def step(books: Books, record: Record) -> Books:
         LocalProtocolError: the record may not follow here. From a file it says that the file is not what
             this program wrote.
     """
+    return replace(_step(books, record), trusted=isinstance(record, Trusted))
+
+
+def _step(books: Books, record: Record) -> Books:
     match record:
         case Reserve(entry, run_id, order, mechanism):
             if entry != books.next_entry:

@@ -33,6 +33,7 @@ from fedge_server.spool import Spool
 from fedge_server.state import database_of, state_folder
 from fedge_server.store.registry import Registry
 from fedge_server.store.store import Store
+from fedge_server.witnesses import Witnesses
 
 log = logging.getLogger(__name__)
 
@@ -90,8 +91,8 @@ async def _serve(
 ) -> None:
     server = aio.server(options=_OPTIONS)
     software = f"fedge {fedge.__version__}"
-    membership = Membership(authority)
-    federation = FederationService(coordinator, membership, software=software)
+    membership, witnesses = Membership(authority), Witnesses(authority.registry)
+    federation = FederationService(coordinator, membership, witnesses, software=software)
     enrolment = EnrolmentService(coordinator, membership)
     credential = authority.server_credential(now=now())
     add_services(server, federation, enrolment, AdminService(coordinator, membership, credential))
@@ -120,6 +121,7 @@ async def _serve(
         await _settle()
         coordinator.archive.close()
         membership.close()
+        witnesses.close()
         log.info("coordinator_stopped")
 
 

@@ -20,6 +20,7 @@ from fedge_server.deliveries import Deliveries
 from fedge_server.driver import RunDriver
 from fedge_server.limits import Bucket, Concurrency, Pace
 from fedge_server.membership import Membership
+from fedge_server.witnesses import Witnesses
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +36,12 @@ MESSAGES_PER_S = 5000.0
 class FederationService:
     """What enrolled sites may call; `handlers` says which method answers which call."""
 
-    def __init__(self, coordinator: Coordinator, membership: Membership, *, software: str) -> None:
+    def __init__(
+        self, coordinator: Coordinator, membership: Membership, witnesses: Witnesses, *, software: str
+    ) -> None:
         self._coordinator = coordinator
         self._membership = membership
+        self._witnesses = witnesses
         self._software = software
         self._deliveries = Deliveries(coordinator)
         self._fetches = Concurrency("downloads", each=coordinator.settings.max_site_downloads)
@@ -51,8 +55,9 @@ class FederationService:
             principal = await caller(context, self._membership, role="site")
             requests = messages(request_iterator)
             hello = await self._greet(requests)
+            welcome = self._welcome(await self._witnesses.of(principal.name))
             if hello.probe:
-                yield self._welcome()
+                yield welcome
                 return
             self._pace.admit(now=asyncio.get_running_loop().time())
             self._membership.check_known(principal)  # it may have been revoked while it greeted
@@ -67,7 +72,7 @@ class FederationService:
             "the site's certificate has expired",
         )
         try:
-            yield self._welcome()
+            yield welcome
             async for batch in session.outgoing():
                 yield pb.ServerMessages(messages=batch)
         finally:
@@ -80,9 +85,11 @@ class FederationService:
         if session.error is not None:
             await refuse(context, session.error)
 
-    def _welcome(self) -> pb.ServerMessages:
+    def _welcome(self, witness: bytes) -> pb.ServerMessages:
         federation = self._membership.federation
-        welcome = pb.Welcome(protocol=PROTOCOL, software=self._software, federation=federation)
+        welcome = pb.Welcome(
+            protocol=PROTOCOL, software=self._software, federation=federation, witness=witness
+        )
         return pb.ServerMessages(messages=[pb.ServerMessage(welcome=welcome)])
 
     async def _greet(self, requests: AsyncIterator[pb.ClientMessage]) -> pb.Hello:
@@ -140,6 +147,8 @@ class FederationService:
                 driver = self._coordinator.runs.get(progress.run_id)
                 if driver is not None:
                     driver.progressed(session.site, decode_order_id(progress.id), progress.permille)
+            case "witness":
+                self._witnesses.remember(session.site, message.witness.sealed)
             case other:
                 raise RemoteProtocolError(f"expected a message of a known kind, found {other}")
 

@@ -126,6 +126,14 @@ def test_an_older_copy_is_noticed_by_the_head_and_with_an_older_head_by_a_witnes
     head.write_bytes(old[1])
     with opened(tmp_path) as ledger, pytest.raises(RefusedError, match="older copy"):
         ledger.check_witness(*seen)
+    accept_head(tmp_path / "ledger", "data", DELTA, head_folder=tmp_path, reason="a backup, on purpose")
+    with opened(tmp_path) as ledger:
+        ledger.check_witness(*seen)
+        spend(ledger)
+        with pytest.raises(RefusedError, match="a witness remembers"):
+            ledger.check_witness(*seen)
+        with pytest.raises(RefusedError, match="a witness remembers"):
+            spend(ledger)
 
 
 def test_a_ledger_or_a_head_that_is_gone_is_noticed_and_its_owner_may_accept_it(tmp_path: Path):
@@ -136,6 +144,9 @@ def test_a_ledger_or_a_head_that_is_gone_is_noticed_and_its_owner_may_accept_it(
     assert accept_head(tmp_path / "ledger", "data", DELTA, head_folder=tmp_path, reason="moved")
     assert spent(tmp_path) > 0
     assert not accept_head(tmp_path / "ledger", "data", DELTA, head_folder=tmp_path, reason="again")
+    with opened(tmp_path) as ledger:
+        spend(ledger)
+    assert accept_head(tmp_path / "ledger", "data", DELTA, head_folder=tmp_path, reason="in order, and yet")
     (tmp_path / "ledger" / "data.ledger").unlink()
     unusable(tmp_path, "deleted")
     assert accept_head(tmp_path / "ledger", "data", DELTA, head_folder=tmp_path, reason="begun anew")

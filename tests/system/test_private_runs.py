@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from harness import Federation, fedge, fedge_ok, run_toml
+from harness import Federation, Running, fedge, fedge_ok, run_toml
 
 PRIVACY = '[privacy]\nunit = "example"\nepsilon = {}\ndelta = 1e-5\nclip = 1.0\n'
 
@@ -159,3 +160,25 @@ def test_client_level_privacy_takes_place_among_sites_that_trust_the_coordinator
     assert max(ledger(bare, site)["total"]["stated"] for site in trusting) <= said["epsilon"] * (1 + 1e-6)
     for name in (*trusting, "wary"):
         bare.clients[name].end()
+
+
+def test_a_site_whose_whole_disk_was_put_back_is_stopped_by_what_its_coordinator_has_kept(hospital: Hospital):
+    federation, strict = hospital.federation, hospital.strict
+    folder, backup = federation.folder / strict, federation.folder / f"{strict}-backup"
+    federation.run(run_toml("before", more=PRIVACY.format(2.0)))
+    federation.clients[strict].end()
+    shutil.copytree(folder, backup, ignore=shutil.ignore_patterns("control"))
+    federation.start(strict)
+    federation.run(run_toml("after", more=PRIVACY.format(2.0)))
+    federation.clients[strict].end()
+    spent = ledger(federation, strict)["total"]["epsilon"]
+    shutil.copytree(backup, folder, dirs_exist_ok=True)
+    assert ledger(federation, strict, "--verify")["total"]["epsilon"] < spent, "nothing on it looks wrong"
+
+    log = federation.folder / "rolled-back.log"
+    rolled_back = Running.start("client", "start", folder / "client.toml", log=log)
+    assert rolled_back.ends() == 6
+    assert "a witness remembers" in rolled_back.output
+    assert "accepted as it is" in fedge_ok("client", "ledger", folder / "client.toml", "--trust")
+    federation.start(strict)
+    federation.run(run_toml("on", more=PRIVACY.format(2.0)))

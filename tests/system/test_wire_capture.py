@@ -146,7 +146,7 @@ def test_every_update_of_a_private_run_has_noise_and_nothing_else_is_sent(federa
     assert all(abs(each["secret"] - 1) > 1e-6 for each in told)
     assert traces(tap.everything) == []
     kinds = {each.WhichOneof("kind") for each in tap.messages()}
-    assert kinds <= {"hello", "accept", "update", "progress", "heartbeat"}
+    assert kinds <= {"hello", "witness", "accept", "update", "progress"}
 
 
 @pytest.mark.parametrize("leak", ["parameter", "data", "buffer", "error"])
@@ -179,5 +179,5 @@ def test_where_the_policy_requires_protection_a_run_without_it_hears_one_refusal
         until(lambda: [each for each in tap.messages() if each.HasField("refuse")], "it is refused")
     (refused,) = [each.refuse.refusal for each in tap.messages() if each.HasField("refuse")]
     assert refused.code == RefusalCode.PROTECTION_TOO_WEAK
-    assert {each.WhichOneof("kind") for each in tap.messages()} <= {"hello", "refuse"}
+    assert {each.WhichOneof("kind") for each in tap.messages()} <= {"hello", "witness", "refuse"}
     assert len(tap.everything) - before < 4096

@@ -7,7 +7,7 @@ only one caller can win. Who may do what is decided in identity.py, not here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,7 +21,7 @@ from fedge.principal import Principal, check_name
 from fedge_server.store.database import Database
 from fedge_server.store.events import add_event
 from fedge_server.store.records import Event
-from fedge_server.store.schema import certificates, holders, tokens
+from fedge_server.store.schema import certificates, holders, tokens, witnesses
 
 Kind = Literal["site", "admin"]
 TokenState = Literal["pending", "used", "cancelled"]
@@ -155,6 +155,19 @@ class Registry:
                 sa.select(holders).where(holders.c.kind == kind).order_by(holders.c.name)
             )
             return tuple(_holder_of(row, serials.get(row.name, [])) for row in found)
+
+    def witness(self, site: str) -> bytes:
+        """What a site had kept last of its ledger; empty if nothing."""
+        with self._database.reading() as connection:
+            found = connection.execute(sa.select(witnesses.c.sealed).where(witnesses.c.site == site)).scalar()
+            return bytes(found) if found is not None else b""
+
+    def keep_witnesses(self, sealed: Mapping[str, bytes]) -> None:
+        """Keep these, each instead of its site's last one."""
+        with self._database.writing() as connection:
+            connection.execute(sa.delete(witnesses).where(witnesses.c.site.in_(list(sealed))))
+            rows = [{"site": site, "sealed": value} for site, value in sealed.items()]
+            connection.execute(sa.insert(witnesses), rows)
 
     @contextmanager
     def _changing(self) -> Iterator[sa.Connection]:

@@ -118,6 +118,14 @@ holders: Final = sa.Table(
     sa.Column("revoked", sa.Boolean, nullable=False),
 )
 
+# What sites have kept here of their ledgers, sealed by themselves; outlives their enrolment.
+witnesses: Final = sa.Table(
+    "witnesses",
+    metadata,
+    sa.Column("site", sa.Text, primary_key=True),
+    sa.Column("sealed", sa.LargeBinary, nullable=False),
+)
+
 certificates: Final = sa.Table(
     "certificates",
     metadata,

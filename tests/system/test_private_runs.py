@@ -58,6 +58,12 @@ def test_a_private_run_is_paid_for_by_each_site_and_stated_by_the_coordinator(ho
         assert run["name"] == run_id
         assert 2.5 < run["stated"] < run["epsilon"] <= 3.0
 
+    # The coordinator's own record, by what was promised.
+    spent = json.loads(fedge_ok("site", "spent", "--admin", federation.admin_toml, "--json"))
+    assert [
+        (each["runs"], each["epsilon"], each["unbounded"]) for each in spent if each["site"] in sites
+    ] == [(1, 3.0, 0)] * 2
+
     # The statement is signed, and a changed one is not.
     path, ca = federation.folder / "statement.json", federation.home / "ca.pem"
     printed = json.loads(

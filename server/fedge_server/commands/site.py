@@ -1,8 +1,9 @@
-"""`fedge site list|revoke`: who is in the federation."""
+"""`fedge site list|spent|revoke`: who is in the federation, and what its runs may have spent of them."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -10,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fedge.privacy.population import population
 from fedge.wire import fedge_pb2 as pb
 from fedge_server.commands.link import CALL_S, AdminToml, admin_link
 
@@ -40,6 +42,35 @@ def list_sites(
     table = Table("site", "state", "enrolled")
     for row in rows:
         table.add_row(row["name"], row["state"], row["enrolled_at"])
+    Console().print(table)
+
+
+@app.command()
+def spent(
+    admin: AdminToml, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
+) -> None:
+    """Say what all runs of this coordinator may have spent of each site's privacy, by what they promised.
+
+    A site's own ledger counts more closely. Example: fedge site spent --admin coordinator/admin.toml
+    """
+    with admin_link(admin) as link:
+        runs = link.List(pb.ListRequest(), timeout=CALL_S).runs
+        replies = [link.Statement(pb.RunRef(run_id=run.run_id), timeout=CALL_S) for run in runs]
+    found = population(json.loads(reply.statement) for reply in replies)
+    if as_json:
+        typer.echo(json.dumps([asdict(each) for each in found]))
+        return
+    table = Table("site", "unit", "runs", "epsilon", "at delta", "runs without a bound")
+    for each in found:
+        bounded = each.runs > each.unbounded
+        table.add_row(
+            each.site,
+            each.unit,
+            str(each.runs),
+            f"{each.epsilon:.4g}" if bounded else "",
+            f"{each.delta:.3g}" if bounded else "",
+            str(each.unbounded or ""),
+        )
     Console().print(table)
 
 

@@ -183,6 +183,8 @@ class Agent:
             )
 
     def _tell_witness(self) -> None:
+        if self._ledger.head[0] == 0:  # nothing has been spent: nobody could put back less
+            return
         witness = pb.Witness(sealed=self._seal.close(self._ledger.head))
         self._send(pb.ClientMessage(witness=witness))
 

@@ -136,6 +136,16 @@ def test_an_older_copy_is_noticed_by_the_head_and_with_an_older_head_by_a_witnes
             spend(ledger)
 
 
+def test_a_witness_of_an_empty_ledger_knows_of_nothing_that_could_be_missing(tmp_path: Path):
+    with opened(tmp_path / "here") as ledger:
+        empty = ledger.head
+    with opened(tmp_path / "there") as ledger:
+        assert ledger.head != empty
+        ledger.check_witness(*empty)
+        spend(ledger)
+        ledger.check_witness(*empty)
+
+
 def test_a_ledger_or_a_head_that_is_gone_is_noticed_and_its_owner_may_accept_it(tmp_path: Path):
     with opened(tmp_path) as ledger:
         spend(ledger)

@@ -57,7 +57,7 @@ def test_a_run_survives_a_kill_at_every_point_one_after_another(sites: Federatio
     run_id = first.submit(text)
     assert first.server.ends() == -signal.SIGKILL
     for point in COMMON:
-        hits = 1 if point.startswith("recover") else at
+        hits = 1 if point.startswith(("recover", "witness")) else at
         armed = sites.restarted(fault=f"{point}:{hits}", ready=False)
         assert armed.server.ends() == -signal.SIGKILL, f"{point} was reached"
     last = sites.restarted()

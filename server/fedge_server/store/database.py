@@ -100,20 +100,22 @@ class Database:
             self._engine.dispose()
 
     @contextmanager
-    def writing(self) -> Iterator[sa.Connection]:
+    def writing(self, what: str = "store") -> Iterator[sa.Connection]:
         """A transaction: durable when the block is left, or, if it raises, as if it had not begun.
+
+        `what` names its fault points.
 
         Raises:
             StorageError: the database cannot be reached or written now; trying again may help.
         """
         with self._turn, self._errors():
-            self._faults.reach("store.before")
+            self._faults.reach(f"{what}.before")
             connection = self._claimed()
             try:
                 with connection.begin():
                     yield connection
-                    self._faults.reach("store.commit")
-                self._faults.reach("store.after")
+                    self._faults.reach(f"{what}.commit")
+                self._faults.reach(f"{what}.after")
             except exc.DBAPIError:
                 self._drop_writer()  # whatever state it is in: the next one is new
                 raise

@@ -164,7 +164,7 @@ class Registry:
 
     def keep_witnesses(self, sealed: Mapping[str, bytes]) -> None:
         """Keep these, each instead of its site's last one."""
-        with self._database.writing() as connection:
+        with self._database.writing("witness") as connection:
             connection.execute(sa.delete(witnesses).where(witnesses.c.site.in_(list(sealed))))
             rows = [{"site": site, "sealed": value} for site, value in sealed.items()]
             connection.execute(sa.insert(witnesses), rows)

@@ -72,7 +72,8 @@ class Federation:
     how often it went on for that, and `missed` how often in a row nothing came: no update in time, or
     failures alone.
     `owed` is a round whose evaluation was due while another was under way: as soon as that is over, the
-    model of that moment is evaluated. `taken` is who took part when, where the plan limits it.
+    model of that moment is evaluated. `taken` is who took part when, where the plan limits it; `exhausted`
+    are those that have said, since they came, that their privacy budget allows no more.
     """
 
     plan: Plan
@@ -88,6 +89,7 @@ class Federation:
     extensions: int = 0
     missed: int = 0
     owed: int = 0
+    exhausted: frozenset[str] = frozenset()
     reason: str = ""
     taken: Taken = field(default_factory=dict)
 
@@ -97,10 +99,22 @@ class Federation:
         if self.status != "running":
             return self.reason
         if self.training is not None and self.training.phase == "waiting":
-            return f"waiting for clients: {self.training.present} of {self.training.terms.quorum} are ready"
+            ready = f"{self.training.present} of {self.training.terms.quorum} are ready"
+            return f"waiting for clients: {ready}{self.spent_turns}"
         if self.plan.max_staleness is not None and not self.at_work and not self.evaluation:
-            return "waiting for clients: none is at work"
+            return f"waiting for clients: none is at work{self.spent_turns}"
         return ""
+
+    @property
+    def spent_turns(self) -> str:
+        """How many are here and may not be asked, to be added to a sentence; empty if none."""
+        may = _eligible(self, self.clients)
+        if may == self.clients:
+            return ""
+        return (
+            f"; {len(self.clients - may)} of the {len(self.clients)} that are here may not be asked now: they have "
+            "spent their budget, had their turns (privacy.max_participations), or rest (privacy.separation)"
+        )
 
     @property
     def cohorts(self) -> dict[OrderId, dict[str, str]]:
@@ -160,7 +174,7 @@ def step(run: Federation, event: RunEvent) -> RunStep:
         case Stop():
             return _end(run, "stopped", "stopped by its owner")
         case Joined(client):
-            run = replace(run, clients=run.clients | {client})
+            run = replace(run, clients=run.clients | {client}, exhausted=run.exhausted - {client})
             return _everywhere(run, event)
         case Left(client):
             run = replace(run, clients=run.clients - {client})
@@ -169,6 +183,12 @@ def step(run: Federation, event: RunEvent) -> RunStep:
             return _welcome_back(run, client)
         case Returned(client):
             return step(run, Joined(client))
+        case Failed(client, order, refusal) if (
+            refusal.code == RefusalCode.BUDGET_EXHAUSTED
+            and order.kind != "evaluate"
+            and client not in run.exhausted
+        ):
+            return step(replace(run, exhausted=run.exhausted | {client}), event)
         case Arrived(_, order) | Failed(_, order, _) | Progressed(_, order, _) | DeadlinePassed(order, _):
             if run.evaluation is not None and order == run.evaluation.order:
                 return _in_evaluation(run, event)
@@ -201,7 +221,12 @@ def _everywhere(run: Federation, event: Joined | Left) -> RunStep:
 
 
 def _may_train(run: Federation, client: str) -> bool:
-    return bool(run.plan.eligible({client}, run.taken, run.committed + 1))
+    return bool(_eligible(run, {client}))
+
+
+def _eligible(run: Federation, clients: Collection[str]) -> frozenset[str]:
+    """Those of `clients` that may be asked for the next round: their privacy allows it, as far as is known."""
+    return run.plan.eligible(frozenset(clients) - run.exhausted, run.taken, run.committed + 1)
 
 
 def _welcome_back(run: Federation, client: str) -> RunStep:
@@ -233,7 +258,7 @@ def _follow_training(run: Federation, step: rounds.Step, *, last: bool = False) 
         give_up = effects[-1]
         assert isinstance(give_up, GiveUp)  # the only way to abandon a round
         if last or round.order.attempt >= run.plan.attempts:
-            run, more = _end(run, "failed", f"round {round.order.round}: {give_up.reason}")
+            run, more = _end(run, "failed", f"round {round.order.round}: {give_up.reason}{run.spent_turns}")
         else:
             run, more = _next_round(replace(run, previous=round), attempt=round.order.attempt + 1)
         return run, (*effects, *more)
@@ -297,8 +322,9 @@ def _next_round(run: Federation, *, attempt: int = 1) -> RunStep:
     order = OrderId(run.plan.kind, run.committed + 1, attempt)
     if run.plan.max_staleness is not None:
         return _put_to_work(run, run.clients)
-    clients = run.plan.eligible(run.clients, run.taken, order.round)
-    round, effects = rounds.open_round(order, run.plan.terms, clients, seed=run.plan.seed)
+    clients = _eligible(run, run.clients)
+    turns = run.plan.turns(run.taken)
+    round, effects = rounds.open_round(order, run.plan.terms, clients, seed=run.plan.seed, turns=turns)
     return replace(run, training=round), effects
 
 
@@ -333,12 +359,13 @@ def _answer_old(run: Federation, event: Event) -> tuple[RunEffect, ...]:
 
 
 def _put_to_work(run: Federation, clients: frozenset[str], *, new_model: bool = False) -> RunStep:
-    """Send the current model's order to each of `clients`.
+    """Send the current model's order to each of `clients` that may still be asked.
 
     The clock of its progress starts with the model, or when there was nobody at work on it. It is not
     set back by clients that come and go while others work.
     """
     order = OrderId(run.plan.kind, run.committed + 1)
+    clients = _eligible(run, clients)
     idle = not run.at_work
     run = replace(run, at_work=run.at_work | {(client, order.round) for client in clients})
     sends: tuple[RunEffect, ...] = tuple(Send(client, order) for client in sorted(clients))
@@ -379,7 +406,7 @@ def _on_arrival(run: Federation, event: Event) -> RunStep:
             if phase != ("open" if run.at_work else "waiting"):
                 return run, ()  # somebody came, or everybody left, and another timer runs
             if not run.at_work:
-                return _end(run, "failed", f"no client in time for round {order.round}")
+                return _end(run, "failed", f"no client in time for round {order.round}{run.spent_turns}")
             return _go_on(run, order)
         case Progressed(client, order, _):
             return (replace(run, moving=True) if _is_at_work(run, client, order) else run), ()
@@ -421,7 +448,8 @@ def _apply(run: Federation, client: str, order: OrderId) -> RunStep:
         run, more = _put_to_work(run, frozenset({client}))
         return run, (Reject(client, order, refusal), *more)
     done = OrderId(run.plan.kind, run.committed + 1)
-    run = replace(run, committed=run.committed + 1)
+    taken = run.plan.took_part(run.taken, done.round, asked={client}, counted={client})
+    run = replace(run, committed=run.committed + 1, taken=taken)
     effects: tuple[RunEffect, ...] = (Accept(client, order, staleness), Close(done, (client,)))
     if run.committed < run.plan.rounds:
         free = (frozenset({client}) | run.resting) & run.clients

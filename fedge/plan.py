@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from fedge.errors import ConfigError
 from fedge.round import Terms
 from fedge.run import RunConfig
 from fedge.strategy import WorkKind
@@ -18,7 +19,8 @@ class Plan:
     """A run in numbers. `max_staleness` None: rounds; a number: each update is a step on arrival.
 
     A client takes part in at most `max_participations` rounds (None: in any number), and after one not in the
-    next `separation - 1`: what a site's privacy was paid for, it is not asked for again.
+    next `separation - 1`: what a site's privacy was paid for, it is not asked for again. Where so much is limited,
+    those with the fewest turns are asked first, so that nobody's turns are left over when they are needed.
     """
 
     rounds: int
@@ -48,6 +50,35 @@ class Plan:
             max_participations=run.privacy.max_participations,
             separation=run.privacy.separation,
         )
+
+    @property
+    def fewest_clients(self) -> int:
+        """With fewer the run cannot come to its end, even if nobody ever fails. They are enough where every
+        round asks for `size` clients, and needs them."""
+        needed, asked = (self.terms.quorum, self.terms.asked) if self.max_staleness is None else (1, 1)
+        beside_the_resting = (min(self.separation, self.rounds) - 1) * asked + needed
+        turns = self.max_participations or self.rounds
+        return max(beside_the_resting, -(-self.rounds * needed // turns))
+
+    def check_population(self, clients: int) -> None:
+        """Whether so many clients are enough for the whole run.
+
+        Raises:
+            ConfigError: they are not.
+        """
+        if clients >= self.fewest_clients:
+            return
+        limits = [f"at most {self.max_participations} rounds for each"] if self.max_participations else []
+        limits += [f"{self.separation} rounds from one turn to the next"] if self.separation > 1 else []
+        raise ConfigError(
+            f"expected at least {self.fewest_clients} clients for {self.rounds} rounds of {self.terms.size} with "
+            f"{' and '.join(limits) or 'no limits'}, found {clients}: have more clients, or change cohort.size, "
+            "privacy.max_participations or privacy.separation"
+        )
+
+    def turns(self, taken: Taken) -> dict[str, int]:
+        """How often each client has taken part; empty where that is not limited."""
+        return {client: count for client, (count, _) in taken.items() if count}
 
     def evaluates(self, round: int) -> bool:
         """Whether the model that `round` made is evaluated: every so often, and the last one."""

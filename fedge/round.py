@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, Final, Literal
 
 from fedge.refusal import Refusal, RefusalCode
@@ -190,7 +191,7 @@ class Round:
     `candidates` are ranked by a keyed hash; those before `cursor` were asked. Of the others, those in
     `away` have left for now. `progress` is how far those at work have come, in thousandths; those in
     `moving` have come further since the timer was started. Of the lost, those in `stalled` have their
-    link, but stood still for a whole deadline.
+    link, but stood still for a whole deadline. `turns` is how often each took part before, where that matters.
     """
 
     order: OrderId
@@ -209,6 +210,7 @@ class Round:
     stalled: frozenset[str] = frozenset()
     extensions: int = 0
     last_refusal: Refusal | None = None
+    turns: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def present(self) -> int:
@@ -232,10 +234,19 @@ class Round:
 Step = tuple[Round, tuple[Effect, ...]]
 
 
-def open_round(order: OrderId, terms: Terms, clients: Collection[str], *, seed: int) -> Step:
-    """Begin a round among `clients`: it opens at once if they are enough, else it waits for more."""
-    ranked = tuple(sorted(clients, key=lambda client: rank(seed, order, client)))
-    waiting = Round(order, terms, seed, candidates=ranked)
+def open_round(
+    order: OrderId,
+    terms: Terms,
+    clients: Collection[str],
+    *,
+    seed: int,
+    turns: Mapping[str, int] = MappingProxyType({}),
+) -> Step:
+    """Begin a round among `clients`: it opens at once if they are enough, else it waits for more.
+
+    `turns` says how often a client was part of one before, 0 if nothing: those with fewer are asked first.
+    """
+    waiting = _ranked(Round(order, terms, seed, candidates=tuple(clients), turns=dict(turns)))
     if waiting.present >= terms.quorum:
         return _open(waiting)
     return waiting, (StartTimer(order, "waiting", terms.wait_s),)
@@ -245,6 +256,15 @@ def rank(seed: int, order: OrderId, client: str) -> bytes:
     """A client's place in the draw: a hash keyed by seed and order, so that anybody can recompute it."""
     text = f"{seed}\0{order.kind}\0{order.round}\0{order.attempt}\0{client}"
     return hashlib.sha256(text.encode()).digest()
+
+
+def _ranked(round: Round) -> Round:
+    """The same with its candidates in the order of the draw."""
+
+    def place(client: str) -> tuple[int, bytes]:
+        return round.turns.get(client, 0), rank(round.seed, round.order, client)
+
+    return replace(round, candidates=tuple(sorted(round.candidates, key=place)))
 
 
 def step(round: Round, event: Event) -> Step:
@@ -324,8 +344,7 @@ def _joined(round: Round, event: Joined) -> Step:
         return _ask(round)
     if round.present < round.terms.quorum:
         return round, ()
-    ranked = tuple(sorted(round.candidates, key=lambda name: rank(round.seed, round.order, name)))
-    return _open(replace(round, candidates=ranked))
+    return _open(_ranked(round))
 
 
 def _left(round: Round, event: Left) -> Step:

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from fedge.errors import ConfigError, RefusedError, TaskError
+from fedge.plan import Plan
 from fedge.privacy.central import Central
 from fedge.privacy.example import ONE_RELEASE, Schedule
 from fedge.privacy.ledger import admit as admit_release
@@ -78,6 +79,16 @@ def cost_of(run: RunConfig, examples: int) -> Cost:
         admission_epsilon=epsilon_of(found.run, terms.delta),
         accountant=accountant,
     )
+
+
+def fewest_clients(run: RunConfig) -> int:
+    """Sites without which a run cannot come to its end, with the turns that its privacy leaves to each.
+
+    Raises:
+        ConfigError: its strategy is none.
+    """
+    strategy = load_strategy(run.strategy, run.work)
+    return Plan.of(run, kind=work_kind(strategy), max_staleness=strategy.max_staleness).fewest_clients
 
 
 @dataclass(frozen=True, slots=True)

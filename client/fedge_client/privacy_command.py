@@ -13,7 +13,7 @@ from rich.table import Table
 from fedge.errors import ConfigError, RefusedError
 from fedge.refusal import Refusal, RefusalCode
 from fedge.run import RunConfig
-from fedge_client.plan import AtSite, Cost, at_site, cost_of
+from fedge_client.plan import AtSite, Cost, at_site, cost_of, fewest_clients
 
 app = typer.Typer(help="Plan a run's privacy.", no_args_is_help=True, add_completion=False)
 
@@ -88,6 +88,8 @@ def _print_costs(run: RunConfig, costs: list[Cost]) -> None:
         "takes part in fewer rounds spends less",
         highlight=False,
     )
+    if privacy.max_participations is not None or privacy.separation > 1:
+        console.print(f"it needs at least {fewest_clients(run)} sites to come to its end", highlight=False)
 
 
 def _print_site(run: RunConfig, found: AtSite) -> None:

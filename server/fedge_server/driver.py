@@ -285,11 +285,17 @@ class RunDriver:
             self._queue.put_nowait((None, None))
 
         self._changed = False
-        rows = self.history.since(self._kept_revision) + ([row] if row is not None else [])
+        changed = {each.round: each for each in self.history.since(self._kept_revision)}
+        if row is not None:
+            changed[row.round] = row
         committed = self.machine.committed > self.keeper.committed
         newest = learning if learning is not None else self._learning
         moment = moment_of(
-            self.run_id, self.machine, newest if committed else None, rows=rows, accepted=unkept
+            self.run_id,
+            self.machine,
+            newest if committed else None,
+            rows=list(changed.values()),
+            accepted=unkept,
         )
         self.keeper.keep(moment, kept)
 

@@ -72,6 +72,10 @@ class Keeper:
                 if not self.trouble:
                     log.error("run_not_kept run=%s reason=%s", run_id, error)
                 self.trouble = str(error)
+            except Exception as error:  # a defect: what could not be kept must not be taken for kept
+                if not self.trouble:
+                    log.exception("run_not_kept run=%s", run_id)
+                self.trouble = f"internal error: {type(error).__name__}: {error}"
             await asyncio.sleep(wait)
             wait = min(2 * wait, _MAX_RETRY_S)
         if self.trouble:

@@ -136,6 +136,7 @@ class _Engine:
         # At example level the clip is for the gradients of examples, not for updates.
         self._clip = None if terms and terms.unit == "example" else run.privacy.clip
         plan = Plan.of(run, kind=kind, max_staleness=strategy.max_staleness)
+        plan.check_population(len(self._population.names))
         self._machine, effects = federation.begin(plan, frozenset(self._population.names))
         self._effects = effects
         self._orders: dict[Send, Array] = {}

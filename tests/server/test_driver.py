@@ -319,6 +319,47 @@ def test_nothing_is_told_of_a_noised_model_before_it_is_certain_that_it_is_not_m
     play(scenario())
 
 
+def test_a_defect_in_keeping_a_noised_round_is_no_reason_to_tell_of_it(start_run, play, archive, monkeypatch):
+    async def scenario() -> None:
+        run = await start_run(FedAvg(), "a", cohort={"size": 1}, rounds=1, privacy=PRIVACY)
+        keep, calls = archive.keep, []
+
+        def breaks(moment: object) -> None:
+            calls.append(moment)
+            if len(calls) == 1:
+                raise KeyError("a defect")
+            keep(moment)
+
+        monkeypatch.setattr(archive, "keep", breaks)
+        assert await run.deliver("a", OrderId("train", 1)) is None
+        while not calls:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
+        assert "internal error: KeyError" in run.driver.waiting_for
+        assert run.driver.history.rows == []
+        assert await run.ended() == "done"
+
+    play(scenario())
+
+
+def test_the_noised_metrics_of_a_noised_round_are_kept_before_they_are_told(start_run, play, archive):
+    async def scenario() -> None:
+        privacy = {**PRIVACY, "evaluation_noise_multiplier": 5.0}
+        run = await start_run(
+            FedAvg(), "a", cohort={"size": 1}, rounds=3, privacy=privacy, evaluation={"every": 1}
+        )
+        for number in (1, 2, 3):
+            for kind in ("train", "evaluate"):
+                while OrderId(kind, number) not in run.orders("a", kind):
+                    await asyncio.sleep(0.01)
+                assert await run.deliver("a", OrderId(kind, number), loss=1.0) is None
+        assert await run.ended() == "done"
+        assert [set(row.metrics) for row in run.driver.history.rows] == [{"clip", "loss"}] * 3
+        assert list(archive.store.rows(run.driver.run_id)) == run.driver.history.rows
+
+    play(scenario())
+
+
 def test_what_was_kept_of_a_noised_round_is_the_round_that_was_told(start_run, play, archive):
     async def scenario() -> None:
         run = await start_run(FedAvg(), "a", cohort={"size": 1}, rounds=3, privacy=PRIVACY)

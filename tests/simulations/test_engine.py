@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -181,6 +182,16 @@ def test_numbers_given_take_the_place_of_the_runs_own():
 def test_numbers_that_cannot_be_are_refused_like_the_runs_own(numbers: dict[str, int], says: str):
     with pytest.raises(ConfigError, match=says):
         simulate(config(), task=TASK, **numbers)
+
+
+def test_too_few_clients_for_the_turns_that_privacy_leaves_to_each_are_refused_and_enough_share_them():
+    privacy = {"unit": "client", "noise_multiplier": 1.0, "delta": 1e-3, "clip": 1.0, "max_participations": 2}
+    run = config(6, evaluation={"every": 0}, cohort={"size": 2}, privacy=privacy)
+    with pytest.raises(ConfigError, match=r"at least 6 clients for 6 rounds of 2 .*found 5"):
+        simulate(run, task=TASK, clients=5)
+    result = simulate(run, task=TASK, clients=6)
+    turns = Counter(client for row in result.history for client in row.clients)
+    assert (result.status, set(turns.values())) == ("done", {2})
 
 
 def test_a_run_may_be_the_path_of_its_file_with_the_task_beside_it(tmp_path: Path):

@@ -333,6 +333,8 @@ def coordinator(folder: Path, *, database: str = "", **settings: Any) -> Iterato
         for running in [*started.clients.values(), *started.servers] if started else []:
             running.end()
         server.end()
+    for running in [*started.clients.values(), *started.servers, server]:
+        assert "Traceback" not in running.output, running.output
 
 
 def run_toml(

@@ -140,7 +140,10 @@ def test_client_level_privacy_takes_place_among_sites_that_trust_the_coordinator
     bare.enrol("wary")
     for name in (*trusting, "wary"):
         bare.start(name)
-    detail = bare.run(run_toml("central", size=1, quorum=1, rounds=4, more=CLIENT_LEVEL))
+    text = run_toml("central", size=1, quorum=1, rounds=4, more=CLIENT_LEVEL)
+    (bare.folder / "central.toml").write_text(text)
+    assert "at least 2 sites" in fedge_ok("privacy", "plan", bare.folder / "central.toml")
+    detail = bare.run(text)
     run_id = detail.summary.run_id
     refused = {client.name: client.detail for client in bare.show(run_id).clients}
     assert "trust_coordinator" in refused["wary"]

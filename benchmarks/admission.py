@@ -14,10 +14,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from fedge.events import OrderId
 from fedge.privacy.ledger import admit
 from fedge.privacy.rdp import epsilon_of
 from fedge.privacy.terms import Terms, price
-from fedge.round import OrderId
 from fedge.run import Work
 from fedge_client.ledger import Ledger
 

@@ -13,14 +13,13 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from fedge import round as rounds
-from fedge.plan import Plan, Taken
-from fedge.refusal import Refusal, RefusalCode
-from fedge.round import (
+from fedge.events import (
     Accept,
     Arrived,
     Cancel,
     Close,
     DeadlinePassed,
+    Effect,
     Event,
     Failed,
     GiveUp,
@@ -29,11 +28,12 @@ from fedge.round import (
     OrderId,
     Progressed,
     Reject,
-    Round,
     Send,
     StartTimer,
-    Terms,
 )
+from fedge.plan import Plan, Taken
+from fedge.refusal import Refusal, RefusalCode
+from fedge.round import Round, Terms
 
 Status = Literal["running", "done", "failed", "stopped"]
 
@@ -59,7 +59,7 @@ class Finish:
 
 
 RunEvent = Event | Stop | Returned
-RunEffect = rounds.Effect | Finish
+RunEffect = Effect | Finish
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,10 @@ from types import MappingProxyType
 from typing import Any
 
 from fedge.errors import RunError
+from fedge.events import OrderId
 from fedge.pipeline import Aggregate, MeanState, Pipeline, Reduction, Update
 from fedge.privacy.central import Central, Noising
 from fedge.privacy.secure import SecureSource
-from fedge.round import OrderId
 from fedge.strategy import AnyStrategy, Order, WorkKind
 from fedge.vector import Layout, Model, all_finite
 

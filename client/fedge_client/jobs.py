@@ -10,9 +10,9 @@ from pathlib import Path
 
 from fedge import progress
 from fedge.errors import FedgeError, LinkError, RefusedError, RemoteProtocolError, StorageError
+from fedge.events import OrderId
 from fedge.faults import Faults
 from fedge.refusal import Refusal, RefusalCode
-from fedge.round import OrderId
 from fedge.vector import digest_of
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire.codec import (

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Self
 
 from fedge.errors import RefusedError, StorageError
+from fedge.events import OrderId
 from fedge.faults import Faults
 from fedge.files import private_folder
 from fedge.privacy import ledger
@@ -34,7 +35,6 @@ from fedge.privacy.ledger import (
 )
 from fedge.privacy.lines import NONCE_BYTES, Header, Line, encode, encode_header
 from fedge.privacy.mechanism import Mechanism
-from fedge.round import OrderId
 from fedge_client.ledger_file import (
     MAX_FILE_BYTES,
     Chain,

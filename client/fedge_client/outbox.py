@@ -22,9 +22,9 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from fedge.errors import RemoteProtocolError, StorageError
+from fedge.events import OrderId
 from fedge.files import private_folder
 from fedge.refusal import Refusal, RefusalCode
-from fedge.round import OrderId
 from fedge.vector import Array, bytes_of, digest_of
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire.codec import decode_order_id

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from fedge.events import OrderId
 from fedge.privacy.mechanism import Mechanism
-from fedge.round import OrderId
 from fedge.vector import Array, Layout
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire.codec import encode_order_id

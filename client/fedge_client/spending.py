@@ -12,12 +12,12 @@ from collections.abc import Callable
 from typing import ParamSpec, TypedDict, TypeVar
 
 from fedge.errors import RefusedError
+from fedge.events import OrderId
 from fedge.privacy.ledger import admit, check_rested
 from fedge.privacy.mechanism import Mechanism
 from fedge.privacy.rdp import epsilon_of
 from fedge.privacy.terms import Price, Terms
 from fedge.refusal import Refusal, RefusalCode
-from fedge.round import OrderId
 from fedge_client.admission import check_price
 from fedge_client.ledger import Ledger
 from fedge_client.protection import Protection

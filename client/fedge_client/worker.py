@@ -22,9 +22,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedge.errors import FedgeError, LayoutError, RefusedError, TaskError
+from fedge.events import OrderId
 from fedge.privacy.secure import KEY_BYTES, SecureSource
 from fedge.refusal import Refusal, RefusalCode
-from fedge.round import OrderId
 from fedge.run import Work
 from fedge.seeds import work_seed
 from fedge.task import Site, load_task

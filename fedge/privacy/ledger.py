@@ -19,11 +19,11 @@ from typing import ClassVar, Final, Literal
 import numpy as np
 
 from fedge.errors import LocalProtocolError, RefusedError
+from fedge.events import OrderId
 from fedge.privacy import rdp
 from fedge.privacy.mechanism import Mechanism, scaled
 from fedge.privacy.rdp import Curve
 from fedge.refusal import Refusal, RefusalCode
-from fedge.round import OrderId
 
 KEPT_ENTRIES: Final = 16
 """How many of a run's latest entries that left are remembered by number."""

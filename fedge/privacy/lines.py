@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final, get_args
 
+from fedge.events import OrderId
 from fedge.privacy.ledger import Commit, Record, Release, Reserve, Sending, Trusted, Unprotected
 from fedge.privacy.mechanism import from_table, to_table
-from fedge.round import OrderId
 from fedge.strategy import WorkKind
 
 FORMAT: Final = "fedge-ledger"

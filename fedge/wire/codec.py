@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterable, Mapping
 
 from fedge.errors import LayoutError, LimitError, RemoteProtocolError
+from fedge.events import OrderId
 from fedge.optimizer import Optimizer
 from fedge.privacy.terms import Terms
 from fedge.refusal import Refusal, RefusalCode
-from fedge.round import OrderId
 from fedge.run import Work
 from fedge.strategy import WorkKind
 from fedge.vector import Carried, Layout, Tensor, digest_of

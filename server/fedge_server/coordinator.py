@@ -9,11 +9,11 @@ import time
 from dataclasses import dataclass
 
 from fedge.errors import BusyError, ConfigError, FedgeError, RunError
+from fedge.events import Failed, OrderId
 from fedge.federation import Stop
 from fedge.privacy.central import Central
 from fedge.privacy.terms import Terms
 from fedge.refusal import Refusal
-from fedge.round import Failed, OrderId
 from fedge.run import RunConfig
 from fedge.strategy import load_strategy
 from fedge.vector import Model

@@ -10,10 +10,10 @@ import logging
 from collections.abc import AsyncIterator
 
 from fedge.errors import RefusedError, RemoteProtocolError
+from fedge.events import OrderId
 from fedge.exact import MAX_WEIGHT
 from fedge.progress import delivered
 from fedge.refusal import Refusal, RefusalCode
-from fedge.round import OrderId
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire.chunks import open_deliver_request
 from fedge.wire.codec import (

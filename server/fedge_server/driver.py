@@ -19,15 +19,7 @@ import numpy as np
 
 from fedge import federation, progress
 from fedge.errors import LinkError, RunError, StorageError
-from fedge.federation import Finish, Returned, RunEffect, RunEvent
-from fedge.history import Row
-from fedge.learning import Learning
-from fedge.pipeline import Aggregate, Update
-from fedge.plan import Plan
-from fedge.privacy.central import Central
-from fedge.privacy.secure import KEY_BYTES, SecureSource
-from fedge.refusal import Refusal, RefusalCode
-from fedge.round import (
+from fedge.events import (
     Accept,
     Arrived,
     Cancel,
@@ -43,6 +35,14 @@ from fedge.round import (
     Send,
     StartTimer,
 )
+from fedge.federation import Finish, Returned, RunEffect, RunEvent
+from fedge.history import Row
+from fedge.learning import Learning
+from fedge.pipeline import Aggregate, Update
+from fedge.plan import Plan
+from fedge.privacy.central import Central
+from fedge.privacy.secure import KEY_BYTES, SecureSource
+from fedge.refusal import Refusal, RefusalCode
 from fedge.run import RunConfig
 from fedge.strategy import AnyStrategy
 from fedge.vector import Array, Model

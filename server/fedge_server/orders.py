@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedge.round import OrderId
+from fedge.events import OrderId
 from fedge.strategy import Order
 from fedge.vector import Array
 from fedge.wire import fedge_pb2 as pb

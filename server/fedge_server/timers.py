@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from fedge.round import DeadlinePassed, OrderId
+from fedge.events import DeadlinePassed, OrderId
 
 
 class Timers:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from fedge.round import OrderId
+from fedge.events import OrderId
 
 
 class Traffic:

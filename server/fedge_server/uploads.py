@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from fedge.errors import BusyError, FedgeError, LinkError, RefusedError
-from fedge.round import OrderId
+from fedge.events import OrderId
 from fedge.wire.chunks import Piece
 from fedge_server.spool import Spool, Upload
 

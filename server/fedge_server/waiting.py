@@ -11,8 +11,8 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from fedge.events import OrderId
 from fedge.pipeline import Update
-from fedge.round import OrderId
 from fedge.strategy import WorkKind
 from fedge_server.spool import Upload
 

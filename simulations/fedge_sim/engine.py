@@ -16,15 +16,7 @@ import numpy as np
 
 from fedge import federation
 from fedge.errors import ConfigError, RefusedError, RunError, TaskError
-from fedge.federation import Finish, Returned, RunEffect, RunEvent, Stop
-from fedge.history import Row
-from fedge.learning import Learning
-from fedge.pipeline import Update
-from fedge.plan import Plan
-from fedge.privacy.central import Central
-from fedge.privacy.secure import SecureSource
-from fedge.refusal import Refusal, RefusalCode
-from fedge.round import (
+from fedge.events import (
     Accept,
     Arrived,
     Cancel,
@@ -40,6 +32,14 @@ from fedge.round import (
     Send,
     StartTimer,
 )
+from fedge.federation import Finish, Returned, RunEffect, RunEvent, Stop
+from fedge.history import Row
+from fedge.learning import Learning
+from fedge.pipeline import Update
+from fedge.plan import Plan
+from fedge.privacy.central import Central
+from fedge.privacy.secure import SecureSource
+from fedge.refusal import Refusal, RefusalCode
 from fedge.run import RunConfig
 from fedge.seeds import derive_key, work_seed
 from fedge.snapshot import revive, take

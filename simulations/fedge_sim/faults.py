@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
+from fedge.events import OrderId, Send
 from fedge.federation import Federation
-from fedge.round import OrderId, Send
 from fedge.run import FaultsConfig
 from fedge.seeds import derive_seed
 from fedge.vector import Array

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedge.errors import LinkError, RemoteProtocolError
+from fedge.events import OrderId
 from fedge.optimizer import Kind
 from fedge.pipeline import Pipeline, Update
-from fedge.round import OrderId
 from fedge.strategy import AnyStrategy
 from fedge.vector import Array, Layout, Model, Tensor, digest_of
 from fedge.wire import fedge_pb2 as pb

@@ -11,8 +11,8 @@ import pytest
 from one_site import LARGE, SIZE, SLOTS, Site, offer, order
 
 from fedge.errors import RemoteProtocolError
+from fedge.events import OrderId
 from fedge.refusal import Refusal, RefusalCode
-from fedge.round import OrderId
 from fedge.vector import digest_of
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire.codec import encode_order_id

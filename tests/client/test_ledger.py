@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedge.errors import RefusedError
+from fedge.events import OrderId
 from fedge.faults import Faults
 from fedge.privacy.mechanism import Gaussian, SampledGaussian
 from fedge.privacy.pld import reference_rdp
 from fedge.refusal import RefusalCode
-from fedge.round import OrderId
 from fedge_client.ledger import Ledger, accept_head
 from fedge_client.ledger_file import read_only
 

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from fedge.errors import RefusedError
+from fedge.events import OrderId
 from fedge.faults import LEDGER_POINTS, Faults
 from fedge.privacy.mechanism import Gaussian, Mechanism, SampledGaussian, from_table, scaled
 from fedge.privacy.pld import reference_rdp
 from fedge.refusal import RefusalCode
-from fedge.round import OrderId
 from fedge_client.ledger import Ledger
 
 DELTA, CAP = 1e-5, 20.0

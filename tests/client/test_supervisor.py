@@ -15,8 +15,8 @@ import psutil
 import pytest
 
 from fedge.errors import RefusedError
+from fedge.events import OrderId
 from fedge.refusal import Refusal, RefusalCode
-from fedge.round import OrderId
 from fedge.run import Work
 from fedge.strategy import WorkKind
 from fedge.vector import Layout, Tensor

@@ -16,6 +16,7 @@ from fedge.errors import RefusedError, TaskError
 from fedge.refusal import RefusalCode
 from fedge_client.torch.batches import Batches
 from fedge_client.torch.flat import FlatModule
+from fedge_client.torch.private import layers
 from fedge_client.torch.private.admission import check_private
 from fedge_client.torch.private.book_keeping import BookKeeping
 from fedge_client.torch.private.choice import choose
@@ -215,6 +216,20 @@ def test_an_example_without_a_finite_gradient_adds_exactly_nothing(bad):
         of.flat.zero_gradient()
         way.add(inputs, target, 0.5)
         torch.testing.assert_close(of.flat.gradient.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("made", [True, False], ids=["gradients made", "gradients not made"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_batch_without_any_finite_gradient_adds_exactly_nothing(name, made, monkeypatch):
+    if not made:
+        monkeypatch.setattr(layers, "MAX_MADE", 0)
+    model, make, fast = MODELS[name]
+    inputs, target = batch(make, 3)
+    of = subject(model, inputs, loss=lambda output, target: cross_entropy(output, target) * float("nan"))
+    for way in ways(of, fast):
+        of.flat.gradient.fill_(1)
+        way.add(inputs, target, 0.5)
+        assert bool((of.flat.gradient == 1).all())
 
 
 def test_gradients_of_zero_stay_zero():

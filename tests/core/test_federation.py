@@ -11,10 +11,7 @@ import pytest
 
 from fedge import federation
 from fedge.config import parse_toml
-from fedge.federation import Federation, Finish, RunEffect, RunEvent, Stop
-from fedge.plan import Plan
-from fedge.refusal import Refusal, RefusalCode
-from fedge.round import (
+from fedge.events import (
     Accept,
     Arrived,
     Cancel,
@@ -29,8 +26,11 @@ from fedge.round import (
     Reject,
     Send,
     StartTimer,
-    Terms,
 )
+from fedge.federation import Federation, Finish, RunEffect, RunEvent, Stop
+from fedge.plan import Plan
+from fedge.refusal import Refusal, RefusalCode
+from fedge.round import Terms
 from fedge.run import RunConfig
 
 NO = Refusal(RefusalCode.TASK_FAILED, "it broke")

@@ -15,10 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedge import federation
-from fedge.federation import Finish, Returned, RunEffect, RunEvent, Stop
-from fedge.plan import Plan
-from fedge.refusal import Refusal, RefusalCode
-from fedge.round import (
+from fedge.events import (
     Accept,
     Arrived,
     Cancel,
@@ -34,8 +31,11 @@ from fedge.round import (
     Reject,
     Send,
     StartTimer,
-    Terms,
 )
+from fedge.federation import Finish, Returned, RunEffect, RunEvent, Stop
+from fedge.plan import Plan
+from fedge.refusal import Refusal, RefusalCode
+from fedge.round import Terms
 
 CLIENTS = "abcde"
 NO = Refusal(RefusalCode.TASK_FAILED, "no")

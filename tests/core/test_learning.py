@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedge.errors import RunError
+from fedge.events import OrderId
 from fedge.learning import Learning
 from fedge.pipeline import Update
-from fedge.round import OrderId
 from fedge.strategy import AnyStrategy
 from fedge.vector import Array, Layout, Model, Tensor
 from fedge_strategies import FedAvg, MirroredSgd, Sgd

@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedge.errors import ConfigError
+from fedge.events import OrderId
 from fedge.learning import Learning
 from fedge.pipeline import Clip, Update, l2_norm
 from fedge.privacy.banded import coefficients, correlate
 from fedge.privacy.central import CLIP, WITHIN, Adaptive, BoundedMetrics, Central, FixedMean, Noising
 from fedge.privacy.secure import SecureSource
 from fedge.privacy.statement import state
-from fedge.round import OrderId
 from fedge.run import RunConfig
 from fedge.snapshot import revive, take
 from fedge.vector import Layout, Model, Tensor

@@ -10,9 +10,7 @@ from itertools import permutations
 
 import pytest
 
-from fedge.refusal import Refusal, RefusalCode
-from fedge.round import (
-    MAX_EXTENSIONS,
+from fedge.events import (
     Accept,
     Arrived,
     Cancel,
@@ -25,14 +23,11 @@ from fedge.round import (
     OrderId,
     Progressed,
     Reject,
-    Round,
     Send,
     StartTimer,
-    Terms,
-    open_round,
-    rank,
-    step,
 )
+from fedge.refusal import Refusal, RefusalCode
+from fedge.round import MAX_EXTENSIONS, Round, Terms, open_round, rank, step
 
 ORDER = OrderId("train", 3)
 BROKEN = Refusal(RefusalCode.WORKER_CRASHED, "the worker died")

@@ -13,8 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedge.refusal import Refusal, RefusalCode
-from fedge.round import (
+from fedge.events import (
     Accept,
     Arrived,
     Cancel,
@@ -30,13 +29,11 @@ from fedge.round import (
     Phase,
     Progressed,
     Reject,
-    Round,
     Send,
     StartTimer,
-    Terms,
-    open_round,
-    step,
 )
+from fedge.refusal import Refusal, RefusalCode
+from fedge.round import Round, Terms, open_round, step
 
 ORDER = OrderId("train", 2, 2)
 OLD = replace(ORDER, attempt=1)

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from fedge import federation
 from fedge.errors import ConfigError
+from fedge.events import Accept, Arrived, DeadlinePassed, Failed, Joined, OrderId, Send
 from fedge.federation import Federation, RunEffect
 from fedge.plan import Plan
 from fedge.refusal import Refusal, RefusalCode
-from fedge.round import Accept, Arrived, DeadlinePassed, Failed, Joined, OrderId, Send, Terms
+from fedge.round import Terms
 
 
 @st.composite

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedge.errors import LimitError, RemoteProtocolError
+from fedge.events import OrderId
 from fedge.optimizer import Optimizer
 from fedge.refusal import Refusal, RefusalCode
-from fedge.round import OrderId
 from fedge.run import Work
 from fedge.vector import FLOATS, INTEGERS, Carried, Layout, Tensor, digest_of
 from fedge.wire import codec

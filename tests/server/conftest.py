@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedge.events import Failed, Joined, Left, OrderId
 from fedge.federation import Stop
 from fedge.refusal import Refusal, RefusalCode
-from fedge.round import Failed, Joined, Left, OrderId
 from fedge.run import RunConfig
 from fedge.strategy import AnyStrategy
 from fedge.vector import Array, Layout, Model, Tensor, digest_of

@@ -15,9 +15,9 @@ import pytest
 import tomlkit
 
 from fedge.errors import BusyError, ConfigError, FedgeError, RunError
+from fedge.events import OrderId
 from fedge.principal import Principal
 from fedge.refusal import Refusal, RefusalCode
-from fedge.round import OrderId
 from fedge.run import RunConfig
 from fedge.vector import Layout, Model, Tensor, digest_of
 from fedge.wire import fedge_pb2 as pb

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from fedge.errors import StorageError
+from fedge.events import OrderId
 from fedge.learning import Learning
 from fedge.refusal import RefusalCode
-from fedge.round import OrderId
 from fedge.snapshot import revive
 from fedge.strategy import Order
 from fedge.vector import digest_of

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from fedge.errors import StorageError
+from fedge.events import Arrived, OrderId
 from fedge.pipeline import Mean
 from fedge.refusal import RefusalCode
-from fedge.round import Arrived, OrderId
 from fedge.strategy import Order
 from fedge_server import driver as drivers
 from fedge_server.driver import Delivery

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from fedge.events import Left, OrderId, Progressed
 from fedge.refusal import Refusal, RefusalCode
-from fedge.round import Left, OrderId, Progressed
 from fedge_server.standing import Site, clients_of, progress_of, summary_of
 from fedge_strategies import FedAvg, Sgd
 

@@ -17,8 +17,8 @@ from alembic.migration import MigrationContext
 from databases import database_url, postgresql
 
 from fedge.errors import ConfigError, StorageError
+from fedge.events import OrderId
 from fedge.history import Row
-from fedge.round import OrderId
 from fedge_server.store import events, schema
 from fedge_server.store.database import Database
 from fedge_server.store.records import Checkpoint, Event, KeptUpdate, Progress, RunRecord

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fedge.errors import BusyError, LinkError, RefusedError
-from fedge.round import OrderId
+from fedge.events import OrderId
 from fedge.vector import bytes_of, digest_of
 from fedge.wire.limits import INLINE_BYTES
 from fedge_server.limits import Bucket, Concurrency, Pace

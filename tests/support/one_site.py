@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from fedge.errors import LinkError, RefusedError
+from fedge.events import OrderId
 from fedge.refusal import Refusal, RefusalCode
-from fedge.round import OrderId
 from fedge.run import Work
 from fedge.strategy import WorkKind
 from fedge.vector import Array, Layout, Tensor, bytes_of

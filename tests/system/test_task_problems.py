@@ -93,6 +93,14 @@ def detail_of(federation: Federation, run_id: str, site: str) -> str:
     return next((each.detail for each in federation.show(run_id).clients if each.name == site), "")
 
 
+def begun_by_all(federation: Federation, text: str) -> str:
+    """A run whose first round is not over before the honest sites and the faulty one have joined."""
+    with federation.blocked(HONEST[0]), federation.blocked(HONEST[1]):
+        run_id = federation.submit(text)
+        until(lambda: federation.ready(run_id) >= {*HONEST, "faulty"}, "all sites have joined")
+    return run_id
+
+
 @pytest.mark.parametrize("name", REASONS)
 def test_a_site_that_cannot_take_part_says_why_and_the_others_go_on(
     federation: Federation, script: Path, name: str
@@ -112,10 +120,8 @@ def test_a_worker_that_breaks_is_started_again_and_its_site_takes_part_in_the_ne
     federation: Federation, script: Path
 ) -> None:
     deeds = ["exit", "", "crash", "", "raise", "", "nan", "", "eat", ""]
-    with federation.blocked("client-0"):
-        script.write_text("\n".join(deeds))
-        run_id = federation.submit(run_of("tiny", rounds=len(deeds)))
-        until(lambda: "faulty" in federation.ready(run_id), "the faulty site has joined")
+    script.write_text("\n".join(deeds))
+    run_id = begun_by_all(federation, run_of("tiny", rounds=len(deeds)))
     assert federation.finish(run_id).status == "done"
     took_part = [HONEST if deed else [*HONEST, "faulty"] for deed in deeds]
     assert [list(row.clients) for row in federation.show(run_id).history] == took_part
@@ -138,10 +144,8 @@ def test_a_worker_that_breaks_is_started_again_and_its_site_takes_part_in_the_ne
 def test_the_owner_of_a_run_sees_the_last_failure_of_a_site_that_still_takes_part(
     federation: Federation, script: Path
 ) -> None:
-    with federation.blocked("client-0"):
-        script.write_text("raise\n")
-        run_id = federation.submit(run_of("tiny"))
-        until(lambda: "faulty" in federation.ready(run_id), "the faulty site has joined")
+    script.write_text("raise\n")
+    run_id = begun_by_all(federation, run_of("tiny"))
     assert federation.finish(run_id).status == "done"
     clients = {client["name"]: client for client in federation.show_json(run_id)["clients"]}
     assert clients["faulty"]["detail"] == "task_failed: the task's code failed (ValueError)"

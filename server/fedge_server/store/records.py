@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from fedge.events import OrderId
 from fedge.federation import Status
 from fedge.history import Row
-from fedge.round import OrderId
 
 
 @dataclass(frozen=True, slots=True)

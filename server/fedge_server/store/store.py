@@ -13,9 +13,9 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from fedge.errors import StorageError
+from fedge.events import OrderId
 from fedge.federation import Status
 from fedge.history import Row
-from fedge.round import OrderId
 from fedge_server.store import schema
 from fedge_server.store.database import Database
 from fedge_server.store.events import add_event, newest_events

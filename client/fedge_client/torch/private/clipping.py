@@ -113,5 +113,5 @@ def squared(gradients: torch.Tensor) -> torch.Tensor:
 
 def add_weighted(gradients: torch.Tensor, factors: Factors, into: torch.Tensor) -> None:
     """Add the weighted sum of per-example gradients (float32[n, ...], any strides) to `into`."""
-    chosen = factors.select(gradients)
-    into.add_(torch.mv(chosen.reshape(len(chosen), -1).t(), factors.values).view(into.shape))
+    chosen = factors.select(gradients)  # possibly of no rows, hence no -1
+    into.add_(torch.mv(chosen.reshape(len(chosen), into.numel()).t(), factors.values).view(into.shape))

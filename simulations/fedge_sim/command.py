@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -60,14 +60,13 @@ def simulate(
     if as_json:
         typer.echo(json.dumps(result.summary() | {"out": str(folder)}))
     else:
-        metrics = "  ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
-        console.print(
-            f"{result.status}: {len(result.history)} rounds, {result.clients} clients  {metrics}",
-            highlight=False,
-        )
+        found = _found(f"{len(result.history)} rounds, {result.clients} clients", result.metrics)
+        console.print(f"{result.status}: {found}", highlight=False)
         injected = "  ".join(f"{name} {count}" for name, count in result.faults.counts.items() if count)
         if injected:
             console.print(f"faults: {injected}", highlight=False)
+        if spent := str(result.privacy):
+            console.print(spent, highlight=False)
         typer.echo(f"results in {folder}")
     if result.status == "stopped":
         raise typer.Exit(INTERRUPTED)
@@ -102,5 +101,8 @@ def _progress(console: Console, name: str, rounds: int, *, quiet: bool) -> Itera
 
 
 def _line(row: Row) -> str:
-    metrics = "  ".join(f"{name} {value:.4f}" for name, value in row.metrics.items())
-    return f"{len(row.clients)} clients  {metrics}"
+    return _found(f"{len(row.clients)} clients", row.metrics)
+
+
+def _found(what: str, metrics: Mapping[str, float]) -> str:
+    return "  ".join([what, *(f"{name} {value:.4f}" for name, value in metrics.items())])

@@ -36,6 +36,13 @@ class Spent:
     accountant: str = ""
     epsilons: Mapping[str, float] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        """In words, for people; empty where nothing was protected."""
+        if self.epsilon is None or self.delta is None:
+            return ""
+        whose = "an example of a client" if self.unit == "example" else "a client"
+        return f"epsilon {self.epsilon:.4g} at delta {self.delta:g} for {whose} ({self.accountant})"
+
     def as_dict(self) -> dict[str, Any]:
         """For summaries: the spread, and not every client."""
         if self.unit == "none":

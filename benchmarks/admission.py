@@ -33,7 +33,9 @@ def main() -> None:
         for run in range(BEFORE):
             cost = price(terms, work, "train", 500 + run % 5).order
             for round in range(1, ROUNDS + 1):
-                entry = ledger.reserve(f"run-{run}", OrderId("train", round), cost, max_epsilon=1e6)
+                entry = ledger.reserve(
+                    f"run-{run}", OrderId("train", round), cost, unit="example", max_epsilon=1e6
+                )
                 ledger.sending(entry)
                 ledger.commit(entry, cost)
         for run in range(int(sys.argv[1])):
@@ -43,15 +45,15 @@ def main() -> None:
             admit(
                 ledger.books,
                 found.order,
+                unit="example",
                 delta=DELTA,
                 max_epsilon=1e6,
                 run_id=f"new-{run}",
-                run_delta=DELTA,
-                max_run_epsilon=3.0,
+                run_caps={DELTA: 3.0},
             )
             seconds.append(time.perf_counter() - began)
             began = time.perf_counter()
-            ledger.reserve(f"new-{run}", OrderId("train", 1), found.order, max_epsilon=1e6)
+            ledger.reserve(f"new-{run}", OrderId("train", 1), found.order, unit="example", max_epsilon=1e6)
             reserving.append(time.perf_counter() - began)
     print(json.dumps({"seconds": seconds, "reserve_seconds": reserving}))
 

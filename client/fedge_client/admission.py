@@ -6,7 +6,9 @@ which line of the policy says no.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.machinery
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +41,8 @@ class Request:
     terms: Terms | None
     cohort: int
     secure_aggregation: bool
+    digest: bytes = b""
+    """Of everything that was asked: an update that was made under other terms answers no order of this run."""
 
     @classmethod
     def of(cls, offer: pb.Offer) -> Request:
@@ -69,6 +73,7 @@ class Request:
             terms=terms,
             cohort=offer.cohort,
             secure_aggregation=offer.secure_aggregation,
+            digest=hashlib.sha256(offer.SerializeToString(deterministic=True)).digest(),
         )
 
     @property
@@ -173,11 +178,12 @@ def check_price(policy: Policy, price: Price, run_epsilon: float) -> None:
     Raises:
         RefusedError: with the code PROTECTION_TOO_WEAK. The message holds no number of this site's data.
     """
-    if price.noise_multiplier < policy.min_noise_multiplier:
+    evaluation = price.evaluation_noise_multiplier
+    if min(price.noise_multiplier, evaluation or math.inf) < policy.min_noise_multiplier:
         raise _no(
             RefusalCode.PROTECTION_TOO_WEAK,
-            f"the noise multiplier would be below this site's [policy] min_noise_multiplier = "
-            f"{policy.min_noise_multiplier:g}; ask for a smaller epsilon",
+            f"the noise multiplier, of training or of evaluations, would be below this site's [policy] "
+            f"min_noise_multiplier = {policy.min_noise_multiplier:g}; ask for a smaller epsilon, or more noise",
         )
     if policy.max_run_epsilon is not None and run_epsilon > policy.max_run_epsilon:
         raise _no(
@@ -202,12 +208,17 @@ def _check_protection(policy: Policy, request: Request) -> None:
             f"asked for rounds among {request.cohort} sites or more; this site's [policy] min_cohort is "
             f"{policy.min_cohort}",
         )
-    if policy.require_secure_aggregation and not request.secure_aggregation:
+    if request.secure_aggregation:  # that somebody says so hides nothing
+        raise _no(
+            RefusalCode.PROTECTION_UNAVAILABLE,
+            "asked for a run with secure aggregation, which this version of the client does not have",
+        )
+    if policy.require_secure_aggregation:
         raise _no(
             RefusalCode.PROTECTION_TOO_WEAK,
             "asked for a run without secure aggregation; this site's [policy] requires it",
         )
-    if unit == "client" and not request.secure_aggregation and not policy.trust_coordinator:
+    if unit == "client" and not policy.trust_coordinator:
         raise _no(
             RefusalCode.PROTECTION_TOO_WEAK,
             "asked for client-level privacy whose noise the coordinator adds; this site's [policy] does not set "

@@ -128,12 +128,14 @@ class Jobs:
             raise
         model, update = self._supervisor.vectors(slot, layout.size)
         # What this agent prepared before it was started.
-        prepared = await asyncio.to_thread(self._outbox.read, request.run_id)
+        prepared = await asyncio.to_thread(self._outbox.read, request.run_id, terms=request.digest)
         return Participation(
             run_id=request.run_id,
             layout=layout,
             clip=request.clip_of_updates,
             protection=protection,
+            kind=request.kind,
+            terms=request.digest,
             holding=Holding(request.run_id, layout, model),
             update=update,
             prepared=prepared,
@@ -182,6 +184,8 @@ class Jobs:
         self._transfers.begin()
         self._reach("job.ordered")
         try:
+            if order.kind not in (run.kind, "evaluate"):
+                raise RemoteProtocolError(f"expected {run.kind} orders, as was offered, found a {order}")
             prepared = run.answer(order, model)
             if prepared is None:
                 prepared = await self._prepare(run, message, link)
@@ -310,7 +314,7 @@ class Jobs:
             metrics=encode_metrics(released.metrics),
             vector=pb.Blob(digest=digest, size=vector.nbytes, inline=vector.tobytes() if small else None),
         )
-        return Prepared(order, message.model.digest, update, vector)
+        return Prepared(order, message.model.digest, run.terms, update, vector)
 
     def _clip(self, run: Participation, message: pb.Order) -> float | None:
         """What an order's update is clipped to.

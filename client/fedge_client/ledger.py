@@ -11,11 +11,12 @@ import math
 import os
 import stat
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Self
 
 from fedge.errors import RefusedError, StorageError
@@ -23,6 +24,7 @@ from fedge.events import OrderId
 from fedge.faults import Faults
 from fedge.files import private_folder
 from fedge.privacy import ledger
+from fedge.privacy.config import Protected
 from fedge.privacy.ledger import (
     Books,
     Commit,
@@ -140,9 +142,9 @@ class Ledger:
         order: OrderId,
         mechanism: Mechanism,
         *,
+        unit: Protected,
         max_epsilon: float,
-        run_delta: float | None = None,
-        max_run_epsilon: float | None = None,
+        run_caps: Mapping[float, float] = MappingProxyType({}),
     ) -> int:
         """Set aside the most that the work for an order may spend; the number of its entry.
 
@@ -154,14 +156,14 @@ class Ledger:
             ledger.admit(
                 self.books,
                 mechanism,
+                unit=unit,
                 delta=self._delta,
                 max_epsilon=max_epsilon,
                 run_id=run_id,
-                run_delta=run_delta,
-                max_run_epsilon=max_run_epsilon,
+                run_caps=run_caps,
             )
             entry = self.books.next_entry
-            self._append(Reserve(entry, run_id, order, mechanism))
+            self._append(Reserve(entry, run_id, order, unit, mechanism))
             return entry
 
     def sending(self, entry: int) -> None:

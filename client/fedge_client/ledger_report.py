@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -62,7 +63,7 @@ def report(settings: ClientSettings, folder: Path) -> Report:
     chain = _read(settings, folder, [])
     books, policy = chain.books, settings.policy
     spent = books.spent()
-    whole = rdp.epsilon(spent.curve + books.outstanding().curve, policy.delta)
+    whole = books.reserved().epsilon(policy.delta)
     runs = tuple(_run(books, run_id, policy.delta) for run_id in books.runs)
     return Report(
         dataset=settings.ledger.dataset,
@@ -108,7 +109,7 @@ def verify(settings: ClientSettings, folder: Path) -> int:
 def independent(mechanisms: Iterable[Mechanism], delta: float) -> float:
     """The RDP epsilon by dp-accounting; where it has no event (Skellam) or no bound, by our own curves."""
     releases = merged(mechanisms)
-    own = rdp.epsilon(ledger.Account().curve + sum((ledger.price(each) for each in releases), 0.0), delta)
+    own = rdp.epsilon(sum((ledger.price(each) for each in releases), np.zeros(len(rdp.ORDERS))), delta)
     if not releases or any(isinstance(each, Skellam) for each in releases) or not math.isfinite(own):
         return own
     return reference_rdp(releases, delta)

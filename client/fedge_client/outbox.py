@@ -32,7 +32,7 @@ from fedge.wire.limits import INLINE_BYTES
 
 _UPDATE: Final = ".update"
 _VECTOR: Final = ".vector"
-_HEADER: Final = struct.Struct("<II")
+_HEADER: Final = struct.Struct("<III")
 _MAX_BYTES: Final = INLINE_BYTES + (64 << 10)
 _FLOAT: Final = np.dtype("<f4")
 
@@ -42,11 +42,13 @@ class Prepared:
     """An update as it will be sent: its message, and its vector float32[n] (which a small one carries inline).
 
     It answers `order` on the model of this digest, and no other: a coordinator that has lost its last
-    rounds may give an order of the same name again, on another model.
+    rounds may give an order of the same name again, on another model. `terms` is the digest of what was asked
+    for the run when it was made.
     """
 
     order: OrderId
     model: bytes
+    terms: bytes
     update: pb.Update
     vector: Array
 
@@ -96,7 +98,8 @@ class Outbox:
         path = self._path(prepared.update.run_id, _UPDATE)
         temporary = path.with_suffix(".new")
         with _errors(path):
-            _write(temporary, _HEADER.pack(len(data), len(prepared.model)) + data + prepared.model)
+            header = _HEADER.pack(len(data), len(prepared.model), len(prepared.terms))
+            _write(temporary, header + data + prepared.model + prepared.terms)
             temporary.replace(path)
             self._make_room()
 
@@ -110,25 +113,32 @@ class Outbox:
         with _errors(path):
             _write(path, bytes_of(prepared.vector))
 
-    def read(self, run_id: str) -> Prepared | Lost | None:
-        """The update that was prepared last for a run; None if there was none."""
+    def read(self, run_id: str, *, terms: bytes) -> Prepared | Lost | None:
+        """The update that was prepared last for a run under these terms; None if there was none.
+
+        One that was made under others is forgotten: it may be less protected than what was agreed since.
+        """
         try:
             with self._path(run_id, _UPDATE).open("rb") as file:
                 data = file.read(_MAX_BYTES)
-            length, digest_length = _HEADER.unpack_from(data)
+            length, digest_length, terms_length = _HEADER.unpack_from(data)
             end = _HEADER.size + length
-            update, model = pb.Update.FromString(data[_HEADER.size : end]), data[end:]
+            update, rest = pb.Update.FromString(data[_HEADER.size : end]), data[end:]
+            model, agreed = rest[:digest_length], rest[digest_length:]
             order = decode_order_id(update.id)
         except FileNotFoundError:
             return None
         except (OSError, struct.error, DecodeError, RemoteProtocolError):
             return Lost(None, b"", b"", "its description cannot be read")
-        if len(model) != digest_length or update.run_id != run_id:
+        if len(rest) == digest_length + terms_length and agreed != terms:
+            self.forget(run_id)
+            return None
+        if agreed != terms or update.run_id != run_id:
             return Lost(None, b"", b"", "its description is cut off")
         vector = self._vector(run_id, update)
         if vector.nbytes != update.vector.size or digest_of(vector) != update.vector.digest:
             return Lost(order, model, update.vector.digest, f"the vector for the {order} is incomplete")
-        return Prepared(order, model, update, vector)
+        return Prepared(order, model, agreed, update, vector)
 
     def forget(self, run_id: str) -> None:
         """The run is over, or its update is not wanted any more."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from fedge.events import OrderId
 from fedge.privacy.mechanism import Mechanism
+from fedge.strategy import WorkKind
 from fedge.vector import Array, Layout
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire.codec import encode_order_id
@@ -23,6 +24,10 @@ class Participation:
     clip: float | None
     """What updates are clipped to, unless their order says otherwise."""
     protection: Protection
+    kind: WorkKind
+    """What it orders, beside evaluations."""
+    terms: bytes
+    """The digest of what was asked when it was joined."""
     holding: Holding
     update: Array
     prepared: Prepared | Lost | None = None

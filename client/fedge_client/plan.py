@@ -13,8 +13,7 @@ from fedge.privacy.central import Central
 from fedge.privacy.example import ONE_RELEASE, Schedule
 from fedge.privacy.ledger import admit as admit_release
 from fedge.privacy.pld import statement
-from fedge.privacy.rdp import epsilon as rdp_epsilon
-from fedge.privacy.rdp import epsilon_of, total
+from fedge.privacy.rdp import epsilon_of
 from fedge.privacy.terms import Terms, price
 from fedge.run import RunConfig
 from fedge.strategy import load_strategy, work_kind
@@ -134,9 +133,17 @@ def at_site(run: RunConfig, client_toml: Path) -> AtSite:
             priced = price(request.terms, run.work, request.kind, size)
             run_epsilon = epsilon_of(priced.run, policy.delta)
             check_price(policy, priced, run_epsilon)
-            after = rdp_epsilon(before.curve + total(priced.run), policy.delta)
+            unit = request.terms.unit
+            for release in priced.run:
+                before = before.charged(unit, release)
+            after = before.epsilon(policy.delta)
             admit_release(
-                books, priced.order, delta=policy.delta, max_epsilon=policy.max_epsilon, run_id="planned"
+                books,
+                priced.order,
+                unit=unit,
+                delta=policy.delta,
+                max_epsilon=policy.max_epsilon,
+                run_id="planned",
             )
         refusal = ""
     except RefusedError as error:

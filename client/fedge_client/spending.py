@@ -36,8 +36,7 @@ class Caps(TypedDict):
     """Bounds on what may be spent, as the ledger takes them."""
 
     max_epsilon: float
-    run_delta: float
-    max_run_epsilon: float
+    run_caps: dict[float, float]
 
 
 _TOLD = {
@@ -91,7 +90,12 @@ class Spending:
         assert protection.price is not None
         check_rested(self._ledger.books.of_run(run_id), order, protection.terms.separation)
         return await self._call(
-            self._ledger.reserve, run_id, order, cost, **self._caps(protection.terms, protection.price)
+            self._ledger.reserve,
+            run_id,
+            order,
+            cost,
+            unit=protection.terms.unit,
+            **self._caps(protection.terms, protection.price),
         )
 
     async def leaves(self, entry: int) -> None:
@@ -114,17 +118,22 @@ class Spending:
         admit(
             self._ledger.books,
             cost,
+            unit=protection.terms.unit,
             delta=self._policy.delta,
             run_id=run_id,
             **self._caps(protection.terms, protection.price),
         )
 
     def _caps(self, terms: Terms, price: Price) -> Caps:
-        """A run may not be made to spend more than it said, be it by rounds or by attempts at them."""
+        """A run may not be made to spend more than it said, be it by rounds or by attempts at them.
+
+        At its own delta, and at the owner's: at a large enough delta anything costs nothing.
+        """
         return {
             "max_epsilon": self._policy.max_epsilon,
-            "run_delta": terms.delta,
-            "max_run_epsilon": epsilon_of(price.run, terms.delta) * _ROUNDING,
+            "run_caps": {
+                delta: epsilon_of(price.run, delta) * _ROUNDING for delta in (terms.delta, self._policy.delta)
+            },
         }
 
     async def _call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

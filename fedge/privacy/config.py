@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from fedge.config import Config
 
+Protected = Literal["example", "client"]
+"""Whom noise protects: one example, or all that a site has."""
+
 Unit = Literal["none", "example", "client"]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]

@@ -21,7 +21,8 @@ import numpy as np
 from fedge.errors import LocalProtocolError, RefusedError
 from fedge.events import OrderId
 from fedge.privacy import rdp
-from fedge.privacy.mechanism import Mechanism, scaled
+from fedge.privacy.config import Protected
+from fedge.privacy.mechanism import Mechanism, coarser, merged, scaled
 from fedge.privacy.rdp import Curve
 from fedge.refusal import Refusal, RefusalCode
 
@@ -38,6 +39,7 @@ class Reserve:
     entry: int
     run_id: str
     order: OrderId
+    unit: Protected
     mechanism: Mechanism
 
 
@@ -92,24 +94,43 @@ Record = Reserve | Sending | Commit | Release | Unprotected | Trusted
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """Releases that were made, equal mechanisms counted together, with the curve of them all.
+    """Releases that were made, equal mechanisms counted together, with the curves of them all.
 
-    Its size is that of the different mechanisms, whatever the number of releases.
+    Its size is that of the different mechanisms, whatever the number of releases. What it promises is about all
+    that the site has, as long as every release was; from the first one that protects single examples, about an
+    example. One that changes moves a clipped update by up to twice the clip, so that releases about the site then
+    count with twice their sensitivity.
     """
 
-    counts: Mapping[Mechanism, int] = field(default_factory=lambda: MappingProxyType({}))
-    """By the mechanism with a count of 1."""
-    curve: Curve = field(default_factory=lambda: np.zeros(len(rdp.ORDERS)), compare=False, repr=False)
+    counts: Mapping[tuple[Protected, Mechanism], int] = field(default_factory=lambda: MappingProxyType({}))
+    """By the unit, and the mechanism with a count of 1."""
+    of_site: Curve = field(default_factory=lambda: np.zeros(len(rdp.ORDERS)), compare=False, repr=False)
+    of_example: Curve = field(default_factory=lambda: np.zeros(len(rdp.ORDERS)), compare=False, repr=False)
 
-    def charged(self, mechanism: Mechanism) -> Account:
+    def charged(self, unit: Protected, mechanism: Mechanism) -> Account:
         """The account with this mechanism on top."""
-        one = scaled(mechanism, 1)
+        one = unit, scaled(mechanism, 1)
         counts = {**self.counts, one: self.counts.get(one, 0) + mechanism.count}
-        return Account(counts, self.curve + price(mechanism))
+        of_site = self.of_site + price(mechanism) if unit == "client" else self.of_site
+        return Account(counts, of_site, self.of_example + price(_for_example(unit, mechanism)))
+
+    @property
+    def unit(self) -> Protected:
+        """Whom its epsilon is about."""
+        return "example" if any(unit == "example" for unit, _ in self.counts) else "client"
 
     @property
     def mechanisms(self) -> tuple[Mechanism, ...]:
-        return tuple(scaled(one, count) for one, count in self.counts.items())
+        """As they count."""
+        made = ((unit, scaled(one, count)) for (unit, one), count in self.counts.items())
+        if self.unit == "client":
+            return tuple(mechanism for _, mechanism in made)
+        return merged(_for_example(unit, mechanism) for unit, mechanism in made)
+
+    @property
+    def curve(self) -> Curve:
+        """Of its mechanisms."""
+        return self.of_example if self.unit == "example" else self.of_site
 
     def epsilon(self, delta: float) -> float:
         """By RDP; infinite where there is no bound.
@@ -126,6 +147,7 @@ class Open:
 
     run_id: str
     order: OrderId
+    unit: Protected
     mechanism: Mechanism
     sending: bool = False
 
@@ -165,6 +187,10 @@ class Books:
         """Reserved, and not yet sending."""
         return _with(Account(), self.open, sending=False)
 
+    def reserved(self) -> Account:
+        """Spent, and what is set aside on top."""
+        return _with(self.spent(), self.open, sending=False)
+
     def of_run(self, run_id: str) -> RunBooks:
         """One run's part; of a run that is not in the books, an empty one."""
         run = self.runs.get(run_id, RunBooks())
@@ -177,6 +203,10 @@ class Books:
     def unprotected(self) -> tuple[str, ...]:
         """Runs without differential privacy: whoever saw one of them is bounded by no epsilon."""
         return tuple(run_id for run_id, run in self.runs.items() if run.unprotected)
+
+
+def _for_example(unit: Protected, mechanism: Mechanism) -> Mechanism:
+    return mechanism if unit == "example" else coarser(mechanism, 2.0)
 
 
 def price(mechanism: Mechanism) -> Curve:
@@ -204,10 +234,10 @@ def step(books: Books, record: Record) -> Books:
 
 def _step(books: Books, record: Record) -> Books:
     match record:
-        case Reserve(entry, run_id, order, mechanism):
+        case Reserve(entry, run_id, order, unit, mechanism):
             if entry != books.next_entry:
                 raise LocalProtocolError(f"expected entry {books.next_entry} to be reserved, found {entry}")
-            opened = {**books.open, entry: Open(run_id, order, mechanism)}
+            opened = {**books.open, entry: Open(run_id, order, unit, mechanism)}
             runs = books.runs if run_id in books.runs else {**books.runs, run_id: RunBooks()}
             return replace(books, open=opened, runs=runs, next_entry=entry + 1)
         case Sending(entry):
@@ -228,10 +258,10 @@ def _step(books: Books, record: Record) -> Books:
             if scaled(mechanism, 1) != scaled(most, 1) or mechanism.count > most.count:
                 raise LocalProtocolError(f"entry {entry}: expected at most {most}, found {mechanism}")
             run = books.runs[reservation.run_id]
-            run = replace(run, spent=run.spent.charged(mechanism))
+            run = replace(run, spent=run.spent.charged(reservation.unit, mechanism))
             return replace(
                 books,
-                settled=books.settled.charged(mechanism),
+                settled=books.settled.charged(reservation.unit, mechanism),
                 open=_without(books.open, entry),
                 runs={**books.runs, reservation.run_id: run},
             )
@@ -263,29 +293,26 @@ def admit(
     books: Books,
     mechanism: Mechanism,
     *,
+    unit: Protected,
     delta: float,
     max_epsilon: float,
     run_id: str,
-    run_delta: float | None = None,
-    max_run_epsilon: float | None = None,
+    run_caps: Mapping[float, float] = MappingProxyType({}),
 ) -> float:
     """The epsilon, at `delta`, of the data set if this too is spent: at most `max_epsilon`.
 
-    What counts is spent and outstanding. `max_run_epsilon` bounds the run alone, at `run_delta` (without
-    one at `delta`).
+    What counts is spent and outstanding. `run_caps` bound the run alone: an epsilon for each of some deltas.
 
     Raises:
         RefusedError: BUDGET_EXHAUSTED, with what was asked, spent and left in words.
         ValueError: a delta is not in (0, 1).
     """
-    divergence = price(mechanism)
-    before = books.spent().curve + books.outstanding().curve
-    after = _within(divergence, before, delta=delta, cap=max_epsilon, of="the data set")
-    if max_run_epsilon is not None:
-        run = books.of_run(run_id)
-        before = run.spent.curve + run.outstanding.curve
-        at = delta if run_delta is None else run_delta
-        _within(divergence, before, delta=at, cap=max_run_epsilon, of="the run")
+    before = books.reserved()
+    after = _within(unit, mechanism, before, delta=delta, cap=max_epsilon, of="the data set")
+    own = {number: each for number, each in books.open.items() if each.run_id == run_id}
+    before = _with(books.of_run(run_id).spent, own, sending=False)
+    for at, cap in run_caps.items():
+        _within(unit, mechanism, before, delta=at, cap=cap, of="the run")
     return after
 
 
@@ -307,18 +334,27 @@ def check_rested(run: RunBooks, order: OrderId, separation: int) -> None:
         )
 
 
-def _within(asked: Curve, before: Curve, *, delta: float, cap: float, of: str) -> float:
-    total = rdp.epsilon(before + asked, delta)
+def _within(
+    unit: Protected, mechanism: Mechanism, before: Account, *, delta: float, cap: float, of: str
+) -> float:
+    after = before.charged(unit, mechanism)
+    total = after.epsilon(delta)
     if total <= cap:
         return total
-    spent = rdp.epsilon(before, delta)
+    asked, spent = Account().charged(unit, mechanism).epsilon(delta), before.epsilon(delta)
+    mixed = len({unit for unit, _ in after.counts}) > 1
     raise RefusedError(
         Refusal(
             RefusalCode.BUDGET_EXHAUSTED,
-            f"the privacy budget of {of} does not allow this: asked for epsilon "
-            f"{rdp.epsilon(asked, delta):.4g} at delta {delta:g}, spent or reserved {spent:.4g}, cap {cap:.4g}, "
-            f"left {max(0.0, cap - spent):.4g}, and with it {total:.4g} would be spent; ask for more noise, fewer "
-            "steps or fewer rounds",
+            f"the privacy budget of {of} does not allow this: asked for epsilon {asked:.4g} at delta {delta:g}, "
+            f"spent or reserved {spent:.4g}, cap {cap:.4g}, left {max(0.0, cap - spent):.4g}, and with it "
+            f"{total:.4g} would be spent"
+            + (
+                " (what was released of the whole site counts twice as sensitive beside releases of examples)"
+                if mixed
+                else ""
+            )
+            + "; ask for more noise, fewer steps or fewer rounds",
         )
     )
 
@@ -337,7 +373,7 @@ def _open(books: Books, entry: int, *, sending: bool) -> Open:
 def _with(account: Account, entries: Mapping[int, Open], *, sending: bool) -> Account:
     for each in entries.values():
         if each.sending == sending:
-            account = account.charged(each.mechanism)
+            account = account.charged(each.unit, each.mechanism)
     return account
 
 

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from typing import Any, Final, get_args
 
 from fedge.events import OrderId
+from fedge.privacy.config import Protected
 from fedge.privacy.ledger import Commit, Record, Release, Reserve, Sending, Trusted, Unprotected
 from fedge.privacy.mechanism import from_table, to_table
 from fedge.strategy import WorkKind
@@ -139,9 +140,15 @@ def decode_head(data: bytes) -> tuple[int, bytes]:
 
 def _to_table(record: Record) -> dict[str, Any]:
     match record:
-        case Reserve(entry, run_id, order, mechanism):
+        case Reserve(entry, run_id, order, unit, mechanism):
             named = {"kind": order.kind, "round": order.round, "attempt": order.attempt}
-            fields = {"entry": entry, "run_id": run_id, "order": named, "mechanism": to_table(mechanism)}
+            fields = {
+                "entry": entry,
+                "run_id": run_id,
+                "order": named,
+                "unit": unit,
+                "mechanism": to_table(mechanism),
+            }
         case Commit(entry, mechanism):
             fields = {"entry": entry, "mechanism": to_table(mechanism)}
         case Sending(entry) | Release(entry):
@@ -161,12 +168,20 @@ def _order(table: Mapping[str, Any]) -> OrderId:
     return OrderId(kind, _whole(order, "round"), _whole(order, "attempt"))  # type: ignore[arg-type]  # checked
 
 
+def _unit(table: Mapping[str, Any]) -> Protected:
+    unit = _text(table, "unit")
+    if unit not in get_args(Protected):
+        raise ValueError(f"unit: expected one of {', '.join(get_args(Protected))}, found another")
+    return unit  # type: ignore[return-value]  # checked
+
+
 # An unknown field is not in what is read, so that the line encoded again differs from the line.
 _READERS: Final[Mapping[str, Callable[[Mapping[str, Any]], Record]]] = {
     "reserve": lambda table: Reserve(
         _whole(table, "entry"),
         _text(table, "run_id"),
         _order(table),
+        _unit(table),
         from_table(_table(table, "mechanism")),
     ),
     "sending": lambda table: Sending(_whole(table, "entry")),

@@ -108,6 +108,15 @@ def scaled(mechanism: M, count: int) -> M:
     return replace(mechanism, count=count)
 
 
+def coarser(mechanism: Mechanism, factor: float) -> Mechanism:
+    """The same noise on a query of `factor` times the sensitivity (which must be 1 or more)."""
+    match mechanism:
+        case Skellam():
+            return replace(mechanism, l2=mechanism.l2 * factor, l1=mechanism.l1 * factor)
+        case Gaussian() | SampledGaussian():
+            return replace(mechanism, noise_multiplier=mechanism.noise_multiplier / factor)
+
+
 def merged(mechanisms: Iterable[Mechanism]) -> tuple[Mechanism, ...]:
     """The same releases with equal mechanisms counted together, in order of their first appearance."""
     counts: dict[Mechanism, int] = {}

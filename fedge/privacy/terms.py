@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedge.privacy.calibration import noise_multiplier_for
-from fedge.privacy.config import Unit
+from fedge.privacy.config import Protected
 from fedge.privacy.example import ONE_RELEASE, Schedule, evaluation_mechanism
 from fedge.privacy.mechanism import Mechanism, merged, scaled
 from fedge.privacy.rdp import epsilon_of, total
@@ -25,7 +25,7 @@ class Terms:
     `separation` is the fewest rounds from one turn of a site to its next.
     """
 
-    unit: Unit
+    unit: Protected
     delta: float
     clip: float
     participations: int
@@ -93,6 +93,7 @@ class Price:
     order: Mechanism
     evaluation: Mechanism | None
     run: tuple[Mechanism, ...]
+    evaluation_noise_multiplier: float | None = None
 
 
 def price(terms: Terms, work: Work, kind: Literal["train", "gradient"], size: int) -> Price:
@@ -126,4 +127,4 @@ def price(terms: Terms, work: Work, kind: Literal["train", "gradient"], size: in
             f"noise multiplier {noise_multiplier:g} is too little for epsilon {terms.epsilon:g} at delta "
             f"{terms.delta:g} here; leave one of them out"
         )
-    return Price(noise_multiplier, order, evaluation, run)
+    return Price(noise_multiplier, order, evaluation, run, terms.evaluation_noise_multiplier)

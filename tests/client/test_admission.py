@@ -136,6 +136,7 @@ ASKED = Request(
     secure_aggregation=False,
 )
 CLIENT_LEVEL = replace(ASKED, terms=replace(TERMS, unit="client"))
+SECURE = replace(CLIENT_LEVEL, secure_aggregation=True)
 UNPROTECTED = replace(ASKED, terms=None, clip=None)
 
 
@@ -157,6 +158,10 @@ def test_what_the_policy_does_not_mention_is_allowed(folder):
         (Policy(min_cohort=6), ASKED, RefusalCode.PROTECTION_TOO_WEAK),
         (Policy(require_secure_aggregation=True), ASKED, RefusalCode.PROTECTION_TOO_WEAK),
         (Policy(), CLIENT_LEVEL, RefusalCode.PROTECTION_TOO_WEAK),
+        # There is none in this version: whoever claims that there is does not get more for it.
+        (Policy(), SECURE, RefusalCode.PROTECTION_UNAVAILABLE),
+        (Policy(require_secure_aggregation=True), SECURE, RefusalCode.PROTECTION_UNAVAILABLE),
+        (Policy(trust_coordinator=True), SECURE, RefusalCode.PROTECTION_UNAVAILABLE),
         (Policy(epochs=(1, 1)), ASKED, RefusalCode.WORK_NOT_ALLOWED),
         (Policy(epochs=(3, 4)), ASKED, RefusalCode.WORK_NOT_ALLOWED),
         (Policy(epochs=(1, 5)), replace(ASKED, work=Work(steps=3)), RefusalCode.WORK_NOT_ALLOWED),
@@ -174,7 +179,6 @@ def test_each_line_of_the_policy_refuses_what_it_does_not_allow(folder, policy, 
     [
         (Policy(strategies=["fedavg"], units=["example"], min_cohort=5), ASKED),
         (Policy(units=["client"], trust_coordinator=True), CLIENT_LEVEL),
-        (Policy(require_secure_aggregation=True), replace(CLIENT_LEVEL, secure_aggregation=True)),
         (Policy(epochs=(2, 2), learning_rate=(0.1, 0.1), clip=(1, 1)), ASKED),
         (Policy(epochs=(9, 9)), replace(ASKED, kind="gradient")),
     ],

@@ -33,7 +33,7 @@ def opened(folder: Path, **more: Any) -> Ledger:
 
 def spend(ledger: Ledger, count: int = 1, cap: float = 100.0) -> None:
     for round in range(count):
-        entry = ledger.reserve("run", OrderId("train", round + 1), STEP, max_epsilon=cap)
+        entry = ledger.reserve("run", OrderId("train", round + 1), STEP, unit="example", max_epsilon=cap)
         ledger.sending(entry)
         ledger.commit(entry, STEP)
 
@@ -58,8 +58,8 @@ def test_what_was_spent_is_there_after_a_restart(tmp_path: Path):
 
 def test_a_crash_releases_what_was_not_sent_and_charges_what_may_have_been(tmp_path: Path):
     ledger = opened(tmp_path)
-    ledger.reserve("run", OrderId("train", 1), STEP, max_epsilon=9)
-    sent = ledger.reserve("run", OrderId("train", 2), STEP, max_epsilon=9)
+    ledger.reserve("run", OrderId("train", 1), STEP, unit="example", max_epsilon=9)
+    sent = ledger.reserve("run", OrderId("train", 2), STEP, unit="example", max_epsilon=9)
     ledger.sending(sent)
     ledger.close()
     with opened(tmp_path) as again:
@@ -79,9 +79,9 @@ def test_an_exhausted_budget_refuses_at_once_and_after_a_restart(tmp_path: Path)
 def test_what_is_set_aside_counts_against_the_cap(tmp_path: Path):
     with opened(tmp_path) as ledger:
         costly = Gaussian(1.0)
-        ledger.reserve("run", OrderId("train", 1), costly, max_epsilon=6.0)
+        ledger.reserve("run", OrderId("train", 1), costly, unit="example", max_epsilon=6.0)
         with pytest.raises(RefusedError):
-            ledger.reserve("run", OrderId("train", 2), costly, max_epsilon=6.0)
+            ledger.reserve("run", OrderId("train", 2), costly, unit="example", max_epsilon=6.0)
 
 
 # Somebody's hands on the file.
@@ -185,11 +185,11 @@ import os
 from tests.client.test_ledger import STEP, OrderId, opened
 ledger = opened(Path(sys.argv[1]), faults=Faults.of(os.environ))
 for round in (1, 2):
-    entry = ledger.reserve("run", OrderId("train", round), STEP, max_epsilon=100.0)
+    entry = ledger.reserve("run", OrderId("train", round), STEP, unit="example", max_epsilon=100.0)
     ledger.sending(entry)
     print("left", flush=True)
     ledger.commit(entry, STEP)
-    ledger.release(ledger.reserve("run", OrderId("evaluate", round), STEP, max_epsilon=100.0))
+    ledger.release(ledger.reserve("run", OrderId("evaluate", round), STEP, unit="example", max_epsilon=100.0))
 """
 
 

@@ -18,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from fedge.errors import RefusedError
 from fedge.events import OrderId
 from fedge.faults import LEDGER_POINTS, Faults
+from fedge.privacy.config import Protected
 from fedge.privacy.mechanism import Gaussian, Mechanism, SampledGaussian, from_table, scaled
 from fedge.privacy.pld import reference_rdp
 from fedge.refusal import RefusalCode
@@ -29,6 +30,13 @@ MECHANISMS: tuple[Mechanism, ...] = (
     SampledGaussian(0.7, 0.02, 12),
     Gaussian(4.0),
     Gaussian(30.0, 3),
+)
+
+Made = tuple[Protected, Mechanism]
+MADE: tuple[Made, ...] = (
+    *(("example", each) for each in MECHANISMS),
+    ("client", MECHANISMS[2]),
+    ("client", Gaussian(12.0)),
 )
 
 reference = lru_cache(maxsize=None)(reference_rdp)
@@ -56,10 +64,10 @@ class Site(RuleBasedStateMachine):
         super().__init__()
         self.folder = Path(tempfile.mkdtemp())
         self.faults = Crashes()
-        self.reserved: dict[int, Mechanism] = {}
-        self.sent: dict[int, Mechanism] = {}
-        self.least: Counter[Mechanism] = Counter()
-        self.most: Counter[Mechanism] = Counter()
+        self.reserved: dict[int, Made] = {}
+        self.sent: dict[int, Made] = {}
+        self.least: Counter[Made] = Counter()
+        self.most: Counter[Made] = Counter()
         self.round = 0
 
     def teardown(self) -> None:
@@ -74,12 +82,12 @@ class Site(RuleBasedStateMachine):
         self.ledger = Ledger.open(self.folder / "ledger", "data", DELTA, self.faults, head_folder=self.folder)
         # What was only reserved is given back; what was sending is spent at its maximum.
         self.reserved.clear()
-        for mechanism in self.sent.values():
-            self.count(mechanism)
+        for unit, mechanism in self.sent.values():
+            self.count(unit, mechanism)
         self.sent.clear()
 
-    def count(self, mechanism: Mechanism, *, at_least: int | None = None) -> None:
-        one = scaled(mechanism, 1)
+    def count(self, unit: Protected, mechanism: Mechanism, *, at_least: int | None = None) -> None:
+        one = unit, scaled(mechanism, 1)
         self.least[one] += mechanism.count if at_least is None else at_least
         self.most[one] += mechanism.count
 
@@ -96,13 +104,16 @@ class Site(RuleBasedStateMachine):
             self.crashed = False
         self.faults.at = ""
 
-    @rule(mechanism=st.sampled_from(MECHANISMS), point=st.none() | st.sampled_from(LEDGER_POINTS))
-    def reserve(self, mechanism: Mechanism, point: str | None) -> None:
+    @rule(made=st.sampled_from(MADE), point=st.none() | st.sampled_from(LEDGER_POINTS))
+    def reserve(self, made: Made, point: str | None) -> None:
+        unit, mechanism = made
         self.round += 1
         entry = 0
         with self.mortal(point):
             try:
-                entry = self.ledger.reserve("run", OrderId("train", self.round), mechanism, max_epsilon=CAP)
+                entry = self.ledger.reserve(
+                    "run", OrderId("train", self.round), mechanism, unit=unit, max_epsilon=CAP
+                )
             except RefusedError as error:
                 if error.refusal.code != RefusalCode.BUDGET_EXHAUSTED:
                     raise
@@ -110,34 +121,34 @@ class Site(RuleBasedStateMachine):
         if self.crashed:
             self.open()
         else:
-            self.reserved[entry] = mechanism
+            self.reserved[entry] = made
 
     @precondition(lambda self: self.reserved)
     @rule(data=st.data(), point=st.none() | st.sampled_from(LEDGER_POINTS))
     def send(self, data: st.DataObject, point: str | None) -> None:
         entry = data.draw(st.sampled_from(sorted(self.reserved)))
-        mechanism = self.reserved.pop(entry)
+        made = self.reserved.pop(entry)
         with self.mortal(point):
             self.ledger.sending(entry)
         if self.crashed:  # nothing left, for the call did not return; but it may be on disk that it would
-            self.count(mechanism, at_least=0)
+            self.count(*made, at_least=0)
             self.open()
         else:
-            self.sent[entry] = mechanism
+            self.sent[entry] = made
 
     @precondition(lambda self: self.sent)
     @rule(data=st.data(), point=st.none() | st.sampled_from(LEDGER_POINTS))
     def commit(self, data: st.DataObject, point: str | None) -> None:
         entry = data.draw(st.sampled_from(sorted(self.sent)))
-        mechanism = self.sent.pop(entry)
+        unit, mechanism = self.sent.pop(entry)
         done = scaled(mechanism, data.draw(st.integers(1, mechanism.count)))
         with self.mortal(point):
             self.ledger.commit(entry, done)
         if self.crashed:
-            self.count(mechanism, at_least=done.count)
+            self.count(unit, mechanism, at_least=done.count)
             self.open()
         else:
-            self.count(done)
+            self.count(unit, done)
 
     @precondition(lambda self: self.reserved)
     @rule(data=st.data(), point=st.none() | st.sampled_from(LEDGER_POINTS))
@@ -162,12 +173,10 @@ class Site(RuleBasedStateMachine):
     def nothing_that_left_is_forgotten_and_little_more_is_counted(self) -> None:
         if not hasattr(self, "ledger"):
             return
-        found: Counter[Mechanism] = Counter()
-        for mechanism in self.ledger.books.spent().mechanisms:
-            found[scaled(mechanism, 1)] += mechanism.count
-        for mechanism in self.sent.values():
-            found[scaled(mechanism, 1)] -= mechanism.count
-        for one in (scaled(each, 1) for each in MECHANISMS):
+        found = Counter(self.ledger.books.spent().counts)
+        for unit, mechanism in self.sent.values():
+            found[unit, scaled(mechanism, 1)] -= mechanism.count
+        for one in ((unit, scaled(each, 1)) for unit, each in MADE):
             assert self.least[one] <= found[one] <= self.most[one]
 
     @invariant()
@@ -183,18 +192,25 @@ def raw(path: Path) -> tuple[Mechanism, ...]:
     """What the lines of a ledger say was spent, read without any of its own code."""
     entries: dict[int, dict[str, object]] = {}
     spent: dict[int, dict[str, object]] = {}
+    units: dict[int, str] = {}
     for line in path.read_text().splitlines()[1:]:
         record = json.loads(line)
         match record["kind"]:
             case "reserve":
                 entries[record["entry"]] = record["mechanism"]
+                units[record["entry"]] = record["unit"]
             case "sending":
                 spent[record["entry"]] = entries[record["entry"]]
             case "commit":
                 spent[record["entry"]] = record["mechanism"]
     counts: Counter[Mechanism] = Counter()
-    for table in spent.values():
+    of_examples = "example" in {units[entry] for entry in spent}
+    for entry, table in spent.items():
         mechanism = from_table(table)
+        if of_examples and units[entry] == "client":
+            assert isinstance(mechanism, Gaussian)
+            # Twice the sensitivity: for what of a site a clip bounds, one other example can be all the way across.
+            mechanism = Gaussian(mechanism.noise_multiplier / 2, mechanism.count)
         counts[scaled(mechanism, 1)] += mechanism.count
     return tuple(scaled(one, count) for one, count in sorted(counts.items(), key=str))
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from one_site import Site, Worker, offer, order
 
 from fedge.privacy.mechanism import Gaussian
+from fedge.privacy.rdp import epsilon_of
 from fedge.privacy.terms import Terms
 from fedge.refusal import Refusal, RefusalCode
+from fedge.strategy import WorkKind
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire.codec import encode_terms
 from fedge_client import jobs as jobs_module
@@ -211,3 +214,71 @@ def test_metrics_of_an_evaluation_leave_within_their_bounds_for_a_coordinator_th
     (answer,) = site.do(order(kind="evaluate"))
     assert {each.name: each.value for each in answer.update.metrics} == {"loss": 10.0, "accuracy": 0.0}
     assert site.ledger.books.spent().mechanisms == (Gaussian(9.0, 1),)
+
+
+# What a coordinator cannot get around.
+
+
+def test_an_update_that_was_made_under_other_terms_never_answers_an_order(tmp_path: Path):
+    """Without protection, say, before the owner asked for it: the run of the same name is another run."""
+    site = Site(tmp_path)
+    site.consider(offer())
+    (bare,) = site.do(order())
+    assert bare.update.num_examples == 3
+    site = site.restarted()
+    site.employ(PrivateWorker(metrics={}, result=7.0))
+    assert site.consider(private_offer()).HasField("accept")
+    (answer,) = site.do(order())
+    assert answer.update.vector != bare.update.vector
+    assert (answer.update.num_examples, charged(site)) == (1, 1)
+
+
+def test_a_delta_at_which_everything_is_free_does_not_buy_more_rounds(tmp_path: Path):
+    site = Site(tmp_path, Policy(max_epsilon=1000.0, max_run_epsilon=20.0))
+    site.employ(PrivateWorker(metrics={}))
+    terms = Terms("example", 0.99, 1.0, 2, noise_multiplier=1.0)
+    assert site.consider(offer(privacy=encode_terms(terms))).HasField("accept")
+    answers = [site.do(order(round))[0].WhichOneof("kind") for round in (1, 2, 3)]
+    assert answers == ["update", "update", "failed"]
+    assert charged(site) == 2
+
+
+@pytest.mark.parametrize(("offered", "ordered"), [(pb.KIND_GRADIENT, "train"), (pb.KIND_TRAIN, "gradient")])
+def test_orders_of_another_kind_than_was_offered_are_not_done(
+    tmp_path: Path, offered: Any, ordered: WorkKind
+):
+    """What the policy says of epochs and learning rates was looked up for the kind that was offered."""
+    site = Site(tmp_path)
+    site.consider(offer(kind=offered))
+    (answer,) = site.do(order(kind=ordered))
+    assert answer.HasField("failed")
+    assert not site.worker.performed
+
+
+def test_the_least_noise_that_a_site_allows_is_asked_of_evaluations_too(tmp_path: Path):
+    site = Site(tmp_path, Policy(min_noise_multiplier=5.0))
+    for evaluation, code in ((4.9, RefusalCode.PROTECTION_TOO_WEAK), (5.0, None)):
+        terms = Terms(
+            "example", 1e-5, 1.0, 1, 1, noise_multiplier=6.0, evaluation_noise_multiplier=evaluation
+        )
+        answer = site.consider(offer(privacy=encode_terms(terms)))
+        assert answer.refuse.refusal.code == (code or 0)
+
+
+def test_a_site_that_was_protected_as_a_whole_counts_twice_as_much_once_an_example_of_it_is(tmp_path: Path):
+    """A clip bounds what all its examples do together, and one other example can move that by two clips."""
+    site = Site(tmp_path, Policy(trust_coordinator=True, max_epsilon=9.0))
+    earlier, message = Terms("client", 1e-5, 1.0, 1, noise_multiplier=2.0), order()
+    message.run_id = "earlier"
+    site.consider(offer("earlier", privacy=encode_terms(earlier)))
+    site.do(message)
+    assert site.ledger.books.spent().mechanisms == (Gaussian(2.0),)
+    site.employ(PrivateWorker(metrics={}))
+    for noise_multiplier, kind in ((0.7, "refuse"), (30.0, "accept")):
+        terms = Terms("example", 1e-5, 1.0, 1, noise_multiplier=noise_multiplier)
+        assert site.consider(offer(privacy=encode_terms(terms))).WhichOneof("kind") == kind
+        assert epsilon_of((Gaussian(2.0), Gaussian(noise_multiplier)), 1e-5) < 9.0
+    site.do(order())
+    spent = site.ledger.books.spent()
+    assert spent.mechanisms == (Gaussian(1.0), Gaussian(30.0))
+    assert spent.epsilon(1e-5) == pytest.approx(epsilon_of(spent.mechanisms, 1e-5))

@@ -315,6 +315,11 @@ class Ledger:
             refuse(self._unusable)
 
     def _check_usable(self) -> None:
+        if not self._unusable and not _is_at(self._descriptor, self._paths.ledger):
+            self._unusable = (
+                f"{self._paths.ledger}: the file was replaced or removed while it is in use: restore the newest copy, "
+                "and start the client again"
+            )
         if self._unusable:
             refuse(self._unusable)
 
@@ -370,6 +375,14 @@ def _open_locked(paths: Paths, *, anew: bool) -> int:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether a path leads to what is open: records of a file that has lost its name are read by nobody."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except OSError:
+        return False
 
 
 def _head_or_none(path: Path) -> Head | None:

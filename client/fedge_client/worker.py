@@ -151,7 +151,9 @@ class Worker:
             from fedge_client.torch.framework import framework
 
             # With the run's own first values: a model of zeros may look as if nothing depended on anything.
-            trainer.prepare_private(framework.initial_model(task, seed=load.seed).vector, train)
+            first = framework.initial_model(task, seed=load.seed).vector
+            trainer.prepare_private(first, train)
+            trainer.prepare_private_evaluation(first, test)
         threads = self._threads or suitable_threads(trainer.layout.size)
         self._runs[load.run_id] = _Run(
             trainer, train, test, decode_work(load.work), load.seed, load.slot, threads

@@ -4,8 +4,8 @@ The key is an argument; who has entropy (a site's worker, a coordinator) makes i
 simulation's own choices, which use `numpy.random.Generator`: the two types do not mix.
 
 What this is not: a defence against attacks on floating-point noise (Mironov 2012). `add_gaussian` makes
-float32 numbers, whose low bits after the addition tell something about both terms, and reaches no
-further than 6.77 deviations. Where that matters use noise on the integer grid (`fedge.privacy.skellam`).
+float32 numbers, whose low bits after the addition tell something about both terms. Where that matters use
+noise on the integer grid (`fedge.privacy.skellam`).
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ _PART = 1 << 15
 
 _MAX_DEVIATION = float(np.finfo(np.float32).max) / 8
 """So that a deviation times the largest radius is finite."""
+
+_TAIL = np.uint32(1 << 12)
+"""Words below it, one in a million, are refined by another: the largest radii come from the smallest words."""
 
 _UNIT = np.float32(2.0**-32)
 _TURN = np.float32(2 * np.pi * 2.0**-32)
@@ -81,9 +84,10 @@ class SecureSource:
     def add_gaussian(self, vector: Array, deviation: float) -> None:
         """Add independent Gaussian noise of this standard deviation to `vector` (float32[n]) in place.
 
-        Box and Muller 1958: a radius from one word and an angle from another. Radii end at 6.77 deviations
-        (beyond which a Gaussian has 1.3e-11 of its mass) and are multiples of about 2^-24 in the squares of
-        the smallest; `deviation` is rounded up to a float32. 0 adds nothing.
+        Box and Muller 1958: a radius from one word (the largest ones from 96 bits) and an angle from another.
+        Radii end at 11.59 deviations, beyond which there is 2^-97 of the mass: what a release cannot reach adds
+        less to delta than anybody asks for. They are multiples of about 2^-24 in the squares of the smallest;
+        `deviation` is rounded up to a float32. 0 adds nothing.
 
         Raises:
             ValueError: `deviation` is below 0, not finite, or too large for float32; or `vector` is not
@@ -108,6 +112,9 @@ class SecureSource:
             words = self.uint32(2 * count)
             radius = words[:count].astype(np.float32)
             radius += np.float32(0.5)  # so that the logarithm is finite
+            tail = np.flatnonzero(words[:count] < _TAIL)
+            if len(tail):
+                radius[tail] = words[tail] + (self.uint64(len(tail)) + 0.5) * 2.0**-64
             radius *= _UNIT
             np.log(radius, out=radius)
             radius *= np.float32(-2)

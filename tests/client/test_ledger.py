@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -162,6 +163,23 @@ def test_a_ledger_or_a_head_that_is_gone_is_noticed_and_its_owner_may_accept_it(
     assert accept_head(tmp_path / "ledger", "data", DELTA, head_folder=tmp_path, reason="begun anew")
     assert spent(tmp_path) == 0
     assert "begun anew" in (tmp_path / "ledger" / "data.ledger").read_text()
+
+
+@pytest.mark.parametrize("deed", ["replaced", "removed"])
+def test_a_file_that_is_replaced_while_it_is_in_use_is_noticed_before_the_next_record(
+    tmp_path: Path, deed: str
+):
+    with opened(tmp_path) as ledger:
+        spend(ledger)
+        path = tmp_path / "ledger" / "data.ledger"
+        if deed == "replaced":
+            shutil.copy(path, tmp_path / "copy")
+            (tmp_path / "copy").replace(path)
+        else:
+            path.unlink()
+        for _ in range(2):
+            with pytest.raises(RefusedError, match="was replaced or removed"):
+                spend(ledger)
 
 
 def test_a_second_one_at_work_with_the_data_set_is_refused(tmp_path: Path):

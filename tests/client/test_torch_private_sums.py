@@ -331,7 +331,7 @@ def chosen(model: Callable[[], nn.Module], make: Any, count: int = 4, loss: Loss
             raise TaskError("the model's forward failed") from error
 
     of = replace(of, forward=forward)
-    return choose(of, Batches(TensorDataset(inputs, target), "full"))
+    return choose(of, Batches(TensorDataset(inputs, target), "full")).together
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -438,5 +438,5 @@ def test_group_norm_in_place_of_batch_norm_is_the_remedy():
 def test_a_regression_with_outputs_of_its_own_shape_works():
     inputs = torch.randn(4, 6)
     of = subject(lambda: nn.Linear(6, 2), inputs, mse_loss)
-    way = choose(of, Batches(TensorDataset(inputs, torch.randn(4, 2)), "full"))
+    way = choose(of, Batches(TensorDataset(inputs, torch.randn(4, 2)), "full")).together
     assert isinstance(way, BookKeeping)

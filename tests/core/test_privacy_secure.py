@@ -38,6 +38,23 @@ def test_tails_are_as_heavy_as_they_should_be():
     assert found.max() > 4.7
 
 
+def test_radii_reach_as_far_as_a_statement_about_delta_needs(monkeypatch: pytest.MonkeyPatch):
+    """From a word of 0 alone the largest would be 6.77: an example could move an output to where noise never gets."""
+    source, vector = SecureSource(bytes(32)), np.zeros(2, np.float32)
+    monkeypatch.setattr(SecureSource, "uint32", lambda self, count: np.zeros(count, np.uint32))
+    radii = []
+    for fine in (0, 1 << 32, 1 << 63):
+        monkeypatch.setattr(
+            SecureSource, "uint64", lambda self, count, fine=fine: np.full(count, fine, np.uint64)
+        )
+        vector[:] = 0
+        source.add_gaussian(vector, 1.0)
+        radii.append(float(vector[0]))
+    uniform = [(fine + 0.5) * 2.0**-96 for fine in (0, 1 << 32, 1 << 63)]
+    np.testing.assert_allclose(radii, np.sqrt(-2 * np.log(uniform)), rtol=1e-6)
+    assert radii[0] == pytest.approx(11.59, abs=0.01)
+
+
 def test_its_parts_are_independent():
     found = gaussian(400_000)
     half = len(found) // 2

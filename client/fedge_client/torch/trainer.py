@@ -27,10 +27,10 @@ from fedge_client.torch.batches import Batches, Order, describe, joined
 from fedge_client.torch.flat import FlatModule
 from fedge_client.torch.framework import build_module
 from fedge_client.torch.optim import InPlaceOptimizer
-from fedge_client.torch.private.choice import choose
-from fedge_client.torch.private.clipping import ClippedSum, Subject, UnsuitedError
+from fedge_client.torch.private.choice import Clipping, choose
+from fedge_client.torch.private.clipping import PHYSICAL_ROWS, Subject, UnsuitedError
 from fedge_client.torch.private.evaluation import BoundedSums
-from fedge_client.torch.private.rows import row_losses
+from fedge_client.torch.private.rows import row_losses, row_of
 from fedge_client.torch.private.steps import Private, check_unchanged, noisy_gradient
 from fedge_client.torch.seeded import GlobalRandomness
 
@@ -42,6 +42,7 @@ EVALUATION_BYTES = 1 << 17
 """What goes into one evaluation batch: activations are often a hundred times the input."""
 
 _EVALUATION_SEED = 0
+_TRIED = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,8 @@ class Trainer:
         self._optimizer = InPlaceOptimizer(self._flat.layout.trainable_size)
         self._order = Order()
         self._randomness = GlobalRandomness()
-        self._clipped: ClippedSum | None = None
+        self._clipped: Clipping | None = None
+        self._metrics_tried = False
         self.layout: Layout = self._flat.layout
 
     def prepare_private(self, model: Array, train: Any) -> None:
@@ -117,7 +119,7 @@ class Trainer:
         """
         self.layout.check(out)
         if private is not None:
-            return self._train_privately(model, train, work, private, seed=seed, out=out, progress=progress)
+            return self._train_privately(model, train, work, private, out=out, progress=progress)
         flat, optimizer = self._flat, self._optimizer
         batches = Batches(train, work.batch_size, order=self._order)
         total = work.steps or (work.epochs or 1) * batches.per_epoch
@@ -166,9 +168,7 @@ class Trainer:
         self.layout.check(out)
         flat = self._flat
         if private is not None:
-            done = self._differentiate_privately(
-                model, train, work, private, seed=derive_seed(seed, "step", step)
-            )
+            done = self._differentiate_privately(model, train, work, private)
             progress(1, 1)
             out[:] = 0
             out[: flat.layout.trainable_size] = flat.gradient.numpy()
@@ -228,7 +228,6 @@ class Trainer:
         work: Work,
         private: Private,
         *,
-        seed: int,
         out: Array,
         progress: Progress,
     ) -> Outcome:
@@ -237,7 +236,7 @@ class Trainer:
         assert self._clipped is not None  # prepared
         batches = Batches(train, work.batch_size, order=self._order)
         schedule = Schedule.of(work, batches.size, "train")
-        with self._randomness.seeded(seed), torch.enable_grad():
+        with self._randomness.drawn(private.source), torch.enable_grad():
             self._begin(model, training=True)
             optimizer.begin(_optimizer_of(work))
             for step in range(schedule.steps):
@@ -251,16 +250,14 @@ class Trainer:
         check_unchanged(out[self.layout.trainable_size :])
         return Outcome(1, {}, schedule.mechanism(private.level.noise_multiplier))
 
-    def _differentiate_privately(
-        self, model: Array, train: Any, work: Work, private: Private, *, seed: int
-    ) -> Outcome:
+    def _differentiate_privately(self, model: Array, train: Any, work: Work, private: Private) -> Outcome:
         """Leave the noised gradient in `flat.gradient`."""
         flat = self._flat
         self.prepare_private(model, train)
         assert self._clipped is not None  # prepared
         batches = Batches(train, work.batch_size, order=self._order)
         schedule = Schedule.of(work, batches.size, "gradient")
-        with self._randomness.seeded(seed), torch.enable_grad():
+        with self._randomness.drawn(private.source), torch.enable_grad():
             self._begin(model, training=True)
             noisy_gradient(flat, batches, self._clipped, schedule, private)
             self._regularise(work)
@@ -273,20 +270,44 @@ class Trainer:
         self, model: Array, test: Any, private: Private, *, progress: Progress
     ) -> Outcome:
         level = private.level
-        metrics = {name: partial(self._metric, name) for name in self._task.metrics}
-        sums = BoundedSums(metrics, level)
+        self.prepare_private_evaluation(model, test)
+        sums = BoundedSums(self._metrics(), level)
         batches = Batches(test, EVALUATION_ROWS, order=self._order)
-        with self._randomness.seeded(_EVALUATION_SEED), torch.no_grad():
+        with self._randomness.drawn(private.source), torch.no_grad():
             self._begin(model, training=False)
-            parts = batches.in_order(max_bytes=EVALUATION_BYTES)
+            parts = torch.split(torch.arange(batches.size), PHYSICAL_ROWS)
             for done, positions in enumerate(parts, start=1):
-                inputs, target = batches.gather(positions)
-                output = self._forward(inputs)
-                sums.add(row_losses(self._loss, output, target), output, target)
+                sums.add_each(positions, partial(self._judge, batches))
                 progress(done, len(parts))
         noise = level.evaluation_noise_multiplier
         assert noise is not None  # BoundedSums insists on it
         return Outcome(1, sums.released(batches.size, private.source), evaluation_mechanism(noise))
+
+    def prepare_private_evaluation(self, model: Array, test: Any) -> None:
+        """Find out, with a few examples of `test`, whether the model can be judged: later nothing is told of it.
+
+        Raises:
+            RefusedError: MODEL_NOT_PRIVATE; see `row_losses`.
+            TaskError: the data, or the task's model, loss or a metric, fails.
+        """
+        if self._metrics_tried:
+            return
+        batches = Batches(test, _TRIED, order=self._order)
+        with self._randomness.seeded(_EVALUATION_SEED), torch.no_grad():
+            self._begin(model, training=False)
+            _, output, target = self._judge(batches, torch.arange(batches.batch_size))
+            for metric in self._metrics().values():
+                metric(row_of(output, 0), row_of(target, 0))
+        self._metrics_tried = True
+
+    def _judge(self, batches: Batches, positions: torch.Tensor) -> tuple[torch.Tensor, Any, Any]:
+        """The losses float[n], outputs and targets of the examples at `positions`."""
+        inputs, target = batches.gather(positions)
+        output = self._forward(inputs)
+        return row_losses(self._loss, output, target), output, target
+
+    def _metrics(self) -> dict[str, Callable[[Any, Any], float]]:
+        return {name: partial(self._metric, name) for name in self._task.metrics}
 
     def _begin(self, model: Array, *, training: bool) -> None:
         self._flat.load(model)

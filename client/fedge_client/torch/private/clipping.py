@@ -59,7 +59,7 @@ class ClippedSum(Protocol):
     **Guarantees.** An example adds `min(1, clip / |g|) g`, of L2 norm at most `clip` (to float rounding)
     over the whole trainable head, where g is the gradient of its own loss. One whose loss or gradient is
     not finite, or whose norm overflows float32, adds exactly zero. No parameter, `.grad` or hook is left
-    changed.
+    changed. Where `add` raises it has added nothing.
     """
 
     @property
@@ -93,8 +93,9 @@ class Factors:
         """From squared norms (float64[n]) and losses."""
         norms = squares.sqrt()
         usable = torch.isfinite(norms) & torch.isfinite(losses.detach())
-        # No division by 0: a zero gradient has the factor 1.
+        # No division by 0: a zero gradient has the factor 1. What float32 holds with fewer bits may be twice as much.
         factors = torch.where(norms > clip, clip / norms, 1.0).to(torch.float32)
+        factors[factors < torch.finfo(torch.float32).tiny] = 0
         if bool(usable.all()):
             return cls(factors, None)
         rows = usable.nonzero().squeeze(1)

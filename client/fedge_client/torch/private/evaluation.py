@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,14 +14,19 @@ from fedge.privacy.example import ExampleLevel
 from fedge.privacy.secure import SecureSource
 from fedge_client.torch.private.rows import row_of
 
+log = logging.getLogger(__name__)
+
 Metric = Callable[[Any, Any], float]
+Judge = Callable[[torch.Tensor], tuple[torch.Tensor, Any, Any]]
+"""Positions int64[n] to losses float[n], outputs and targets."""
 
 
 class BoundedSums:
     """Sums over examples of the loss within [0, loss_bound] and of every metric within [0, 1].
 
-    A metric is called with one example at a time; its NaN counts as 0. All sums, each in units of its bound,
-    are one vector, which an example changes by at most sqrt(k) in L2 norm.
+    A metric is called with one example at a time; its NaN, and where it fails, counts as 0: that work fails for
+    one example would tell that it is there. All sums, each in units of its bound, are one vector, which an
+    example changes by at most sqrt(k) in L2 norm.
     """
 
     def __init__(self, metrics: Mapping[str, Metric], level: ExampleLevel) -> None:
@@ -38,7 +44,22 @@ class BoundedSums:
         for at in range(len(losses)) if self._metrics else ():
             row, wanted = row_of(output, at), row_of(target, at)
             for name, metric in self._metrics.items():
-                self._count(name, metric(row, wanted))
+                try:
+                    self._count(name, metric(row, wanted))
+                except Exception:  # whatever it is, it must not be told
+                    log.warning("private_metric_failed metric=%s", name, exc_info=True)
+
+    def add_each(self, positions: torch.Tensor, judge: Judge) -> None:
+        """The examples at `positions` (int64[n]), each by itself if together they fail."""
+        try:
+            judged = judge(positions)
+        except Exception:
+            log.warning("private_batch_failed examples=%d", len(positions), exc_info=True)
+            if len(positions) > 1:
+                for position in torch.split(positions, 1):
+                    self.add_each(position, judge)
+        else:
+            self.add(*judged)
 
     def released(self, size: int, source: SecureSource) -> dict[str, float]:
         """The noised means over `size` examples. Every one is finite; noise may take it out of its bounds."""

@@ -34,7 +34,10 @@ class Layer(Protocol):
 
     @abstractmethod
     def receive(self, inputs: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-        """Squared norms float64[n] of the examples' gradients, from the layer's input and its output's gradient."""
+        """Squared norms float64[n] of the examples' gradients, from the layer's input and its output's gradient.
+
+        What an earlier call has kept is forgotten: the batch it was of may have failed.
+        """
 
     @abstractmethod
     def add(self, factors: Factors) -> None:
@@ -53,6 +56,7 @@ class LinearLayer(Layer):
         count = len(gradient)
         a = inputs.reshape(count, -1, inputs.shape[-1])
         g = gradient.reshape(count, -1, gradient.shape[-1])
+        self._made = None
         squares = torch.zeros(count, dtype=torch.float64)
         if "weight" in self._views:
             self._kept = a, g
@@ -101,6 +105,7 @@ class ConvLayer(Layer):
     def receive(self, inputs: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         count = len(gradient)
         squares = torch.zeros(count, dtype=torch.float64)
+        self._kept = self._made = self._bias = None
         if "weight" in self._views:
             padded = self._padded(inputs)
             parts = (self._made_for(padded[rows], gradient[rows]) for rows in self._slices(padded, gradient))

@@ -1,7 +1,7 @@
 """Clipped sums by the definition: one example after another, by plain autograd.
 
 As slow as it is simple, and right for every model whose rows are independent: the way for those that neither
-book-keeping nor Opacus can follow, and what both are compared with in the tests.
+book-keeping nor Opacus can follow, for batches in which something fails, and what both are compared with in the tests.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ nothing that is released: a step without any example is a step of noise.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,9 @@ from fedge.vector import Array
 from fedge_client.torch.batches import Batches
 from fedge_client.torch.flat import FlatModule
 from fedge_client.torch.private.admission import refuse
-from fedge_client.torch.private.clipping import ClippedSum, UnsuitedError
+from fedge_client.torch.private.choice import Clipping
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,30 +34,43 @@ class Private:
 
 
 def noisy_gradient(
-    flat: FlatModule, batches: Batches, clipped: ClippedSum, schedule: Schedule, private: Private
+    flat: FlatModule, batches: Batches, clipped: Clipping, schedule: Schedule, private: Private
 ) -> None:
     """Leave in `flat.gradient` the noised mean gradient of a new Poisson sample at the loaded model.
 
     **Guarantees.** One example more or less changes the sum before the noise by at most `clip` in L2 norm;
     the noise has the standard deviation `noise_multiplier * clip` in every coordinate.
 
+    An example that cannot be read, or on which the model or the loss fails, adds nothing: that work fails for
+    one example would tell that it is there.
+
     Raises:
         RefusedError: MODEL_NOT_PRIVATE; the model did something that its examples did not show before.
-        TaskError: the data, or the task's model or loss, fails.
     """
     level, source = private.level, private.source
     flat.zero_gradient()
     before = flat.head.clone()
     sample = torch.from_numpy(source.poisson_sample(batches.size, schedule.sampling_rate))
-    try:
-        for rows in torch.split(sample, clipped.max_rows) if len(sample) else ():
-            clipped.add(*batches.gather(rows), level.clip)
-    except UnsuitedError as error:
-        refuse(f"per-example gradients cannot be computed any more: {error}")
+    for rows in torch.split(sample, clipped.max_rows) if len(sample) else ():
+        _add(batches, rows, clipped, level.clip)
     if flat.was_rearranged() or not torch.equal(flat.head.view(torch.int32), before.view(torch.int32)):
         refuse("the model or the loss changes parameters while it computes, and what it changes has no noise")
     source.add_gaussian(flat.gradient.numpy(), level.noise_multiplier * level.clip)
     flat.gradient.mul_(1 / schedule.expected_batch)
+
+
+def _add(batches: Batches, rows: torch.Tensor, clipped: Clipping, clip: float) -> None:
+    """Add the clipped gradients of the examples at `rows` (int64[n]), each by itself if together they fail."""
+    try:
+        clipped.together.add(*batches.gather(rows), clip)
+    except Exception as together:  # whatever it is, it must not be told
+        failed = 0
+        for row in torch.split(rows, 1):
+            try:
+                clipped.alone.add(*batches.gather(row), clip)
+            except Exception:  # noqa: BLE001  # as above
+                failed += 1
+        log.warning("private_batch_failed examples=%d left_out=%d", len(rows), failed, exc_info=together)
 
 
 def check_unchanged(tail: Array) -> None:

@@ -49,10 +49,37 @@ def test_radii_reach_as_far_as_a_statement_about_delta_needs(monkeypatch: pytest
         )
         vector[:] = 0
         source.add_gaussian(vector, 1.0)
-        radii.append(float(vector[0]))
+        radii.append(float(vector[0]) + 1 / 32)  # without what smears them
     uniform = [(fine + 0.5) * 2.0**-96 for fine in (0, 1 << 32, 1 << 63)]
-    np.testing.assert_allclose(radii, np.sqrt(-2 * np.log(uniform)), rtol=1e-6)
-    assert radii[0] == pytest.approx(11.59, abs=0.01)
+    np.testing.assert_allclose(radii, np.sqrt(-2 * np.log(uniform)), atol=1e-4)
+    assert radii[0] == pytest.approx(11.596, abs=1e-3)
+
+
+@pytest.mark.parametrize("deviation", [1.0, 3.7, 1e-9])
+@pytest.mark.parametrize("what", ["nothing", "a little", "much"])
+def test_what_comes_out_lies_on_one_grid_whatever_went_in(deviation: float, what: str):
+    """Low bits that depend on what was there would tell it; so would an uneven use of the grid."""
+    size, generator = 400_000, np.random.default_rng(5)
+    scale = {"nothing": 0.0, "a little": 1e-3, "much": 30.0}[what] * deviation
+    vector = (generator.standard_normal(size) * scale).astype(np.float32)
+    SecureSource(bytes(32)).add_gaussian(vector, deviation)
+    step = 2.0 ** (np.floor(np.log2(deviation)) - 14)
+    places = vector.astype(np.float64) / step
+    assert np.array_equal(places, np.rint(places))
+    # Far from zero float32 rounds to halves of a step first, and of those the even neighbour is taken.
+    for parts in (2, 7, 64) if what != "much" else ():
+        counts = np.bincount(places.astype(np.int64) % parts, minlength=parts)
+        assert stats.chisquare(counts).pvalue > 1e-4
+
+
+def test_nothing_tells_whether_a_number_is_one_that_the_noise_alone_can_be():
+    """Undo Box and Muller: were the largest radii those of single words, whoever sees a vector could tell nothing
+    from a gradient that is there, by whether it comes to whole numbers."""
+    first, second = gaussian(1 << 24).astype(np.float64).reshape(2, -1)
+    word = np.exp(-(first**2 + second**2) / 2) * 2.0**32 - 0.5
+    word = word[(word > 1) & (word < 1 << 16)]
+    assert len(word) > 100
+    assert stats.kstest(word - np.rint(word), stats.uniform(-0.5, 1).cdf).pvalue > 1e-3
 
 
 def test_its_parts_are_independent():
@@ -66,8 +93,8 @@ def test_its_parts_are_independent():
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 65535, 65536, 65537, 131073])
 def test_every_element_has_noise_of_its_own(count):
     found = gaussian(count)
-    assert np.count_nonzero(found) == count
-    assert len(np.unique(found)) >= 0.98 * count
+    assert np.count_nonzero(found) >= 0.9999 * count  # a 40,000th is rounded to zero
+    assert len(np.unique(found)) >= min(0.98 * count, 30_000)
 
 
 def test_noise_is_added_to_what_is_there():

@@ -257,6 +257,9 @@ def _follow_training(run: Federation, step: rounds.Step, *, last: bool = False) 
     if round.phase == "abandoned":
         give_up = effects[-1]
         assert isinstance(give_up, GiveUp)  # the only way to abandon a round
+        # Whoever was asked may have handed in, and paid: its ledger lets it rest from here.
+        asked = run.plan.took_part(run.taken, round.order.round, asked=round.cohort, counted=())
+        run = replace(run, taken=asked)
         if last or round.order.attempt >= run.plan.attempts:
             run, more = _end(run, "failed", f"round {round.order.round}: {give_up.reason}{run.spent_turns}")
         else:

@@ -39,6 +39,7 @@ _SHORTER = 1 - 2.0**-22
 
 _FARTHEST = 2.0**20
 """How far an adapted clip may be from the first one, up or down."""
+_FARTHEST_LOG = math.log(_FARTHEST)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,10 @@ class Adaptive:
 
     def next(self, clip: float, within: float) -> float:
         """The clip after a round in which the share `within` was not clipped: up if too many were."""
-        return clip * math.exp(-self.learning_rate * (within - self.target))
+        moved = -self.learning_rate * (within - self.target)
+        return clip * math.exp(
+            min(max(moved, -_FARTHEST_LOG), _FARTHEST_LOG)
+        )  # a noised share may be anything
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import binary_cross_entropy, cross_entropy
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, Subset, TensorDataset
 
 from fedge import Task
-from fedge.errors import TaskError
+from fedge.errors import FedgeError, RefusedError, TaskError
 from fedge.privacy.example import ExampleLevel
 from fedge.privacy.secure import SecureSource
 from fedge.run import Work
@@ -26,6 +26,7 @@ from fedge_client.torch.flat import FlatModule
 from fedge_client.torch.framework import framework
 from fedge_client.torch.private.choice import choose
 from fedge_client.torch.private.clipping import Subject
+from fedge_client.torch.private.layers import LinearLayer
 from fedge_client.torch.private.single import OneByOne
 from fedge_client.torch.private.steps import Private
 from fedge_client.torch.seeded import GlobalRandomness
@@ -265,3 +266,147 @@ def test_a_metric_or_a_loss_that_never_works_is_found_out_before_any_order_is_do
         judged(task(linear, broken=broken), data(8), private(1))
     with pytest.raises(TaskError, match="loss"):
         trained(task(linear, broken), data(8), private(1))
+
+
+# Models that mix examples where a first look does not show it.
+
+
+class HiddenMean(nn.Module):
+    """Takes the batch's mean away, behind a last layer that begins at zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.before(x)
+        return self.head(hidden - hidden.mean(0))
+
+
+class Backwards(nn.Module):
+    """Each row knows those before it: the first one looks as if it were alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x.cumsum(0))
+
+
+class MeanInEvaluation(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x if self.training else x - x.mean(0))
+
+
+@pytest.mark.parametrize("model", [HiddenMean, Backwards])
+def test_a_model_that_mixes_examples_is_refused_wherever_it_does(model: type[nn.Module]):
+    with pytest.raises(RefusedError, match="depends on the other examples"):
+        trained(task(model), data(8), private())
+
+
+def test_a_model_that_mixes_examples_while_it_is_judged_is_refused():
+    trained(task(MeanInEvaluation), data(8), private())
+    with pytest.raises(RefusedError, match="depends on the other examples"):
+        judged(task(MeanInEvaluation), data(8), private())
+
+
+def test_what_a_single_example_could_not_show_is_looked_for_when_there_are_more():
+    """In a simulation one trainer serves many clients, and the first may have one example."""
+    of = task(HiddenMean)
+    trainer, first = Trainer(of, seed=1), framework.initial_model(of, seed=1).vector
+    out = np.zeros_like(first)
+    trainer.train(first, data(1), WORK, seed=3, out=out, private=private())
+    with pytest.raises(RefusedError, match="depends on the other examples"):
+        trainer.train(first, data(8), WORK, seed=3, out=out, private=private())
+
+
+class Remembering(nn.Module):
+    """Carries what it has seen from one batch to the next, where the state dict does not show it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.register_buffer("seen", torch.zeros(4), persistent=False)
+        self.register_buffer("calls", torch.tensor(0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        offset = self.seen.clone()
+        if torch.is_grad_enabled():
+            self.seen += x.detach().sum(0)
+            self.calls = self.calls + 1
+        return self.layer(x + offset)
+
+
+def test_nothing_of_one_step_gets_into_the_next_but_by_what_has_noise():
+    plain, remembering = (
+        Trainer(task(model), seed=1) for model in (lambda: nn.Sequential(nn.Linear(4, 3)), Remembering)
+    )
+    work, found = Work(steps=4, batch_size="full", learning_rate=1.0), []
+    for trainer in (plain, remembering):
+        out = np.zeros(15, np.float32)
+        model = np.linspace(-1, 1, 15, dtype=np.float32)
+        trainer.train(model, data(130), work, seed=3, out=out, private=private())
+        found.append(out)
+    np.testing.assert_allclose(found[0], found[1], atol=1e-5)
+
+
+class Squeezing(nn.Module):
+    """Works with any batch but of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x.unsqueeze(1).transpose(1, 2).squeeze())
+
+
+def test_a_model_that_cannot_take_a_single_example_is_refused_before_it_is_trained_on_nothing():
+    with pytest.raises(FedgeError):
+        trained(task(Squeezing), data(8), private())
+
+
+class Casting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.layer(x).float()
+
+
+def test_a_model_in_mixed_precision_is_trained_if_not_the_fast_way():
+    assert trained(task(Casting), data(8), private()).any()
+
+
+def test_an_example_that_a_subset_holds_twice_is_refused():
+    twice = Subset(data(8), [0, 1, 2, 1])
+    for use in (trained, judged):
+        with pytest.raises(TaskError, match="comes again"):
+            use(task(linear), twice, private())
+    assert trained(task(linear), Subset(data(8), [5, 1, 2]), private()).any()
+
+
+def test_a_pass_that_fails_half_way_is_not_counted_twice(monkeypatch: pytest.MonkeyPatch):
+    """Memory that runs out in the second layer, when the first one's gradients are added."""
+    of = task(lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)))
+    expected, added = trained(of, data(8), private(1)), []
+
+    def add(self: Any, factors: Any) -> None:
+        added.append(self)
+        if len(added) == 10:  # the first eight are of the trial
+            raise RuntimeError("can't allocate memory")
+        original(self, factors)
+
+    original = LinearLayer.add
+    monkeypatch.setattr(LinearLayer, "add", add)
+    np.testing.assert_allclose(trained(of, data(8), private(1)), expected, atol=1e-4)
+    assert len(added) == 10

@@ -157,3 +157,19 @@ def test_without_rounds_who_has_spent_its_budget_is_not_asked_again_either():
     run, effects = federation.step(run, Failed("b", OrderId("gradient", 2), EXHAUSTED))
     assert (run.status, run.at_work) == ("running", frozenset())
     assert "2 of the 2 that are here may not be asked now" in run.waiting_for
+
+
+def test_who_was_asked_in_an_attempt_that_was_given_up_rests_as_if_it_had_counted():
+    """It may have handed in: then its own ledger lets it rest, and refuses what comes too soon."""
+    plan = Plan(rounds=6, kind="train", terms=Terms(2, 2), seed=3, attempts=3, separation=2)
+    run, effects = federation.begin(plan, frozenset(f"c{number}" for number in range(8)))
+    asked = [effect.client for effect in effects if isinstance(effect, Send)]
+    run, _ = federation.step(run, Arrived(asked[0], OrderId("train", 1)))
+    run, effects = federation.step(run, DeadlinePassed(OrderId("train", 1), "open"))
+    second = OrderId("train", 1, 2)
+    for client in [effect.client for effect in effects if isinstance(effect, Send)]:
+        run, effects = federation.step(run, Arrived(client, second))
+    asked_next = {effect.client for effect in effects if isinstance(effect, Send)}
+    assert len(asked_next) == 2
+    assert not asked_next & {*asked, *run.previous.accepted}
+    assert all(run.taken[client] == (0, 1) for client in set(asked) - run.previous.accepted)

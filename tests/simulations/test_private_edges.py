@@ -139,7 +139,7 @@ def test_updates_of_zero_are_noised_like_any_other(unit: str):
     assert everybody_took_part(one)
     assert moved(one, task).all()
     # Nothing but noise has moved it: a hundred times as much moves it a hundred times as far.
-    np.testing.assert_allclose(moved(more, task), 100 * moved(one, task), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(moved(more, task), 100 * moved(one, task), rtol=1e-3, atol=1e-2)
 
 
 @BOTH

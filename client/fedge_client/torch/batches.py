@@ -106,6 +106,20 @@ class Batches:
         rows = self._rows(positions.tolist())
         return inputs[rows], targets[rows]
 
+    def check_distinct(self) -> None:
+        """Refuse a Subset that holds an example more than once: what protects one would protect each copy alone.
+
+        Raises:
+            TaskError: it does.
+        """
+        for indices in self._levels:
+            listed = list(map(int, indices))
+            if len(set(listed)) != len(listed):
+                raise TaskError(
+                    "expected each example once under example-level privacy, found a Subset with an index that "
+                    "comes again: leave it out, and give rare examples more weight in the loss instead"
+                )
+
     def bytes_per_example(self) -> int:
         """The memory of the first example, as it is once gathered."""
         if self._tensors is not None:

@@ -111,9 +111,7 @@ class FlatModule:
         np.copyto(self.vector, model)
         for place in self._copies:
             place.home.copy_(place.master)
-        for fixed in self._fixed:
-            fixed.tensor.data = fixed.home
-            fixed.home.copy_(fixed.initial)
+        self._put_back_fixed()
         self._bind_gradients()
 
     def zero_gradient(self) -> None:
@@ -139,6 +137,26 @@ class FlatModule:
             self._bind_gradients()
         for place in self._trained_copies:
             place.flat_gradient.copy_(place.gradient)
+
+    def buffers(self) -> tuple[torch.Tensor, ...]:
+        """Copies of the buffers that are in the vector, for `put_back`."""
+        return tuple(place.home.clone() for place in self._places if place.role == "buffer")
+
+    def put_back(self, buffers: tuple[torch.Tensor, ...]) -> None:
+        """Undo what forward did to buffers of any kind: those in the vector are again `buffers`, others as at first."""
+        for slot in self._slots:
+            slot.entries[slot.key] = slot.resident
+        places = (place for place in self._places if place.role == "buffer")
+        for place, value in zip(places, buffers, strict=True):
+            if not place.tensor.is_set_to(place.home):
+                place.tensor.data = place.home
+            place.home.copy_(value)
+        self._put_back_fixed()
+
+    def _put_back_fixed(self) -> None:
+        for fixed in self._fixed:
+            fixed.tensor.data = fixed.home
+            fixed.home.copy_(fixed.initial)
 
     def was_rearranged(self) -> bool:
         """Whether the module has put a trainable parameter elsewhere since it was loaded."""

@@ -27,9 +27,10 @@ from fedge_client.torch.batches import Batches, Order, describe, joined
 from fedge_client.torch.flat import FlatModule
 from fedge_client.torch.framework import build_module
 from fedge_client.torch.optim import InPlaceOptimizer
-from fedge_client.torch.private.choice import Clipping, choose
-from fedge_client.torch.private.clipping import PHYSICAL_ROWS, Subject, UnsuitedError
+from fedge_client.torch.private.choice import choose
+from fedge_client.torch.private.clipping import PHYSICAL_ROWS, Clipping, Subject, UnsuitedError
 from fedge_client.torch.private.evaluation import BoundedSums
+from fedge_client.torch.private.independence import TRIED, Trial, nearby
 from fedge_client.torch.private.rows import row_losses, row_of
 from fedge_client.torch.private.steps import Private, check_unchanged, noisy_gradient
 from fedge_client.torch.seeded import GlobalRandomness
@@ -42,7 +43,6 @@ EVALUATION_BYTES = 1 << 17
 """What goes into one evaluation batch: activations are often a hundred times the input."""
 
 _EVALUATION_SEED = 0
-_TRIED = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class Trainer:
         self._order = Order()
         self._randomness = GlobalRandomness()
         self._clipped: Clipping | None = None
-        self._metrics_tried = False
+        self._tried = self._judged = 0
         self.layout: Layout = self._flat.layout
 
     def prepare_private(self, model: Array, train: Any) -> None:
@@ -89,12 +89,13 @@ class Trainer:
             RefusedError: MODEL_NOT_PRIVATE; it cannot be, with the reason and the remedy.
             TaskError: the data, or the task's model or loss, fails.
         """
-        if self._clipped is None:
-            batches = Batches(train, "full", order=self._order)
+        batches = Batches(train, "full", order=self._order)
+        if self._tried < min(TRIED, batches.size):  # what one example cannot show, another data set may
+            batches.check_distinct()
             with torch.enable_grad():
                 self._begin(model, training=True)
-                subject = Subject(self._flat, self._forward, self._loss)
-                self._clipped = choose(subject, batches)
+                self._clipped = choose(self._subject(), batches)
+            self._tried = min(TRIED, batches.size)
 
     def train(
         self,
@@ -275,9 +276,11 @@ class Trainer:
         batches = Batches(test, EVALUATION_ROWS, order=self._order)
         with self._randomness.drawn(private.source), torch.no_grad():
             self._begin(model, training=False)
+            buffers = self._flat.buffers()
             parts = torch.split(torch.arange(batches.size), PHYSICAL_ROWS)
             for done, positions in enumerate(parts, start=1):
                 sums.add_each(positions, partial(self._judge, batches))
+                self._flat.put_back(buffers)
                 progress(done, len(parts))
         noise = level.evaluation_noise_multiplier
         assert noise is not None  # BoundedSums insists on it
@@ -290,15 +293,22 @@ class Trainer:
             RefusedError: MODEL_NOT_PRIVATE; see `row_losses`.
             TaskError: the data, or the task's model, loss or a metric, fails.
         """
-        if self._metrics_tried:
+        batches = Batches(test, TRIED, order=self._order)
+        if self._judged >= batches.batch_size:
             return
-        batches = Batches(test, _TRIED, order=self._order)
+        batches.check_distinct()
+        first = torch.arange(batches.batch_size)
         with self._randomness.seeded(_EVALUATION_SEED), torch.no_grad():
             self._begin(model, training=False)
-            _, output, target = self._judge(batches, torch.arange(batches.batch_size))
+            with nearby(self._flat):
+                Trial(self._subject()).check_independent(batches.gather(first)[0])
+            _, output, target = self._judge(batches, first)
             for metric in self._metrics().values():
                 metric(row_of(output, 0), row_of(target, 0))
-        self._metrics_tried = True
+        self._judged = batches.batch_size
+
+    def _subject(self) -> Subject:
+        return Subject(self._flat, self._forward, self._loss)
 
     def _judge(self, batches: Batches, positions: torch.Tensor) -> tuple[torch.Tensor, Any, Any]:
         """The losses float[n], outputs and targets of the examples at `positions`."""

@@ -1,12 +1,10 @@
 """Which way to compute clipped sums suits a model: tried on a few real examples, and compared with autograd.
 
-What only examples show is found here: a forward that mixes the rows of a batch, a layer that no rule follows.
-Nothing of the examples but "suited" or "not suited, and why" comes out.
+A layer that no rule follows is found here. Nothing of the examples but "suited" or "not suited" comes out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -14,78 +12,42 @@ from typing import Any
 
 import torch
 
-from fedge.errors import TaskError
 from fedge_client.torch.batches import Batches
-from fedge_client.torch.private.admission import check_private, refuse
+from fedge_client.torch.private.admission import check_private
 from fedge_client.torch.private.book_keeping import BookKeeping
-from fedge_client.torch.private.clipping import ClippedSum, Subject, UnsuitedError
+from fedge_client.torch.private.clipping import Clipping, Subject
 from fedge_client.torch.private.general import PerExample
-from fedge_client.torch.private.rows import check_rows, tensors_of, with_tensors
+from fedge_client.torch.private.independence import TRIED, Trial, nearby
+from fedge_client.torch.private.rows import row_of, tensors_of, with_tensors
 from fedge_client.torch.private.single import OneByOne
-from fedge_client.torch.seeded import GlobalRandomness
 
-_SEED = 1
-_TRIED = 6
 _TOLERANCE = 1e-3
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Clipping:
-    """How a model's clipped sums are computed: of a batch at once, and of the examples of one that fails."""
-
-    together: ClippedSum
-    alone: OneByOne
-
-    @property
-    def max_rows(self) -> int:
-        return self.together.max_rows
 
 
 def choose(subject: Subject, batches: Batches) -> Clipping:
     """The fastest way that gives autograd's gradients, in train mode. The model must be loaded.
 
     Raises:
-        RefusedError: MODEL_NOT_PRIVATE; the examples of a batch depend on each other.
+        RefusedError: MODEL_NOT_PRIVATE; the examples of a batch depend on each other, or leave traces.
         TaskError: the data, or the task's model or loss, fails.
     """
     check_private(subject.flat.module)
-    check_independent(subject, batches)
     alone, general = OneByOne(subject), PerExample(subject)
-    inputs, target = batches.gather(torch.arange(min(_TRIED, batches.size, general.max_rows)))
-    samples = [_Sample.of(subject, inputs, target), _Sample.of(subject, *map(_reversed, (inputs, target)))]
-    for way in (BookKeeping.of(subject), general):
-        # A forward that has just worked may fail under hooks, such as where it changes what a layer returns.
-        with suppress(UnsuitedError, TaskError):
-            if way is not None and all(_agrees(way, subject, sample) for sample in samples):
-                return Clipping(way, alone)
-    return Clipping(alone, alone)
-
-
-def check_independent(subject: Subject, batches: Batches) -> None:
-    """Refuse a model whose output for one example depends on the others of its batch.
-
-    The first example is put beside the second and beside the third, under the same seed: its row of the
-    output must be the same. A site of a single example has no batch to mix.
-
-    Raises:
-        RefusedError: MODEL_NOT_PRIVATE.
-    """
-    if batches.size == 1:
-        return
-    pairs = [[0, 0], [0, 1]] if batches.size == 2 else [[0, 1], [0, 2]]
-    found = []
-    for pair in pairs:
-        inputs, _ = batches.gather(torch.tensor(pair))
-        with torch.no_grad():
-            output = _seeded(partial(subject.forward, inputs))
-        check_rows(output, 2, what="the model's output")
-        found.append([tensor[0] for tensor in tensors_of(output)])
-    for one, other in zip(*found, strict=True):
-        if not torch.allclose(one, other, rtol=1e-4, atol=1e-6, equal_nan=True):
-            refuse(
-                "the model's output for one example depends on the other examples of its batch, so that clipping "
-                "bounds nothing: compute each row from its own input (no statistics over dimension 0)"
-            )
+    most = max(2, general.max_rows)  # one row alone shows little
+    inputs, target = batches.gather(torch.arange(min(TRIED, batches.size, most)))
+    with nearby(subject.flat):
+        trial = Trial(subject)
+        trial.check_buffers(inputs)
+        trial.check_independent(inputs)
+        samples = [_Sample.of(trial, inputs, target), _Sample.of(trial, *map(_reversed, (inputs, target)))]
+        for way in (BookKeeping.of(subject), general):
+            # A forward that has just worked may fail under hooks, such as where it changes what a layer returns.
+            with suppress(Exception):
+                if way is not None and all(_agrees(way, trial, sample) for sample in samples):
+                    return Clipping(way, alone)
+        subject.flat.zero_gradient()
+        trial.run(partial(alone.add, row_of(inputs, 0), row_of(target, 0), 1.0))
+        return Clipping(alone, alone)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,9 +59,14 @@ class _Sample:
     gradients: torch.Tensor
 
     @classmethod
-    def of(cls, subject: Subject, inputs: Any, target: Any) -> _Sample:
-        losses = _seeded(lambda: subject.losses(inputs, target))
-        return cls(inputs, target, torch.stack([_gradient(subject, loss) for loss in losses]))
+    def of(cls, trial: Trial, inputs: Any, target: Any) -> _Sample:
+        """Each in a batch of its own, but where random numbers would then be others."""
+        losses, rows = trial.subject.losses, range(len(tensors_of(target)[0]))
+        if trial.is_random(inputs):
+            found = list(trial.run(lambda: losses(inputs, target)))
+        else:
+            found = [trial.run(partial(losses, row_of(inputs, at), row_of(target, at)))[0] for at in rows]
+        return cls(inputs, target, torch.stack([_gradient(trial.subject, loss) for loss in found]))
 
     def clipped_sum(self, clip: float) -> torch.Tensor:
         """By the definition. An example without a finite gradient is left out."""
@@ -128,20 +95,20 @@ def _gradient(subject: Subject, loss: torch.Tensor) -> torch.Tensor:
     )
 
 
-def _agrees(way: ClippedSum, subject: Subject, sample: _Sample) -> bool:
+def _agrees(way: BookKeeping | PerExample, trial: Trial, sample: _Sample) -> bool:
     """Whether sums are right without a clip, and with one that scales most examples by a factor of their own.
 
     The second finds a forward that changes the order of rows and changes it back: where nothing is scaled, no
     sum shows which gradient belongs to whom.
     """
-    median = sample.median_norm()
+    median, flat = sample.median_norm(), trial.subject.flat
     if not median:  # no gradient to compare
         return False
     for clip in (float("inf"), median / 2):
-        subject.flat.zero_gradient()
-        _seeded(partial(way.add, sample.inputs, sample.target, clip))
-        found, expected = subject.flat.gradient.clone(), sample.clipped_sum(clip)
-        subject.flat.zero_gradient()
+        flat.zero_gradient()
+        trial.run(partial(way.add, sample.inputs, sample.target, clip))
+        found, expected = flat.gradient.clone(), sample.clipped_sum(clip)
+        flat.zero_gradient()
         if not (found - expected).abs().max() <= _TOLERANCE * float(expected.abs().max()) + 1e-12:
             return False
     return True
@@ -149,8 +116,3 @@ def _agrees(way: ClippedSum, subject: Subject, sample: _Sample) -> bool:
 
 def _reversed(value: Any) -> Any:
     return with_tensors(value, (tensor.flip(0) for tensor in tensors_of(value)))
-
-
-def _seeded(work: Callable[[], Any]) -> Any:
-    with GlobalRandomness().seeded(_SEED):
-        return work()

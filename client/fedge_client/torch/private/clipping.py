@@ -59,7 +59,7 @@ class ClippedSum(Protocol):
     **Guarantees.** An example adds `min(1, clip / |g|) g`, of L2 norm at most `clip` (to float rounding)
     over the whole trainable head, where g is the gradient of its own loss. One whose loss or gradient is
     not finite, or whose norm overflows float32, adds exactly zero. No parameter, `.grad` or hook is left
-    changed. Where `add` raises it has added nothing.
+    changed. Where `add` raises it may have added a part.
     """
 
     @property
@@ -75,6 +75,18 @@ class ClippedSum(Protocol):
             UnsuitedError: this way cannot follow the model.
         """
         ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Clipping:
+    """How a model's clipped sums are computed: of a batch at once, and of the examples of one that fails."""
+
+    together: ClippedSum
+    alone: ClippedSum
+
+    @property
+    def max_rows(self) -> int:
+        return self.together.max_rows
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -17,7 +17,7 @@ from fedge.vector import Array
 from fedge_client.torch.batches import Batches
 from fedge_client.torch.flat import FlatModule
 from fedge_client.torch.private.admission import refuse
-from fedge_client.torch.private.choice import Clipping
+from fedge_client.torch.private.clipping import Clipping
 
 log = logging.getLogger(__name__)
 
@@ -51,26 +51,35 @@ def noisy_gradient(
     flat.zero_gradient()
     before = flat.head.clone()
     sample = torch.from_numpy(source.poisson_sample(batches.size, schedule.sampling_rate))
-    for rows in torch.split(sample, clipped.max_rows) if len(sample) else ():
-        _add(batches, rows, clipped, level.clip)
+    if len(sample):
+        _add(flat, batches, sample, clipped, level.clip)
     if flat.was_rearranged() or not torch.equal(flat.head.view(torch.int32), before.view(torch.int32)):
         refuse("the model or the loss changes parameters while it computes, and what it changes has no noise")
     source.add_gaussian(flat.gradient.numpy(), level.noise_multiplier * level.clip)
     flat.gradient.mul_(1 / schedule.expected_batch)
 
 
-def _add(batches: Batches, rows: torch.Tensor, clipped: Clipping, clip: float) -> None:
-    """Add the clipped gradients of the examples at `rows` (int64[n]), each by itself if together they fail."""
+def _add(flat: FlatModule, batches: Batches, sample: torch.Tensor, clipped: Clipping, clip: float) -> None:
+    """Add the clipped gradients of the examples at `sample` (int64[n]), each by itself if in passes they fail.
+
+    Buffers are put back after each pass, so that nothing of one gets into the next but by what has noise.
+    """
+    buffers = flat.buffers()
     try:
-        clipped.together.add(*batches.gather(rows), clip)
+        for rows in torch.split(sample, clipped.max_rows):
+            clipped.together.add(*batches.gather(rows), clip)
+            flat.put_back(buffers)
     except Exception as together:  # whatever it is, it must not be told
+        flat.zero_gradient()  # of the pass that failed a part may have been added
         failed = 0
-        for row in torch.split(rows, 1):
+        for row in torch.split(sample, 1):
+            flat.put_back(buffers)
             try:
                 clipped.alone.add(*batches.gather(row), clip)
             except Exception:  # noqa: BLE001  # as above
                 failed += 1
-        log.warning("private_batch_failed examples=%d left_out=%d", len(rows), failed, exc_info=together)
+        flat.put_back(buffers)
+        log.warning("private_batch_failed examples=%d left_out=%d", len(sample), failed, exc_info=together)
 
 
 def check_unchanged(tail: Array) -> None:
@@ -81,6 +90,5 @@ def check_unchanged(tail: Array) -> None:
     """
     if tail.any():
         refuse(
-            "training changed a buffer or a frozen parameter, to which no noise is added: keep buffers constant, "
-            "or register them with persistent=False"
+            "training changes a buffer or a frozen parameter, to which no noise is added: keep them constant"
         )

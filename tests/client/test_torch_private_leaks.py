@@ -410,3 +410,9 @@ def test_a_pass_that_fails_half_way_is_not_counted_twice(monkeypatch: pytest.Mon
     monkeypatch.setattr(LinearLayer, "add", add)
     np.testing.assert_allclose(trained(of, data(8), private(1)), expected, atol=1e-4)
     assert len(added) == 10
+
+
+@pytest.mark.parametrize("rate", [1e-4, 0.5])
+def test_a_dropout_however_rare_is_no_reason_to_refuse_a_model(rate: float):
+    of = task(lambda: nn.Sequential(nn.Linear(4, 5), nn.Dropout(rate), nn.Linear(5, 3)))
+    assert trained(of, data(8), private()).any()

@@ -30,7 +30,7 @@ from fedge_client.torch.optim import InPlaceOptimizer
 from fedge_client.torch.private.choice import choose
 from fedge_client.torch.private.clipping import PHYSICAL_ROWS, Clipping, Subject, UnsuitedError
 from fedge_client.torch.private.evaluation import BoundedSums
-from fedge_client.torch.private.independence import TRIED, Trial, nearby
+from fedge_client.torch.private.independence import TRIED, Trial, nearby, tried
 from fedge_client.torch.private.rows import row_losses, row_of
 from fedge_client.torch.private.steps import Private, check_unchanged, noisy_gradient
 from fedge_client.torch.seeded import GlobalRandomness
@@ -297,12 +297,12 @@ class Trainer:
         if self._judged >= batches.batch_size:
             return
         batches.check_distinct()
-        first = torch.arange(batches.batch_size)
+        some = tried(batches.size)
         with self._randomness.seeded(_EVALUATION_SEED), torch.no_grad():
             self._begin(model, training=False)
             with nearby(self._flat):
-                Trial(self._subject()).check_independent(batches.gather(first)[0])
-            _, output, target = self._judge(batches, first)
+                Trial(self._subject()).check_independent(batches.gather(some)[0])
+            _, output, target = self._judge(batches, some)
             for metric in self._metrics().values():
                 metric(row_of(output, 0), row_of(target, 0))
         self._judged = batches.batch_size

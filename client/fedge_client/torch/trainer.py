@@ -30,8 +30,8 @@ from fedge_client.torch.optim import InPlaceOptimizer
 from fedge_client.torch.private.choice import choose
 from fedge_client.torch.private.clipping import PHYSICAL_ROWS, Clipping, Subject, UnsuitedError
 from fedge_client.torch.private.evaluation import BoundedSums
-from fedge_client.torch.private.independence import TRIED, Trial, nearby, tried
-from fedge_client.torch.private.rows import row_losses, row_of
+from fedge_client.torch.private.independence import TRIED, Trial, nearby
+from fedge_client.torch.private.rows import row_losses
 from fedge_client.torch.private.steps import Private, check_unchanged, noisy_gradient
 from fedge_client.torch.seeded import GlobalRandomness
 
@@ -297,14 +297,10 @@ class Trainer:
         if self._judged >= batches.batch_size:
             return
         batches.check_distinct()
-        some = tried(batches.size)
-        with self._randomness.seeded(_EVALUATION_SEED), torch.no_grad():
-            self._begin(model, training=False)
-            with nearby(self._flat):
-                Trial(self._subject()).check_independent(batches.gather(some)[0])
-            _, output, target = self._judge(batches, some)
-            for metric in self._metrics().values():
-                metric(row_of(output, 0), row_of(target, 0))
+        self._begin(model, training=False)
+        with torch.no_grad(), nearby(self._flat):
+            trial = Trial(self._subject())
+            trial.check_independent(trial.examples(batches, self._judge_one)[0])
         self._judged = batches.batch_size
 
     def _subject(self) -> Subject:
@@ -315,6 +311,13 @@ class Trainer:
         inputs, target = batches.gather(positions)
         output = self._forward(inputs)
         return row_losses(self._loss, output, target), output, target
+
+    def _judge_one(self, inputs: Any, target: Any) -> None:
+        """Whether an example in a batch of its own can be judged."""
+        output = self._forward(inputs)
+        row_losses(self._loss, output, target)
+        for metric in self._metrics().values():
+            metric(output, target)
 
     def _metrics(self) -> dict[str, Callable[[Any, Any], float]]:
         return {name: partial(self._metric, name) for name in self._task.metrics}

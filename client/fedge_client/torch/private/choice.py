@@ -17,7 +17,7 @@ from fedge_client.torch.private.admission import check_private
 from fedge_client.torch.private.book_keeping import BookKeeping
 from fedge_client.torch.private.clipping import Clipping, Subject
 from fedge_client.torch.private.general import PerExample
-from fedge_client.torch.private.independence import TRIED, Trial, nearby, tried
+from fedge_client.torch.private.independence import TRIED, Trial, nearby
 from fedge_client.torch.private.rows import row_of, tensors_of, with_tensors
 from fedge_client.torch.private.single import OneByOne
 
@@ -34,9 +34,9 @@ def choose(subject: Subject, batches: Batches) -> Clipping:
     check_private(subject.flat.module)
     alone, general = OneByOne(subject), PerExample(subject)
     most = max(2, general.max_rows)  # one row alone shows little
-    inputs, target = batches.gather(tried(batches.size, min(TRIED, most)))
     with nearby(subject.flat):
         trial = Trial(subject)
+        inputs, target = trial.examples(batches, subject.losses, most=min(TRIED, most))
         trial.check_buffers(inputs)
         trial.check_independent(inputs)
         samples = [_Sample.of(trial, inputs, target), _Sample.of(trial, *map(_reversed, (inputs, target)))]

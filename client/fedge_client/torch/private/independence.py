@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from fedge.errors import FedgeError
+from fedge_client.torch.batches import Batches
 from fedge_client.torch.flat import FlatModule
 from fedge_client.torch.private.admission import refuse
 from fedge_client.torch.private.clipping import Subject
@@ -28,11 +30,6 @@ TRIED = 6
 """How many examples a model is tried with, at most."""
 
 _SEED = 1
-
-
-def tried(size: int, most: int = TRIED) -> torch.Tensor:
-    """Positions of up to `most` examples (int64[n]) all over a data set of `size`: neighbours are often alike."""
-    return torch.linspace(0, size - 1, min(size, most)).round().to(torch.int64)
 
 
 class Trial:
@@ -49,6 +46,29 @@ class Trial:
                 return work()
         finally:
             self.subject.flat.put_back(self._buffers)
+
+    def examples(
+        self, batches: Batches, judge: Callable[[Any, Any], object], *, most: int = TRIED
+    ) -> tuple[Any, Any]:
+        """A batch of up to `most` examples, of those on which `judge` works by themselves.
+
+        They are from all over the data set: neighbours are often alike.
+
+        Raises:
+            FedgeError: what the last of them raises, where none works.
+        """
+        found: list[torch.Tensor] = []
+        trouble: FedgeError | None = None
+        positions = torch.linspace(0, batches.size - 1, min(batches.size, most)).round().to(torch.int64)
+        for position in torch.split(positions, 1):
+            try:
+                self.run(partial(judge, *batches.gather(position)))
+                found.append(position)
+            except FedgeError as error:
+                trouble = error
+        if trouble is not None and not found:
+            raise trouble
+        return batches.gather(torch.cat(found))
 
     def output(self, inputs: Any) -> list[torch.Tensor]:
         """The tensors of the model's output, each with one row for each example."""

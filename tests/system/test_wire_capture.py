@@ -137,7 +137,8 @@ def test_every_update_of_a_private_run_has_noise_and_nothing_else_is_sent(federa
     drawn = np.array(noise) / deviation
     assert drawn.std() == pytest.approx(1.0, abs=0.2)  # 240 draws: 4 deviations of their deviation
     assert abs(drawn.mean()) < 0.3
-    assert len(np.unique(drawn.round(6))) == drawn.size, "none is used twice"
+    # On a grid of 2^-14 deviations two are equal by chance, now and then; a vector that is used again is four.
+    assert len(np.unique(drawn.round(6))) >= drawn.size - 3, "none is used twice"
 
     # The evaluations' metrics are noised as well; the secret metric counts as 1 at most.
     told = [{m.name: m.value for m in each.metrics} for each in tap.updates(run_id) if each.metrics]

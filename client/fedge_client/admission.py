@@ -178,8 +178,8 @@ def check_price(policy: Policy, price: Price, run_epsilon: float) -> None:
     Raises:
         RefusedError: with the code PROTECTION_TOO_WEAK. The message holds no number of this site's data.
     """
-    evaluation = price.evaluation_noise_multiplier
-    if min(price.noise_multiplier, evaluation or math.inf) < policy.min_noise_multiplier:
+    evaluation = price.evaluation.noise_multiplier if price.evaluation is not None else math.inf
+    if min(price.noise_multiplier, evaluation) < policy.min_noise_multiplier:
         raise _no(
             RefusalCode.PROTECTION_TOO_WEAK,
             f"the noise multiplier, of training or of evaluations, would be below this site's [policy] "

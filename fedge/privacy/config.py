@@ -12,7 +12,11 @@ Protected = Literal["example", "client"]
 """Whom noise protects: one example, or all that a site has."""
 
 Unit = Literal["none", "example", "client"]
-Positive = Annotated[float, Field(gt=0)]
+
+SMALLEST, LARGEST = 1e-9, 1e9
+"""What every number of a promise lies between, so that noise in float32 neither vanishes nor overflows."""
+
+Positive = Annotated[float, Field(ge=SMALLEST, le=LARGEST)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 _PROMISES = (

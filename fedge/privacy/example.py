@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedge.privacy.calibration import releases
-from fedge.privacy.mechanism import Gaussian, Mechanism, SampledGaussian
+from fedge.privacy.mechanism import Gaussian, SampledGaussian
 from fedge.run import Work
 
 
@@ -64,6 +64,6 @@ ONE_RELEASE = Schedule(1.0, 1, 1.0)
 """Everything that a site has, once: how a round counts at client level."""
 
 
-def evaluation_mechanism(noise_multiplier: float) -> Mechanism:
+def evaluation_mechanism(noise_multiplier: float) -> Gaussian:
     """What one evaluation costs: its metrics are one vector, clipped and noised as a whole."""
     return Gaussian(noise_multiplier)

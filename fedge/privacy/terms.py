@@ -5,14 +5,13 @@ The same functions price a run for its owner before it starts, for a site's gate
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 from fedge.privacy.calibration import noise_multiplier_for
-from fedge.privacy.config import Protected
+from fedge.privacy.config import LARGEST, SMALLEST, Protected
 from fedge.privacy.example import ONE_RELEASE, Schedule, evaluation_mechanism
-from fedge.privacy.mechanism import Mechanism, merged, scaled
+from fedge.privacy.mechanism import Gaussian, Mechanism, merged, scaled
 from fedge.privacy.rdp import epsilon_of, total
 from fedge.run import RunConfig, Work
 
@@ -51,8 +50,8 @@ class Terms:
             raise ValueError("evaluations: expected noise for them, found none")
         for name in ("clip", "loss_bound", "epsilon", "noise_multiplier", "evaluation_noise_multiplier"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name}: expected a finite number above 0, found {value}")
+            if value is not None and not SMALLEST <= value <= LARGEST:
+                raise ValueError(f"{name}: expected a number from {SMALLEST:g} to {LARGEST:g}, found {value}")
 
     @classmethod
     def of(cls, run: RunConfig) -> Terms | None:
@@ -78,7 +77,7 @@ class Terms:
             separation=privacy.separation,
         )
 
-    def evaluation(self) -> Mechanism | None:
+    def evaluation(self) -> Gaussian | None:
         """What one evaluation costs; None if there are none."""
         if self.evaluation_noise_multiplier is None:
             return None
@@ -91,9 +90,8 @@ class Price:
 
     noise_multiplier: float
     order: Mechanism
-    evaluation: Mechanism | None
+    evaluation: Gaussian | None
     run: tuple[Mechanism, ...]
-    evaluation_noise_multiplier: float | None = None
 
 
 def price(terms: Terms, work: Work, kind: Literal["train", "gradient"], size: int) -> Price:
@@ -127,4 +125,4 @@ def price(terms: Terms, work: Work, kind: Literal["train", "gradient"], size: in
             f"noise multiplier {noise_multiplier:g} is too little for epsilon {terms.epsilon:g} at delta "
             f"{terms.delta:g} here; leave one of them out"
         )
-    return Price(noise_multiplier, order, evaluation, run, terms.evaluation_noise_multiplier)
+    return Price(noise_multiplier, order, evaluation, run)

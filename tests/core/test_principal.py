@@ -95,7 +95,7 @@ def test_names_of_other_kinds_beside_the_uri_do_not_matter() -> None:
         [f"fedge://{FEDERATION}/site/../admin"],
         [f"fedge://{FEDERATION}/site/"],
         [f"fedge://{FEDERATION}/site/{'a' * 64}"],
-        [f"fedge://{FEDERATION}/root/a"],
+        [f"fedge://{FEDERATION}/owner/a"],
         [f"fedge://{FEDERATION}/coordinator/a"],
         [f"fedge://{FEDERATION.upper()}/site/a"],
         [f"fedge://{FEDERATION[1:]}/site/a"],

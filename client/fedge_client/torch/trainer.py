@@ -276,11 +276,10 @@ class Trainer:
         batches = Batches(test, EVALUATION_ROWS, order=self._order)
         with self._randomness.drawn(private.source), torch.no_grad():
             self._begin(model, training=False)
-            buffers = self._flat.buffers()
+            judge = partial(self._judge, batches, self._flat.buffers())
             parts = torch.split(torch.arange(batches.size), PHYSICAL_ROWS)
             for done, positions in enumerate(parts, start=1):
-                sums.add_each(positions, partial(self._judge, batches))
-                self._flat.put_back(buffers)
+                sums.add_each(positions, judge)
                 progress(done, len(parts))
         noise = level.evaluation_noise_multiplier
         assert noise is not None  # BoundedSums insists on it
@@ -306,11 +305,16 @@ class Trainer:
     def _subject(self) -> Subject:
         return Subject(self._flat, self._forward, self._loss)
 
-    def _judge(self, batches: Batches, positions: torch.Tensor) -> tuple[torch.Tensor, Any, Any]:
-        """The losses float[n], outputs and targets of the examples at `positions`."""
+    def _judge(
+        self, batches: Batches, buffers: tuple[torch.Tensor, ...], positions: torch.Tensor
+    ) -> tuple[torch.Tensor, Any, Any]:
+        """The losses float[n], outputs and targets of the examples at `positions`; nothing of them stays behind."""
         inputs, target = batches.gather(positions)
-        output = self._forward(inputs)
-        return row_losses(self._loss, output, target), output, target
+        try:
+            output = self._forward(inputs)
+            return row_losses(self._loss, output, target), output, target
+        finally:
+            self._flat.put_back(buffers)
 
     def _judge_one(self, inputs: Any, target: Any) -> None:
         """Whether an example in a batch of its own can be judged."""

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from fedge.errors import ConfigError, RefusedError
 from fedge.privacy import ledger, rdp
+from fedge.privacy.config import Protected
 from fedge.privacy.ledger import Account, Books
 from fedge.privacy.lines import Line
 from fedge.privacy.mechanism import Mechanism, Skellam, merged
@@ -25,12 +26,18 @@ from fedge_client.settings import ClientSettings
 
 TOLERANCE = 1e-3
 
+_WHOM: dict[Protected | None, str] = {"example": "an example", "client": "the site", None: ""}
+
 
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """A run's, or the data set's. `epsilon` is by RDP; `stated` by the tighter accountant, if it is installed."""
+    """A run's, or the data set's. `epsilon` is by RDP; `stated` by the tighter accountant, if it is installed.
+
+    `protects` is whom they are about: one example, all that the site has, or nobody yet (None).
+    """
 
     name: str
+    protects: Protected | None
     releases: tuple[str, ...]
     epsilon: float
     stated: float | None
@@ -137,18 +144,19 @@ def _spent(name: str, account: Account, delta: float, *, unprotected: bool) -> S
             stated = statement(account.mechanisms, delta)[0]
         except ConfigError:  # dp-accounting is not installed: RDP is a valid bound, only a wider one
             stated = None
-    return Spent(name, tuple(map(str, account.mechanisms)), epsilon, stated, unprotected)
+    protects = account.unit if account.mechanisms else None
+    return Spent(name, protects, tuple(map(str, account.mechanisms)), epsilon, stated, unprotected)
 
 
 def print_report(console: Console, found: Report) -> None:
     """The report as a table and a few lines."""
     table = Table(title=f"data set {found.dataset}: {found.records} records", box=None, pad_edge=False)
-    for name in ("run", "releases", "epsilon", "epsilon (RDP)"):
-        table.add_column(name, justify="left" if name in ("run", "releases") else "right")
+    for name in ("run", "protects", "releases", "epsilon", "epsilon (RDP)"):
+        table.add_column(name, justify="right" if name.startswith("epsilon") else "left")
     for run in (*found.runs, found.total):
         stated = "" if run.stated is None else f"{run.stated:.4g}"
         releases = "\n".join(run.releases) or ("without protection" if run.unprotected else "none")
-        table.add_row(escape(run.name), releases, stated, f"{run.epsilon:.4g}")
+        table.add_row(escape(run.name), _WHOM[run.protects], releases, stated, f"{run.epsilon:.4g}")
     console.print(table)
     console.print(
         f"spent {found.total.epsilon:.4g} of {found.cap:g} at delta {found.delta:g}, set aside for work under way "

@@ -108,7 +108,7 @@ class ConvLayer(Layer):
         self._kept = self._made = self._bias = None
         if "weight" in self._views:
             padded = self._padded(inputs)
-            parts = (self._made_for(padded[rows], gradient[rows]) for rows in self._slices(padded, gradient))
+            parts = (self._made_for(padded[rows], gradient[rows]) for rows in self._slices(count))
             if count * self._module.weight.numel() <= MAX_MADE:
                 self._made = torch.cat(list(parts))
                 squares += squared(self._made)
@@ -140,44 +140,44 @@ class ConvLayer(Layer):
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         return F.pad(inputs, amounts, mode=mode)
 
-    def _slices(self, padded: torch.Tensor, gradient: torch.Tensor) -> list[slice]:
-        windows = padded.shape[1] * self._module.weight[0, 0].numel() * gradient[0, 0].numel()
-        rows = max(1, _MAX_SCRATCH // windows)
-        return [slice(start, start + rows) for start in range(0, len(gradient), rows)]
+    def _slices(self, count: int) -> Iterator[slice]:
+        """Examples whose gradients are made at once."""
+        return _parts(count, max(1, MAX_MADE // self._module.weight.numel()))
 
     def _made_for(self, padded: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-        """Per-example gradients [n, out, in / groups, *kernel], as products of windows and output gradients."""
-        module, groups = self._module, self._module.groups
-        count, channels, *_ = padded.shape
-        kernel, where = module.weight.shape[2:], gradient.shape[2:]
-        inner = padded.stride()[2:]
-        windows = padded.as_strided(
-            (count, channels, *kernel, *where),
-            (
-                *padded.stride()[:2],
-                *(step * dilation for step, dilation in zip(inner, module.dilation, strict=True)),
-                *(step * stride for step, stride in zip(inner, module.stride, strict=True)),
-            ),
+        """Per-example gradients [n, out, in / groups, *kernel].
+
+        They are one ordinary gradient, of a convolution whose groups are the examples (and within them the groups).
+        """
+        count, weight = len(gradient), self._module.weight
+        apart = weight.new_empty(count * weight.shape[0], *weight.shape[1:])  # only its shape is looked at
+        found = self._weight_gradient(
+            padded.reshape(1, -1, *padded.shape[2:]),
+            gradient.reshape(1, -1, *gradient.shape[2:]),
+            apart,
+            count * self._module.groups,
         )
-        positions = where.numel()
-        columns = windows.reshape(count * groups, -1, positions)
-        rows = gradient.reshape(count * groups, -1, positions)
-        return torch.bmm(rows, columns.transpose(1, 2)).view(count, *module.weight.shape)
+        return found.view(count, *weight.shape)
 
     def _whole(self, padded: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         """The ordinary gradient of the weight, for the sum of all examples."""
+        return self._weight_gradient(padded, gradient, self._module.weight.detach(), self._module.groups)
+
+    def _weight_gradient(
+        self, padded: torch.Tensor, gradient: torch.Tensor, weight: torch.Tensor, groups: int
+    ) -> torch.Tensor:
         module, dimensions = self._module, gradient.ndim - 2
         found: torch.Tensor = torch.ops.aten.convolution_backward(
             gradient,
             padded,
-            module.weight.detach(),
+            weight,
             None,
             list(module.stride),
             [0] * dimensions,
             list(module.dilation),
             False,
             [0] * dimensions,
-            module.groups,
+            groups,
             [False, True, False],
         )[1]
         return found

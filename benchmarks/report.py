@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def show(name: str, case: dict[str, Any], console: Console) -> None:
 
 
 def rewrite_readme(readme: Path, results: Path) -> None:
-    """Put the ratios of `results` between the markers of `readme`.
+    """Put the ratios of `results` between the markers of `readme`, in place of those of the same cases.
 
     Raises:
         ValueError: there are no results, or the markers are not there.
@@ -52,18 +53,28 @@ def rewrite_readme(readme: Path, results: Path) -> None:
         raise ValueError(f"{results}: expected results, found none; run `python -m benchmarks` first")
     text = readme.read_text()
     head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
+    table, end, tail = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"{readme}: expected the lines {BEGIN!r} and {END!r}")
-    found = json.loads(results.read_text())
-    readme.write_text(f"{head}{BEGIN}\n\n{as_markdown(found)}\n\n{END}{tail}")
+    measured = {
+        name: _Shown.of(name, case) for name, case in json.loads(results.read_text())["cases"].items()
+    }
+    cases = _shown_already(table) | measured
+    rows = [row for case in cases.values() for row in case.rows]
+    lines = [BEGIN, "", _COLUMNS, "|---|---|---|---|---|", *rows, "", *(case.note for case in cases.values())]
+    readme.write_text("\n".join([head + lines[0], *lines[1:], "", END]) + tail)
 
 
-def as_markdown(results: dict[str, Any]) -> str:
-    """A row a ratio and a row a goal. Ratios and shares of the goal only: times are the machine's."""
-    lines = [_COLUMNS, "|---|---|---|---|---|"]
-    notes = []
-    for name, case in results["cases"].items():
+@dataclass(frozen=True)
+class _Shown:
+    """A case in the README: a row a ratio and a row a goal, and when and where it was measured."""
+
+    rows: tuple[str, ...]
+    note: str
+
+    @classmethod
+    def of(cls, name: str, case: dict[str, Any]) -> _Shown:
+        """Ratios and shares of the goal only: times are the machine's."""
         rows = []
         for ratio, spread in case["ratios"].items():
             other = ratio.partition("/")[2]
@@ -73,15 +84,23 @@ def as_markdown(results: dict[str, Any]) -> str:
             limit = f"{goal['text']}: at most {_quantity(goal['limit'], goal['unit'])}"
             rows.append(("", "", "", limit, _standing(goal)))
         rows = [(f"{name}, {case['title']}" if row is rows[0] else "", *row[1:]) for row in rows]
-        lines += [f"| {' | '.join(row)} |" for row in rows]
         of = "a --quick run" if case["quick"] else f"{case['repeat']} repetitions"
-        busy = (
-            ""
-            if case["load_before"] <= 1
-            else f", on a machine busy with other work ({case['load_before']:.1f})"
-        )
-        notes.append(f"{name}: {of}, {case['date']}, {case['machine']}{busy}.")
-    return "\n".join([*lines, "", *(f"* {note}" for note in notes)])
+        load = case["load_before"]
+        busy = f", on a machine busy with other work ({load:.1f})" if load > 1 else ""
+        note = f"* {name}: {of}, {case['date']}, {case['machine']}{busy}."
+        return cls(tuple(f"| {' | '.join(row)} |" for row in rows), note)
+
+
+def _shown_already(table: str) -> dict[str, _Shown]:
+    """The cases of a table that was written before, perhaps on a machine that is gone."""
+    rows: dict[str, list[str]] = {}
+    name = ""
+    for line in table.splitlines():
+        if line.startswith("| ") and line != _COLUMNS:
+            name = line.removeprefix("| ").partition(",")[0] if not line.startswith("|  |") else name
+            rows.setdefault(name, []).append(line)
+    notes = {line[2:].partition(":")[0]: line for line in table.splitlines() if line.startswith("* ")}
+    return {name: _Shown(tuple(found), notes[name]) for name, found in rows.items()}
 
 
 def _standing(goal: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@
     ├── LinkError               the peer cannot be reached, or the link broke
     │   └── BusyError           the peer has no room now, and says when to come back
     ├── RefusedError            a policy or a peer said no; carries a typed `Refusal`
+    │   └── BlamedError         what others have sent makes this impossible, and whose it was
     └── RunError                a run cannot go on
 
 Every message says what was expected, what was found and what to do. `exit_code` is what the
@@ -21,6 +22,7 @@ command line returns for it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -104,6 +106,14 @@ class RefusedError(FedgeError):
     def __init__(self, refusal: Refusal) -> None:
         super().__init__(refusal.message)
         self.refusal = refusal
+
+
+class BlamedError(RefusedError):
+    """What others have sent makes this impossible; `culprits` are those whose it was."""
+
+    def __init__(self, refusal: Refusal, culprits: Iterable[str]) -> None:
+        super().__init__(refusal)
+        self.culprits = tuple(culprits)
 
 
 class RunError(FedgeError):

@@ -48,6 +48,13 @@ class RefusalCode(IntEnum):
     STALE = 43
     RUN_ENDED = 44
     UNKNOWN_RUN = 45
+    # Secure aggregation, as a site or the coordinator sees it.
+    ROSTER_INVALID = 60
+    CONTEXT_DIFFERS = 61
+    SHARES_INVALID = 62
+    SURVIVORS_INVALID = 63
+    CONSENTS_INVALID = 64
+    ROUND_SPENT = 65
     # The work was stopped on request.
     CANCELLED = 50
 

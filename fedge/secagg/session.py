@@ -1,0 +1,182 @@
+"""One session of secure aggregation: what it is about, who takes part, and the messages of its five phases.
+
+    P0  advertise   site -> coordinator   Advertisement
+        roster      coordinator -> sites  Roster
+    P1  share       site -> coordinator   Shares
+        envelopes   coordinator -> sites  those for each
+    P2  input       site -> coordinator   a masked vector, and its InputProof
+    P3  survivors   coordinator -> sites  whose inputs have arrived
+        consent     site -> coordinator   a signature over them
+    P4  consents    coordinator -> sites  enough of these
+        reveal      site -> coordinator   one share of one secret of each member
+
+Values; who checks what is in `site` and `server`. Members are numbered from 1 in the order of the roster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Final
+
+from fedge.events import OrderId
+from fedge.secagg.canonical import bitmap, digest, layout
+from fedge.secagg.keys import Suite
+from fedge.secagg.shamir import Shares as ShareArray
+
+MAX_MEMBERS: Final = 256
+"""The graph is complete: more sites than these are divided (see `shards`)."""
+
+MIN_MEMBERS: Final = 3
+"""Of a sum of two, each of them knows the other's part."""
+
+SIGNATURE_BYTES: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a session is about; every member must mean the same.
+
+    `vectors` says how numbers are encoded, `privacy` which noise is inside, `offer` what was agreed for the run; all
+    three and the model are digests. `least` is the fewest members, `threshold` how many of them must come to the
+    end, as a share of all; `epoch` that of the directory in which their keys are. `shard` of `shards` sums apart.
+    """
+
+    federation: str
+    run_id: str
+    order: OrderId
+    suite: Suite
+    vectors: bytes
+    privacy: bytes
+    offer: bytes
+    model: bytes
+    least: int
+    threshold: Fraction
+    epoch: int
+    consistency: bool = True
+    shard: int = 0
+    shards: int = 1
+
+    @property
+    def digest(self) -> bytes:
+        """ctx: 32 bytes."""
+        return digest(
+            "context",
+            *(self.federation, self.run_id, self.order.kind, self.order.round, self.order.attempt),
+            *(int(self.suite), self.vectors, self.privacy, self.offer, self.model),
+            *(self.least, self.threshold.numerator, self.threshold.denominator),
+            *(self.epoch, int(self.consistency), self.shard, self.shards),
+        )
+
+    def needed(self, members: int) -> int:
+        """How many of so many members must come to the end: more than two thirds, or what `threshold` wants.
+
+        Two quorums of that size have more members in common than may be corrupt, so no honest one is ever asked
+        for both kinds of share.
+        """
+        return max(2 * members // 3 + 1, -(-members * self.threshold.numerator // self.threshold.denominator))
+
+
+@dataclass(frozen=True, slots=True)
+class Advertisement:
+    """P0: a member's public keys and its commitment to its self mask, signed with its identity."""
+
+    site: str
+    context: bytes
+    channel: bytes
+    mask: bytes
+    commitment: bytes
+    signature: bytes = b""
+
+    def signed(self) -> bytes:
+        """What the signature is over."""
+        return layout("advertise", self.context, self.site, self.channel, self.mask, self.commitment)
+
+
+@dataclass(frozen=True, slots=True)
+class Roster:
+    """Who takes part in a session, by name."""
+
+    members: tuple[Advertisement, ...]
+
+    @classmethod
+    def of(cls, advertisements: Iterable[Advertisement]) -> Roster:
+        return cls(tuple(sorted(advertisements, key=lambda each: each.site)))
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def member(self, number: int) -> Advertisement:
+        """By its number, from 1."""
+        return self.members[number - 1]
+
+    def number(self, site: str) -> int | None:
+        """A site's number, from 1; None if it takes no part."""
+        return next((at for at, member in enumerate(self.members, 1) if member.site == site), None)
+
+    @property
+    def numbers(self) -> range:
+        return range(1, len(self.members) + 1)
+
+    def sid(self, context: bytes) -> bytes:
+        """The session's name, which is in every key: 32 bytes."""
+        everybody = digest(
+            "roster", *(part for each in self.members for part in (each.signed(), each.signature))
+        )
+        return digest("session", context, everybody)
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """P1: one member's shares for another, sealed. `channel` and `mask` are ciphertexts of suite 2's KEM, for the
+    key of this envelope and for the pair's mask; `mask` is there from the lower to the higher number alone."""
+
+    sealed: bytes
+    channel: bytes = b""
+    mask: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """P1: an envelope for each other member, by number. `recovery` (suite 2) has for each higher number the secret
+    that was encapsulated for it, sealed under a key that follows from the mask key's seed."""
+
+    envelopes: Mapping[int, Envelope]
+    recovery: Mapping[int, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class InputProof:
+    """P2: which masked vector is a member's, signed."""
+
+    digest: bytes
+    signature: bytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reveal:
+    """P4: for each member that shared, in the order of their numbers, this member's share of one of its secrets:
+    of its self mask's seed if it survived, else of its mask key's. uint32[sharers, LIMBS]. There is room for one."""
+
+    shares: ShareArray
+
+
+def input_signed(sid: bytes, number: int, vector: bytes) -> bytes:
+    """What an InputProof's signature is over; `vector` is the digest."""
+    return layout("input", sid, number, vector)
+
+
+def consent_signed(sid: bytes, number: int, roster: Roster, survivors: frozenset[int]) -> bytes:
+    """What a consent's signature is over."""
+    return layout("consent", sid, number, bitmap([each in survivors for each in roster.numbers]))
+
+
+def commitment_of(seed: bytes) -> bytes:
+    """A commitment to a self mask's seed; the seed is uniform, so that nothing else is needed to hide it."""
+    return digest("commitment", seed)
+
+
+def pair_label(sid: bytes, one: int, other: int) -> tuple[bytes, str, int, int]:
+    """Under which label two members' mask key is derived."""
+    return sid, "pair", min(one, other), max(one, other)

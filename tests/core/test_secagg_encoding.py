@@ -1,0 +1,227 @@
+"""Fixed point, rotation and what rides beside the vector: sums decode to what was meant, or are refused."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedge.errors import RunError
+from fedge.privacy.secure import SecureSource
+from fedge.secagg import tail
+from fedge.secagg.fixed_point import FixedPoint
+from fedge.secagg.ring import Ring
+from fedge.secagg.rotation import Rotation
+from fedge.secagg.tail import Tail
+
+
+def source(seed: int = 0) -> SecureSource:
+    return SecureSource(seed.to_bytes(32, "little"))
+
+
+def vector(size: int, seed: int = 0, scale: float = 1.0) -> np.ndarray:
+    return (np.random.default_rng(seed).standard_normal(size) * scale).astype(np.float32)
+
+
+@given(
+    bits=st.sampled_from([16, 20, 32]),
+    weights=st.lists(st.integers(1, 50), min_size=1, max_size=6),
+    seed=st.integers(0, 5),
+)
+@settings(max_examples=40, deadline=None)
+def test_the_sum_of_encoded_updates_is_that_of_the_updates_but_for_one_step_each(bits, weights, seed):
+    grid = FixedPoint(size=100, bound=2.0, clients=6, max_weight=50, bits=bits)
+    vectors = [vector(100, 10 * seed + n, 0.4) for n in range(len(weights))]
+    total = grid.ring.zeros(100)
+    for each, weight in zip(vectors, weights, strict=True):
+        total = total + grid.encode(each, weight, source(seed))
+    exact = sum(each.astype(np.float64) * weight for each, weight in zip(vectors, weights, strict=True))
+    assert np.abs(grid.decode(total, len(weights)) - exact).max() <= len(weights) / grid.steps
+
+
+def test_rounding_is_fair_on_average():
+    grid = FixedPoint(size=200_000, bound=1.0, clients=100, bits=12)
+    value = np.full(grid.size, 0.3 / grid.steps, np.float32)
+    steps = grid.ring.signed(grid.encode(value, 1, source()))
+    assert set(np.unique(steps)) == {0, 1}
+    assert abs(steps.mean() - 0.3) < 5 * math.sqrt(0.21 / grid.size)
+
+
+@given(
+    bits=st.sampled_from([8, 10, 16, 31, 32, 64]),
+    clients=st.integers(1, 20),
+    max_weight=st.integers(1, 5),
+    sign=st.sampled_from([-1, 1]),
+)
+@settings(deadline=None)
+def test_the_largest_inputs_of_the_most_clients_do_not_wrap(bits, clients, max_weight, sign):
+    def make() -> FixedPoint:
+        return FixedPoint(size=3, bound=0.7, clients=clients, max_weight=max_weight, bits=bits)
+
+    if 2 ** (bits - 2) / clients - 1 < 2 * max_weight:
+        with pytest.raises(ValueError, match="bits"):
+            make()
+        return
+    grid = make()
+    total = grid.ring.zeros(3)
+    for n in range(clients):
+        total = total + grid.encode(np.full(3, sign * np.inf, np.float32), max_weight, source(n))
+    decoded = grid.decode(total, clients)
+    assert np.allclose(decoded, sign * 0.7 * max_weight * clients, rtol=1e-6, atol=clients / grid.steps)
+
+
+def test_a_sum_that_its_members_cannot_have_made_is_refused():
+    grid = FixedPoint(size=2, bound=1.0, clients=4, bits=16)
+    total = grid.ring.of(np.array([5000, 0], np.int64))
+    assert grid.levels < 5000 < 2 * grid.levels
+    grid.decode(total, 2)
+    with pytest.raises(RunError, match="beyond what its members"):
+        grid.decode(total, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bits": 7}, "bits: expected 8 to 32"),
+        ({"bits": 8, "clients": 40}, "use more bits, smaller weights or fewer clients"),
+        ({"bits": 16, "max_weight": 5000}, "use more bits"),
+        ({"bound": 0.0}, "bound"),
+        ({"bound": math.inf}, "bound"),
+        ({"size": 0}, "size"),
+    ],
+)
+def test_encodings_that_cannot_work_are_refused_when_they_are_made(changes, message):
+    with pytest.raises(ValueError, match=message):
+        FixedPoint(**{"size": 4, "bound": 1.0, "clients": 10} | changes)
+
+
+@pytest.mark.parametrize(
+    ("value", "weight", "message"),
+    [
+        ([1, math.nan], 1, "NaN"),
+        ([1, 2, 3], 1, "2 elements"),
+        ([1, 2], 0, "weight"),
+        ([1, 2], 9, "weight of 1 to 8, found 9"),
+    ],
+)
+def test_updates_that_cannot_be_encoded_are_refused(value, weight, message):
+    grid = FixedPoint(size=2, bound=1.0, clients=3, max_weight=8)
+    with pytest.raises(ValueError, match=message):
+        grid.encode(np.array(value, np.float32), weight, source())
+
+
+# Rotation.
+
+SIZES = st.sampled_from([1, 2, 3, 5, 8, 31, 64, 100, 1000, 5000])
+
+
+@given(size=SIZES, seed=st.integers(0, 3))
+@settings(deadline=None)
+def test_a_rotation_is_undone_and_changes_no_norm(size: int, seed: int):
+    rotation, given_vector = Rotation(size, bytes([seed]) * 32), vector(size, seed)
+    before = given_vector.copy()
+    rotated = rotation.apply(given_vector)
+    assert (given_vector == before).all()
+    assert np.allclose(rotation.undo(rotated), given_vector, atol=1e-5)
+    assert np.linalg.norm(rotated) == pytest.approx(np.linalg.norm(given_vector), rel=1e-5)
+
+
+def test_the_rotation_of_a_sum_is_the_sum_of_the_rotations():
+    rotation = Rotation(100, b"r" * 32)
+    first, second = vector(100, 1), vector(100, 2)
+    together = rotation.apply(first) + rotation.apply(second)
+    assert np.allclose(rotation.undo(together), first + second, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 2, 8, 64, 2048])
+def test_without_its_signs_it_is_the_hadamard_transform(size: int, monkeypatch):
+    monkeypatch.setattr(Rotation, "_flip", lambda *_: None)
+    matrix = np.ones((1, 1))
+    while len(matrix) < size:  # Sylvester's construction
+        matrix = np.kron([[1, 1], [1, -1]], matrix)
+    given_vector = vector(size)
+    expected = matrix @ given_vector / math.sqrt(size)
+    assert np.allclose(Rotation(size, b"r" * 32).apply(given_vector), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [4096, 5000, 8191])
+@pytest.mark.parametrize("at", [0, 2500, -1])
+def test_one_large_element_is_spread_over_all(size: int, at: int):
+    spike = np.zeros(size, np.float32)
+    spike[at] = 10
+    rotation = Rotation(size, b"r" * 32)
+    rotated = np.abs(rotation.apply(spike))
+    assert rotated.max() <= rotation.largest(10.0)
+    assert (rotated > 0).mean() > 0.9 or size != 4096
+
+
+def test_seeds_give_different_rotations():
+    first, second = (Rotation(64, bytes([n]) * 32).apply(vector(64)) for n in (1, 2))
+    assert not np.allclose(first, second, atol=0.1)
+
+
+def test_with_rotation_eight_bits_carry_what_otherwise_needs_more():
+    size, clients = 4096, 8
+    updates = [vector(size, n, 0.01) for n in range(clients)]
+    for n, update in enumerate(updates):
+        update[n] = 3.0  # one large element decides the range
+    exact = sum(update.astype(np.float64) for update in updates)
+    norm = max(float(np.linalg.norm(update)) for update in updates)
+
+    def error(rotation: Rotation | None) -> float:
+        bound = rotation.largest(norm) if rotation else norm
+        grid = FixedPoint(size, bound, clients, bits=8)
+        total = grid.ring.zeros(size)
+        for n, update in enumerate(updates):
+            total = total + grid.encode(rotation.apply(update) if rotation else update, 1, source(n))
+        decoded = grid.decode(total, clients).astype(np.float32)
+        return float(np.linalg.norm((rotation.undo(decoded) if rotation else decoded) - exact))
+
+    assert error(Rotation(size, b"r" * 32)) < error(None) / 3
+
+
+# What rides beside the vector.
+
+
+def test_weights_and_metrics_are_the_weighted_means():
+    beside = Tail(("accuracy", "loss"), clients=3, max_weight=100)
+    total = beside.encode(10, {"accuracy": 0.5, "loss": 2.0})
+    total = total + beside.encode(30, {"accuracy": 0.9, "loss": -4.0})
+    total = total + beside.encode(60, {"accuracy": 0.1})
+    found = beside.decode(total, 3)
+    assert (found.members, found.weight) == (3, 100)
+    assert found.metrics["accuracy"] == pytest.approx((5 + 27 + 6) / 100, abs=1e-7)
+    assert found.metrics["loss"] == pytest.approx((20 - 120) / 40, abs=1e-6)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_metric_that_is_no_number_is_left_out_and_one_that_nobody_reports_is_nan(value: float):
+    beside = Tail(("loss",), clients=3)
+    total = beside.encode(1, {"loss": value}) + beside.encode(1, {"loss": 3.0})
+    assert beside.decode(total, 2).metrics["loss"] == pytest.approx(3.0)
+    assert math.isnan(beside.decode(beside.encode(1, {"other": 1.0}), 1).metrics["loss"])
+
+
+def test_absurd_metrics_are_cut_and_nothing_wraps():
+    beside = Tail(("loss",), clients=100, max_weight=1000)
+    total = sum(
+        (beside.encode(1000, {"loss": -1e300}) for _ in range(99)), start=beside.encode(1000, {"loss": -1e9})
+    )
+    assert beside.decode(total, 100).metrics["loss"] == -tail.BOUND
+
+
+@pytest.mark.parametrize(
+    "numbers", [[2, 3, 0, 0], [3, 2, 0, 0], [3, 301, 0, 0], [3, 5, 0, 6], [3, 5, 2**62, 1], [3, -5, 0, 0]]
+)
+def test_sums_beside_the_vector_that_its_members_cannot_have_made_are_refused(numbers: list[int]):
+    beside = Tail(("loss",), clients=3, max_weight=100)
+    with pytest.raises(RunError, match="sent something else"):
+        beside.decode(Ring(64).of(np.array(numbers, np.int64)), 3)
+
+
+def test_weights_too_large_for_sums_of_metrics_are_refused():
+    with pytest.raises(ValueError, match="max_weight"):
+        Tail(("loss",), clients=2**20, max_weight=2**29)

@@ -1,0 +1,182 @@
+"""Members that lie: what one sends costs it its place, and nobody else anything."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from secagg_sessions import (
+    FEDERATION,
+    Play,
+    Stream,
+    context,
+    name,
+    signer,
+    vectors_for,
+)
+
+from fedge.errors import BlamedError, RemoteProtocolError, RunError
+from fedge.secagg import server, site
+from fedge.secagg.keys import Suite
+from fedge.secagg.session import Advertisement, Envelope, InputProof, Reveal, Shares
+from fedge.secagg.site import Rules
+
+
+def sign_again(advertisement: Advertisement, number: int, **changes: object) -> Advertisement:
+    """What member `number` might itself have said."""
+    changed = replace(advertisement, **changes)  # type: ignore[arg-type]
+    return replace(changed, signature=signer(number).sign(changed.signed()))
+
+
+@pytest.fixture
+def play() -> Play:
+    return Play(5)
+
+
+@pytest.fixture
+def adverts(play: Play) -> dict[int, Advertisement]:
+    return play.advertise()
+
+
+def shared(play: Play) -> server.Collecting:
+    return play.share(play.gather(play.advertise()))
+
+
+def masked(play: Play, without: tuple[int, ...] = ()) -> server.Consenting:
+    return play.input(shared(play), vectors_for(5, size=4, bits=32), without)[0]
+
+
+def consented(play: Play) -> tuple[dict[int, bytes], server.Consenting]:
+    consenting = play.consent(masked(play))
+    return dict(consenting.consents), consenting
+
+
+def test_the_coordinator_refuses_advertisements_that_sites_would_refuse(play, adverts):
+    gathering = server.Gathering(play.context, play.directory)
+    wrong = [
+        replace(adverts[1], context=b"x" * 32),
+        replace(adverts[1], mask=b"x" * 32),
+        sign_again(adverts[1], 1, mask=b"short"),
+        sign_again(replace(adverts[1], site="unknown"), 1),
+        replace(adverts[1], signature=b""),
+    ]
+    for each in wrong:
+        with pytest.raises(RemoteProtocolError):
+            gathering.take(each)
+    with pytest.raises(RemoteProtocolError, match="found two"):
+        gathering.take(adverts[1]).take(adverts[1])
+
+
+def test_the_coordinator_begins_nothing_with_too_few(play, adverts):
+    gathering = server.Gathering(play.context, play.directory).take(adverts[1]).take(adverts[2])
+    with pytest.raises(RunError, match="expected 3 members"):
+        gathering.close()
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        pytest.param(lambda s: replace(s, envelopes={}), id="none"),
+        pytest.param(lambda s: replace(s, envelopes=dict(list(s.envelopes.items())[:-1])), id="one too few"),
+        pytest.param(lambda s: replace(s, envelopes={**s.envelopes, 1: s.envelopes[2]}), id="for itself"),
+        pytest.param(lambda s: replace(s, envelopes={**s.envelopes, 2: Envelope(b"short")}), id="short"),
+        pytest.param(lambda s: replace(s, recovery={2: bytes(48)}), id="recovery without a KEM"),
+    ],
+)
+def test_the_coordinator_refuses_shares_that_are_not_for_everybody(play, adverts, spoil):
+    sharing = play.gather(adverts)
+    _, shares = play.sites[1].share(sharing.roster, play.directory, play.entropy[1])
+    with pytest.raises(RemoteProtocolError):
+        sharing.take(1, spoil(shares))
+    with pytest.raises(RemoteProtocolError, match="found two"):
+        sharing.take(1, shares).take(1, shares)
+
+
+def test_the_coordinator_takes_each_input_once_and_signed(play):
+    collecting = shared(play)
+    play.sites[1] = play.sites[1].open(collecting.envelopes(1)).mask([])
+    proof = play.sites[1].prove(b"d" * 32)
+    with pytest.raises(RemoteProtocolError, match="signed"):
+        collecting.take(1, InputProof(b"e" * 32, proof.signature))
+    with pytest.raises(RemoteProtocolError, match="signed"):
+        collecting.take(2, proof)
+    with pytest.raises(RemoteProtocolError, match="one input"):
+        collecting.take(1, proof).take(1, proof)
+    with pytest.raises(RunError, match="1 of at least 4"):
+        collecting.take(1, proof).close()
+
+
+def test_the_coordinator_takes_consents_of_survivors_alone(play):
+    consenting = masked(play, without=(5,))
+    play.sites[1], signature = play.sites[1].consent(consenting.survivors)
+    for number, wrong in ((2, signature), (5, signature), (1, b"")):
+        with pytest.raises(RemoteProtocolError):
+            consenting.take(number, wrong)
+    with pytest.raises(RunError, match="1 of at least 4"):
+        consenting.take(1, signature).close()
+
+
+def test_the_coordinator_takes_reveals_of_survivors_once_and_of_the_right_shape(play):
+    consents, consenting = consented(play)
+    revealing, reveal = consenting.close(), play.sites[1].reveal(consents)
+    for number, wrong in (
+        (6, reveal),
+        (1, Reveal(reveal.shares[:-1])),
+        (1, Reveal(np.full_like(reveal.shares, 2**32 - 1))),
+    ):
+        with pytest.raises(RemoteProtocolError):
+            revealing.take(number, wrong)
+    taken = revealing.take(1, reveal)
+    with pytest.raises(RemoteProtocolError, match="one reveal"):
+        taken.take(1, reveal)
+    with pytest.raises(RunError, match="1 of at least 4"):
+        taken.recover()
+
+
+def test_a_dealer_of_wrong_shares_that_drops_out_is_blamed(monkeypatch):
+    play, vectors = Play(5), vectors_for(5, size=4, bits=32)
+    sharing = play.gather(play.advertise())
+    honest = site.shamir.split
+
+    def deal(secrets, **terms):
+        return honest([b"x" * 32, b"y" * 32], **terms)
+
+    for n in range(1, 6):
+        with monkeypatch.context() as patch:
+            if n == 5:
+                patch.setattr("fedge.secagg.shamir.split", deal)
+            play.sites[n], shares = play.sites[n].share(sharing.roster, play.directory, play.entropy[n])
+        sharing = sharing.take(n, shares)
+    consenting, _ = play.input(sharing.close(), vectors, without=[5])
+    revealing = play.reveal(play.consent(consenting))
+    with pytest.raises(BlamedError) as caught:
+        revealing.recover()
+    assert caught.value.culprits == (name(5),)
+
+
+def test_a_member_whose_recovery_was_a_lie_is_blamed():
+    play = Play(5, context(suite=Suite.X25519_MLKEM768))
+    sharing = play.gather(play.advertise())
+    for n in range(1, 6):
+        play.sites[n], shares = play.sites[n].share(sharing.roster, play.directory, play.entropy[n])
+        if n == 2:
+            shares = Shares(shares.envelopes, dict.fromkeys(shares.recovery, bytes(48)))
+        sharing = sharing.take(n, shares)
+    consenting, _ = play.input(sharing.close(), vectors_for(5, size=4, bits=32), without=[2])
+    with pytest.raises(BlamedError) as caught:
+        play.reveal(play.consent(consenting)).recover()
+    assert caught.value.culprits == (name(2),)
+
+
+def test_no_secret_is_in_any_repr(play):
+    collecting = shared(play)
+    advertised = (
+        Play(5).advertise() and site.advertise(play.context, name(1), signer(1), Rules(), Stream(5))[0]
+    )
+    seeds = [advertised._secrets.mask_seed, advertised._secrets.self_seed]
+    opened = play.sites[1].open(collecting.envelopes(1))
+    shown = " ".join(map(repr, (advertised, play.sites[1], opened, opened.mask([]), advertised._secrets)))
+    hidden = [*seeds, opened._self_mask, *opened._masks.values(), opened._held[2].tobytes()]
+    assert not any(repr(secret)[2:-1] in shown or secret.hex() in shown for secret in hidden)
+    assert FEDERATION in shown

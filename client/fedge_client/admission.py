@@ -72,7 +72,7 @@ class Request:
             clip=terms.clip if terms is not None else clip,
             terms=terms,
             cohort=offer.cohort,
-            secure_aggregation=offer.secure_aggregation,
+            secure_aggregation=offer.HasField("secure_aggregation"),
             digest=hashlib.sha256(offer.SerializeToString(deterministic=True)).digest(),
         )
 

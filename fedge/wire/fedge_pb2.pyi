@@ -332,6 +332,10 @@ class ClientMessage(_message.Message):
     UPDATE_FIELD_NUMBER: _builtins.int
     PROGRESS_FIELD_NUMBER: _builtins.int
     WITNESS_FIELD_NUMBER: _builtins.int
+    ADVERTISE_FIELD_NUMBER: _builtins.int
+    SHARE_FIELD_NUMBER: _builtins.int
+    CONSENT_FIELD_NUMBER: _builtins.int
+    REVEAL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello: ...
     @_builtins.property
@@ -346,6 +350,14 @@ class ClientMessage(_message.Message):
     def progress(self) -> Global___Progress: ...
     @_builtins.property
     def witness(self) -> Global___Witness: ...
+    @_builtins.property
+    def advertise(self) -> Global___Advertise: ...
+    @_builtins.property
+    def share(self) -> Global___Share: ...
+    @_builtins.property
+    def consent(self) -> Global___Consent: ...
+    @_builtins.property
+    def reveal(self) -> Global___Reveal: ...
     def __init__(
         self,
         *,
@@ -356,12 +368,16 @@ class ClientMessage(_message.Message):
         update: Global___Update | None = ...,
         progress: Global___Progress | None = ...,
         witness: Global___Witness | None = ...,
+        advertise: Global___Advertise | None = ...,
+        share: Global___Share | None = ...,
+        consent: Global___Consent | None = ...,
+        reveal: Global___Reveal | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["accept", b"accept", "failed", b"failed", "hello", b"hello", "kind", b"kind", "progress", b"progress", "refuse", b"refuse", "update", b"update", "witness", b"witness"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accept", b"accept", "advertise", b"advertise", "consent", b"consent", "failed", b"failed", "hello", b"hello", "kind", b"kind", "progress", b"progress", "refuse", b"refuse", "reveal", b"reveal", "share", b"share", "update", b"update", "witness", b"witness"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accept", b"accept", "failed", b"failed", "hello", b"hello", "kind", b"kind", "progress", b"progress", "refuse", b"refuse", "update", b"update", "witness", b"witness"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accept", b"accept", "advertise", b"advertise", "consent", b"consent", "failed", b"failed", "hello", b"hello", "kind", b"kind", "progress", b"progress", "refuse", b"refuse", "reveal", b"reveal", "share", b"share", "update", b"update", "witness", b"witness"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "accept", "refuse", "failed", "update", "progress", "witness"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "accept", "refuse", "failed", "update", "progress", "witness", "advertise", "share", "consent", "reveal"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -378,6 +394,10 @@ class ServerMessage(_message.Message):
     RECEIPT_FIELD_NUMBER: _builtins.int
     ENDED_FIELD_NUMBER: _builtins.int
     CLOSING_FIELD_NUMBER: _builtins.int
+    ROSTER_FIELD_NUMBER: _builtins.int
+    ENVELOPES_FIELD_NUMBER: _builtins.int
+    SURVIVORS_FIELD_NUMBER: _builtins.int
+    CONSENTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -392,6 +412,14 @@ class ServerMessage(_message.Message):
     def ended(self) -> Global___Ended: ...
     @_builtins.property
     def closing(self) -> Global___Closing: ...
+    @_builtins.property
+    def roster(self) -> Global___Roster: ...
+    @_builtins.property
+    def envelopes(self) -> Global___Envelopes: ...
+    @_builtins.property
+    def survivors(self) -> Global___Survivors: ...
+    @_builtins.property
+    def consents(self) -> Global___Consents: ...
     def __init__(
         self,
         *,
@@ -402,12 +430,16 @@ class ServerMessage(_message.Message):
         receipt: Global___Receipt | None = ...,
         ended: Global___Ended | None = ...,
         closing: Global___Closing | None = ...,
+        roster: Global___Roster | None = ...,
+        envelopes: Global___Envelopes | None = ...,
+        survivors: Global___Survivors | None = ...,
+        consents: Global___Consents | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "closing", b"closing", "ended", b"ended", "kind", b"kind", "offer", b"offer", "order", b"order", "receipt", b"receipt", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "closing", b"closing", "consents", b"consents", "ended", b"ended", "envelopes", b"envelopes", "kind", b"kind", "offer", b"offer", "order", b"order", "receipt", b"receipt", "roster", b"roster", "survivors", b"survivors", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "closing", b"closing", "ended", b"ended", "kind", b"kind", "offer", b"offer", "order", b"order", "receipt", b"receipt", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "closing", b"closing", "consents", b"consents", "ended", b"ended", "envelopes", b"envelopes", "kind", b"kind", "offer", b"offer", "order", b"order", "receipt", b"receipt", "roster", b"roster", "survivors", b"survivors", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["welcome", "offer", "order", "cancel", "receipt", "ended", "closing"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["welcome", "offer", "order", "cancel", "receipt", "ended", "closing", "roster", "envelopes", "survivors", "consents"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -528,9 +560,9 @@ class Offer(_message.Message):
     CLIP_FIELD_NUMBER: _builtins.int
     PRIVACY_FIELD_NUMBER: _builtins.int
     COHORT_FIELD_NUMBER: _builtins.int
-    SECURE_AGGREGATION_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
     STRATEGY_NAME_FIELD_NUMBER: _builtins.int
+    SECURE_AGGREGATION_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     name: _builtins.str
     task: _builtins.str
@@ -540,7 +572,6 @@ class Offer(_message.Message):
     clip: _builtins.float
     cohort: _builtins.int
     """the fewest updates that make a round"""
-    secure_aggregation: _builtins.bool
     kind: Global___Kind.ValueType
     """what every round orders"""
     strategy_name: _builtins.str
@@ -552,6 +583,10 @@ class Offer(_message.Message):
     @_builtins.property
     def privacy(self) -> Global___Privacy:
         """absent: none"""
+
+    @_builtins.property
+    def secure_aggregation(self) -> Global___SecureAggregation:
+        """absent: updates are read one by one"""
 
     def __init__(
         self,
@@ -567,24 +602,94 @@ class Offer(_message.Message):
         clip: _builtins.float | None = ...,
         privacy: Global___Privacy | None = ...,
         cohort: _builtins.int = ...,
-        secure_aggregation: _builtins.bool = ...,
         kind: Global___Kind.ValueType = ...,
         strategy_name: _builtins.str = ...,
+        secure_aggregation: Global___SecureAggregation | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_clip", b"_clip", "_privacy", b"_privacy", "clip", b"clip", "layout", b"layout", "privacy", b"privacy", "work", b"work"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_clip", b"_clip", "_privacy", b"_privacy", "_secure_aggregation", b"_secure_aggregation", "clip", b"clip", "layout", b"layout", "privacy", b"privacy", "secure_aggregation", b"secure_aggregation", "work", b"work"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clip", b"_clip", "_privacy", b"_privacy", "clip", b"clip", "cohort", b"cohort", "kind", b"kind", "layout", b"layout", "name", b"name", "privacy", b"privacy", "rounds", b"rounds", "run_id", b"run_id", "secure_aggregation", b"secure_aggregation", "seed", b"seed", "strategy", b"strategy", "strategy_name", b"strategy_name", "task", b"task", "work", b"work"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clip", b"_clip", "_privacy", b"_privacy", "_secure_aggregation", b"_secure_aggregation", "clip", b"clip", "cohort", b"cohort", "kind", b"kind", "layout", b"layout", "name", b"name", "privacy", b"privacy", "rounds", b"rounds", "run_id", b"run_id", "secure_aggregation", b"secure_aggregation", "seed", b"seed", "strategy", b"strategy", "strategy_name", b"strategy_name", "task", b"task", "work", b"work"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__clip: _TypeAlias = _typing.Literal["clip"]  # noqa: Y015
     _WhichOneofArgType__clip: _TypeAlias = _typing.Literal["_clip", b"_clip"]  # noqa: Y015
     _WhichOneofReturnType__privacy: _TypeAlias = _typing.Literal["privacy"]  # noqa: Y015
     _WhichOneofArgType__privacy: _TypeAlias = _typing.Literal["_privacy", b"_privacy"]  # noqa: Y015
+    _WhichOneofReturnType__secure_aggregation: _TypeAlias = _typing.Literal["secure_aggregation"]  # noqa: Y015
+    _WhichOneofArgType__secure_aggregation: _TypeAlias = _typing.Literal["_secure_aggregation", b"_secure_aggregation"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__clip) -> _WhichOneofReturnType__clip | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__privacy) -> _WhichOneofReturnType__privacy | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__secure_aggregation) -> _WhichOneofReturnType__secure_aggregation | None: ...
 
 Global___Offer: _TypeAlias = Offer  # noqa: Y015
+
+@_typing.final
+class SecureAggregation(_message.Message):
+    """How the updates of a run are summed so that only their sum can be read; see fedge.secagg."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SUITE_FIELD_NUMBER: _builtins.int
+    BITS_FIELD_NUMBER: _builtins.int
+    LEAST_FIELD_NUMBER: _builtins.int
+    THRESHOLD_NUMERATOR_FIELD_NUMBER: _builtins.int
+    THRESHOLD_DENOMINATOR_FIELD_NUMBER: _builtins.int
+    CONSISTENCY_FIELD_NUMBER: _builtins.int
+    CLIENTS_FIELD_NUMBER: _builtins.int
+    BOUND_FIELD_NUMBER: _builtins.int
+    MAX_WEIGHT_FIELD_NUMBER: _builtins.int
+    ROTATE_FIELD_NUMBER: _builtins.int
+    METRICS_FIELD_NUMBER: _builtins.int
+    SURVIVORS_FIELD_NUMBER: _builtins.int
+    suite: _builtins.int
+    bits: _builtins.int
+    """of an element of a masked vector"""
+    least: _builtins.int
+    """members of a sum, at least"""
+    threshold_numerator: _builtins.int
+    """which share of them must come to the end"""
+    threshold_denominator: _builtins.int
+    consistency: _builtins.bool
+    """they agree on who survived before they reveal anything"""
+    clients: _builtins.int
+    """members of all sums of an order, at most"""
+    bound: _builtins.float
+    """of an element of an update, before rotation"""
+    max_weight: _builtins.int
+    rotate: _builtins.bool
+    survivors: _builtins.float
+    """client-level privacy: the share of members whose noise is counted on"""
+    @_builtins.property
+    def metrics(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """which ride in the sum"""
+
+    def __init__(
+        self,
+        *,
+        suite: _builtins.int = ...,
+        bits: _builtins.int = ...,
+        least: _builtins.int = ...,
+        threshold_numerator: _builtins.int = ...,
+        threshold_denominator: _builtins.int = ...,
+        consistency: _builtins.bool = ...,
+        clients: _builtins.int = ...,
+        bound: _builtins.float = ...,
+        max_weight: _builtins.int = ...,
+        rotate: _builtins.bool = ...,
+        metrics: _abc.Iterable[_builtins.str] | None = ...,
+        survivors: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_survivors", b"_survivors", "survivors", b"survivors"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_survivors", b"_survivors", "bits", b"bits", "bound", b"bound", "clients", b"clients", "consistency", b"consistency", "least", b"least", "max_weight", b"max_weight", "metrics", b"metrics", "rotate", b"rotate", "suite", b"suite", "survivors", b"survivors", "threshold_denominator", b"threshold_denominator", "threshold_numerator", b"threshold_numerator"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__survivors: _TypeAlias = _typing.Literal["survivors"]  # noqa: Y015
+    _WhichOneofArgType__survivors: _TypeAlias = _typing.Literal["_survivors", b"_survivors"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__survivors) -> _WhichOneofReturnType__survivors | None: ...
+
+Global___SecureAggregation: _TypeAlias = SecureAggregation  # noqa: Y015
 
 @_typing.final
 class Privacy(_message.Message):
@@ -699,6 +804,7 @@ class Order(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     MIRROR_FIELD_NUMBER: _builtins.int
     CLIP_FIELD_NUMBER: _builtins.int
+    SECURE_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     deadline_s: _builtins.float
     clip: _builtins.float
@@ -709,6 +815,8 @@ class Order(_message.Message):
     def model(self) -> Global___Blob: ...
     @_builtins.property
     def mirror(self) -> Global___Mirror: ...
+    @_builtins.property
+    def secure(self) -> Global___SecureOrder: ...
     def __init__(
         self,
         *,
@@ -718,21 +826,53 @@ class Order(_message.Message):
         model: Global___Blob | None = ...,
         mirror: Global___Mirror | None = ...,
         clip: _builtins.float | None = ...,
+        secure: Global___SecureOrder | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_clip", b"_clip", "_mirror", b"_mirror", "clip", b"clip", "id", b"id", "mirror", b"mirror", "model", b"model"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_clip", b"_clip", "_mirror", b"_mirror", "_secure", b"_secure", "clip", b"clip", "id", b"id", "mirror", b"mirror", "model", b"model", "secure", b"secure"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clip", b"_clip", "_mirror", b"_mirror", "clip", b"clip", "deadline_s", b"deadline_s", "id", b"id", "mirror", b"mirror", "model", b"model", "run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clip", b"_clip", "_mirror", b"_mirror", "_secure", b"_secure", "clip", b"clip", "deadline_s", b"deadline_s", "id", b"id", "mirror", b"mirror", "model", b"model", "run_id", b"run_id", "secure", b"secure"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__clip: _TypeAlias = _typing.Literal["clip"]  # noqa: Y015
     _WhichOneofArgType__clip: _TypeAlias = _typing.Literal["_clip", b"_clip"]  # noqa: Y015
     _WhichOneofReturnType__mirror: _TypeAlias = _typing.Literal["mirror"]  # noqa: Y015
     _WhichOneofArgType__mirror: _TypeAlias = _typing.Literal["_mirror", b"_mirror"]  # noqa: Y015
+    _WhichOneofReturnType__secure: _TypeAlias = _typing.Literal["secure"]  # noqa: Y015
+    _WhichOneofArgType__secure: _TypeAlias = _typing.Literal["_secure", b"_secure"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__clip) -> _WhichOneofReturnType__clip | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__mirror) -> _WhichOneofReturnType__mirror | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__secure) -> _WhichOneofReturnType__secure | None: ...
 
 Global___Order: _TypeAlias = Order  # noqa: Y015
+
+@_typing.final
+class SecureOrder(_message.Message):
+    """Of an order whose updates are summed securely: where its members' keys are found, and who sums with whom."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    SHARD_FIELD_NUMBER: _builtins.int
+    SHARDS_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    shard: _builtins.int
+    shards: _builtins.int
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+        shard: _builtins.int = ...,
+        shards: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "shard", b"shard", "shards", b"shards"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SecureOrder: _TypeAlias = SecureOrder  # noqa: Y015
 
 @_typing.final
 class Mirror(_message.Message):
@@ -830,8 +970,11 @@ class Update(_message.Message):
     NUM_EXAMPLES_FIELD_NUMBER: _builtins.int
     METRICS_FIELD_NUMBER: _builtins.int
     VECTOR_FIELD_NUMBER: _builtins.int
+    PROOF_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     num_examples: _builtins.int
+    proof: _builtins.bytes
+    """secure aggregation: the site's signature over its masked vector"""
     @_builtins.property
     def id(self) -> Global___OrderId: ...
     @_builtins.property
@@ -848,12 +991,15 @@ class Update(_message.Message):
         num_examples: _builtins.int = ...,
         metrics: _abc.Iterable[Global___Metric] | None = ...,
         vector: Global___Blob | None = ...,
+        proof: _builtins.bytes | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "vector", b"vector"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_proof", b"_proof", "id", b"id", "proof", b"proof", "vector", b"vector"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "metrics", b"metrics", "num_examples", b"num_examples", "run_id", b"run_id", "vector", b"vector"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_proof", b"_proof", "id", b"id", "metrics", b"metrics", "num_examples", b"num_examples", "proof", b"proof", "run_id", b"run_id", "vector", b"vector"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__proof: _TypeAlias = _typing.Literal["proof"]  # noqa: Y015
+    _WhichOneofArgType__proof: _TypeAlias = _typing.Literal["_proof", b"_proof"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__proof) -> _WhichOneofReturnType__proof | None: ...
 
 Global___Update: _TypeAlias = Update  # noqa: Y015
 
@@ -864,21 +1010,27 @@ class Failed(_message.Message):
     RUN_ID_FIELD_NUMBER: _builtins.int
     ID_FIELD_NUMBER: _builtins.int
     REFUSAL_FIELD_NUMBER: _builtins.int
+    CULPRITS_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     @_builtins.property
     def id(self) -> Global___OrderId: ...
     @_builtins.property
     def refusal(self) -> Global___Refusal: ...
+    @_builtins.property
+    def culprits(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """sites whose messages make it impossible"""
+
     def __init__(
         self,
         *,
         run_id: _builtins.str = ...,
         id: Global___OrderId | None = ...,
         refusal: Global___Refusal | None = ...,
+        culprits: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "refusal", b"refusal"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "refusal", b"refusal", "run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["culprits", b"culprits", "id", b"id", "refusal", b"refusal", "run_id", b"run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -967,6 +1119,296 @@ class Ended(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Ended: _TypeAlias = Ended  # noqa: Y015
+
+@_typing.final
+class Advertise(_message.Message):
+    """---- secure aggregation: the phases of fedge.secagg.session, each for one order of a run ----"""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    MEMBER_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    @_builtins.property
+    def id(self) -> Global___OrderId: ...
+    @_builtins.property
+    def member(self) -> Global___Member:
+        """its site is whoever sends it"""
+
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        id: Global___OrderId | None = ...,
+        member: Global___Member | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "member", b"member"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "member", b"member", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Advertise: _TypeAlias = Advertise  # noqa: Y015
+
+@_typing.final
+class Member(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SITE_FIELD_NUMBER: _builtins.int
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    CHANNEL_FIELD_NUMBER: _builtins.int
+    MASK_FIELD_NUMBER: _builtins.int
+    COMMITMENT_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    site: _builtins.str
+    context: _builtins.bytes
+    channel: _builtins.bytes
+    mask: _builtins.bytes
+    commitment: _builtins.bytes
+    signature: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        site: _builtins.str = ...,
+        context: _builtins.bytes = ...,
+        channel: _builtins.bytes = ...,
+        mask: _builtins.bytes = ...,
+        commitment: _builtins.bytes = ...,
+        signature: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "commitment", b"commitment", "context", b"context", "mask", b"mask", "signature", b"signature", "site", b"site"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Member: _TypeAlias = Member  # noqa: Y015
+
+@_typing.final
+class Roster(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    MEMBERS_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    @_builtins.property
+    def id(self) -> Global___OrderId: ...
+    @_builtins.property
+    def members(self) -> _containers.RepeatedCompositeFieldContainer[Global___Member]: ...
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        id: Global___OrderId | None = ...,
+        members: _abc.Iterable[Global___Member] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "members", b"members", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Roster: _TypeAlias = Roster  # noqa: Y015
+
+@_typing.final
+class Envelope(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    SEALED_FIELD_NUMBER: _builtins.int
+    CHANNEL_FIELD_NUMBER: _builtins.int
+    MASK_FIELD_NUMBER: _builtins.int
+    RECOVERY_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """of whom it is for, or of whom it is from"""
+    sealed: _builtins.bytes
+    channel: _builtins.bytes
+    mask: _builtins.bytes
+    recovery: _builtins.bytes
+    """stays with the coordinator"""
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        sealed: _builtins.bytes = ...,
+        channel: _builtins.bytes = ...,
+        mask: _builtins.bytes = ...,
+        recovery: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "mask", b"mask", "number", b"number", "recovery", b"recovery", "sealed", b"sealed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Envelope: _TypeAlias = Envelope  # noqa: Y015
+
+@_typing.final
+class Share(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    ENVELOPES_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    @_builtins.property
+    def id(self) -> Global___OrderId: ...
+    @_builtins.property
+    def envelopes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Envelope]: ...
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        id: Global___OrderId | None = ...,
+        envelopes: _abc.Iterable[Global___Envelope] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["envelopes", b"envelopes", "id", b"id", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Share: _TypeAlias = Share  # noqa: Y015
+
+@_typing.final
+class Envelopes(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    ENVELOPES_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    @_builtins.property
+    def id(self) -> Global___OrderId: ...
+    @_builtins.property
+    def envelopes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Envelope]: ...
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        id: Global___OrderId | None = ...,
+        envelopes: _abc.Iterable[Global___Envelope] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["envelopes", b"envelopes", "id", b"id", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Envelopes: _TypeAlias = Envelopes  # noqa: Y015
+
+@_typing.final
+class Survivors(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    MEMBERS_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    members: _builtins.bytes
+    """a bit for each of the roster, lowest first"""
+    @_builtins.property
+    def id(self) -> Global___OrderId: ...
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        id: Global___OrderId | None = ...,
+        members: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "members", b"members", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Survivors: _TypeAlias = Survivors  # noqa: Y015
+
+@_typing.final
+class Consent(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    signature: _builtins.bytes
+    @_builtins.property
+    def id(self) -> Global___OrderId: ...
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        id: Global___OrderId | None = ...,
+        signature: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "run_id", b"run_id", "signature", b"signature"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Consent: _TypeAlias = Consent  # noqa: Y015
+
+@_typing.final
+class Consents(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    NUMBERS_FIELD_NUMBER: _builtins.int
+    SIGNATURES_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    @_builtins.property
+    def id(self) -> Global___OrderId: ...
+    @_builtins.property
+    def numbers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def signatures(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        id: Global___OrderId | None = ...,
+        numbers: _abc.Iterable[_builtins.int] | None = ...,
+        signatures: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "numbers", b"numbers", "run_id", b"run_id", "signatures", b"signatures"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Consents: _TypeAlias = Consents  # noqa: Y015
+
+@_typing.final
+class Reveal(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    SHARES_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    shares: _builtins.bytes
+    """of each member that shared, in order: nine little-endian words"""
+    @_builtins.property
+    def id(self) -> Global___OrderId: ...
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        id: Global___OrderId | None = ...,
+        shares: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "run_id", b"run_id", "shares", b"shares"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Reveal: _TypeAlias = Reveal  # noqa: Y015
 
 @_typing.final
 class Closing(_message.Message):
@@ -1128,20 +1570,102 @@ class EnrolRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     CSR_FIELD_NUMBER: _builtins.int
+    IDENTITY_KEY_FIELD_NUMBER: _builtins.int
+    IDENTITY_PROOF_FIELD_NUMBER: _builtins.int
     csr: _builtins.bytes
     """PKCS#10, DER"""
+    identity_key: _builtins.bytes
+    """Ed25519, with which the site signs in secure aggregation; empty to keep the known one"""
+    identity_proof: _builtins.bytes
+    """its signature over the request"""
     def __init__(
         self,
         *,
         csr: _builtins.bytes = ...,
+        identity_key: _builtins.bytes = ...,
+        identity_proof: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["csr", b"csr"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["csr", b"csr", "identity_key", b"identity_key", "identity_proof", b"identity_proof"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___EnrolRequest: _TypeAlias = EnrolRequest  # noqa: Y015
+
+@_typing.final
+class DirectoryRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DirectoryRequest: _TypeAlias = DirectoryRequest  # noqa: Y015
+
+@_typing.final
+class Directory(_message.Message):
+    """Which identity key is whose, signed by the federation's CA; see fedge.secagg.directory."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEDERATION_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    STATEMENTS_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    federation: _builtins.str
+    epoch: _builtins.int
+    signature: _builtins.bytes
+    @_builtins.property
+    def statements(self) -> _containers.RepeatedCompositeFieldContainer[Global___Statement]: ...
+    def __init__(
+        self,
+        *,
+        federation: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        statements: _abc.Iterable[Global___Statement] | None = ...,
+        signature: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "federation", b"federation", "signature", b"signature", "statements", b"statements"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Directory: _TypeAlias = Directory  # noqa: Y015
+
+@_typing.final
+class Statement(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SITE_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    NOT_BEFORE_FIELD_NUMBER: _builtins.int
+    NOT_AFTER_FIELD_NUMBER: _builtins.int
+    site: _builtins.str
+    key: _builtins.bytes
+    not_before: _builtins.int
+    not_after: _builtins.int
+    def __init__(
+        self,
+        *,
+        site: _builtins.str = ...,
+        key: _builtins.bytes = ...,
+        not_before: _builtins.int = ...,
+        not_after: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "not_after", b"not_after", "not_before", b"not_before", "site", b"site"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Statement: _TypeAlias = Statement  # noqa: Y015
 
 @_typing.final
 class EnrolReply(_message.Message):

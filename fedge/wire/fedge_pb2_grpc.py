@@ -61,6 +61,11 @@ class FederationStub:
                 request_serializer=fedge_dot_wire_dot_fedge__pb2.EnrolRequest.SerializeToString,
                 response_deserializer=fedge_dot_wire_dot_fedge__pb2.EnrolReply.FromString,
                 _registered_method=True)
+        self.Keys = channel.unary_unary(
+                '/fedge.v1.Federation/Keys',
+                request_serializer=fedge_dot_wire_dot_fedge__pb2.DirectoryRequest.SerializeToString,
+                response_deserializer=fedge_dot_wire_dot_fedge__pb2.Directory.FromString,
+                _registered_method=True)
 
 
 class FederationServicer:
@@ -98,6 +103,12 @@ class FederationServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Keys(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FederationServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -125,6 +136,11 @@ def add_FederationServicer_to_server(servicer, server):
                     servicer.Renew,
                     request_deserializer=fedge_dot_wire_dot_fedge__pb2.EnrolRequest.FromString,
                     response_serializer=fedge_dot_wire_dot_fedge__pb2.EnrolReply.SerializeToString,
+            ),
+            'Keys': grpc.unary_unary_rpc_method_handler(
+                    servicer.Keys,
+                    request_deserializer=fedge_dot_wire_dot_fedge__pb2.DirectoryRequest.FromString,
+                    response_serializer=fedge_dot_wire_dot_fedge__pb2.Directory.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -264,6 +280,33 @@ class Federation:
             '/fedge.v1.Federation/Renew',
             fedge_dot_wire_dot_fedge__pb2.EnrolRequest.SerializeToString,
             fedge_dot_wire_dot_fedge__pb2.EnrolReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Keys(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedge.v1.Federation/Keys',
+            fedge_dot_wire_dot_fedge__pb2.DirectoryRequest.SerializeToString,
+            fedge_dot_wire_dot_fedge__pb2.Directory.FromString,
             options,
             channel_credentials,
             insecure,

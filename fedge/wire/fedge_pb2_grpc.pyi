@@ -40,6 +40,7 @@ class FederationStub:
     Deliver: _grpc.StreamUnaryMultiCallable[_fedge_pb2.DeliverRequest, _fedge_pb2.Receipt]
     Resume: _grpc.UnaryUnaryMultiCallable[_fedge_pb2.ResumeRequest, _fedge_pb2.ResumeReply]
     Renew: _grpc.UnaryUnaryMultiCallable[_fedge_pb2.EnrolRequest, _fedge_pb2.EnrolReply]
+    Keys: _grpc.UnaryUnaryMultiCallable[_fedge_pb2.DirectoryRequest, _fedge_pb2.Directory]
 
 @_typing.type_check_only
 class FederationAsyncStub(FederationStub):
@@ -51,6 +52,7 @@ class FederationAsyncStub(FederationStub):
     Deliver: _aio.StreamUnaryMultiCallable[_fedge_pb2.DeliverRequest, _fedge_pb2.Receipt]  # type: ignore[assignment]
     Resume: _aio.UnaryUnaryMultiCallable[_fedge_pb2.ResumeRequest, _fedge_pb2.ResumeReply]  # type: ignore[assignment]
     Renew: _aio.UnaryUnaryMultiCallable[_fedge_pb2.EnrolRequest, _fedge_pb2.EnrolReply]  # type: ignore[assignment]
+    Keys: _aio.UnaryUnaryMultiCallable[_fedge_pb2.DirectoryRequest, _fedge_pb2.Directory]  # type: ignore[assignment]
 
 class FederationServicer(metaclass=_abc_1.ABCMeta):
     """---- services: one port, mutual TLS; the certificate's role says which of them a peer may call ----"""
@@ -89,6 +91,13 @@ class FederationServicer(metaclass=_abc_1.ABCMeta):
         request: _fedge_pb2.EnrolRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_fedge_pb2.EnrolReply, _abc.Awaitable[_fedge_pb2.EnrolReply]]: ...
+
+    @_abc_1.abstractmethod
+    def Keys(
+        self,
+        request: _fedge_pb2.DirectoryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_fedge_pb2.Directory, _abc.Awaitable[_fedge_pb2.Directory]]: ...
 
 def add_FederationServicer_to_server(servicer: FederationServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 

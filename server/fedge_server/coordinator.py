@@ -331,7 +331,6 @@ def _offer(driver: RunDriver) -> pb.ServerMessage:
             clip=config.privacy.clip,
             privacy=encode_terms(terms) if terms is not None else None,
             cohort=config.cohort.needed,
-            secure_aggregation=config.secure_aggregation.enabled,
             kind=encode_kind(driver.machine.plan.kind),
             strategy_name=config.strategy.name,
         )

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Final
 
 from fedge.events import OrderId
@@ -33,14 +32,16 @@ MIN_MEMBERS: Final = 3
 
 SIGNATURE_BYTES: Final = 64
 
+MILLION: Final = 1_000_000
+
 
 @dataclass(frozen=True, slots=True)
 class Context:
     """What a session is about; every member must mean the same.
 
     `vectors` says how numbers are encoded, `privacy` which noise is inside, `offer` what was agreed for the run; all
-    three and the model are digests. `least` is the fewest members, `threshold` how many of them must come to the
-    end, as a share of all; `epoch` that of the directory in which their keys are. `shard` of `shards` sums apart.
+    three and the model are digests. `least` is the fewest members, `threshold_ppm` how many of a million of them must
+    come to the end; `epoch` that of the directory in which their keys are. `shard` of `shards` sums apart.
     """
 
     federation: str
@@ -52,7 +53,7 @@ class Context:
     offer: bytes
     model: bytes
     least: int
-    threshold: Fraction
+    threshold_ppm: int
     epoch: int
     consistency: bool = True
     shard: int = 0
@@ -65,17 +66,21 @@ class Context:
             "context",
             *(self.federation, self.run_id, self.order.kind, self.order.round, self.order.attempt),
             *(int(self.suite), self.vectors, self.privacy, self.offer, self.model),
-            *(self.least, self.threshold.numerator, self.threshold.denominator),
-            *(self.epoch, int(self.consistency), self.shard, self.shards),
+            *(self.least, self.threshold_ppm, self.epoch, int(self.consistency), self.shard, self.shards),
         )
 
     def needed(self, members: int) -> int:
-        """How many of so many members must come to the end: more than two thirds, or what `threshold` wants.
+        """How many of so many members must come to the end."""
+        return needed(members, self.threshold_ppm)
 
-        Two quorums of that size have more members in common than may be corrupt, so no honest one is ever asked
-        for both kinds of share.
-        """
-        return max(2 * members // 3 + 1, -(-members * self.threshold.numerator // self.threshold.denominator))
+
+def needed(members: int, threshold_ppm: int = 0) -> int:
+    """How many of so many members must come to the end: more than two thirds, or so many of a million.
+
+    Two quorums of that size have more members in common than may be corrupt, so no honest one is ever asked for both
+    kinds of share.
+    """
+    return max(2 * members // 3 + 1, -(-members * threshold_ppm // MILLION))
 
 
 @dataclass(frozen=True, slots=True)

@@ -634,8 +634,7 @@ class SecureAggregation(_message.Message):
     SUITE_FIELD_NUMBER: _builtins.int
     BITS_FIELD_NUMBER: _builtins.int
     LEAST_FIELD_NUMBER: _builtins.int
-    THRESHOLD_NUMERATOR_FIELD_NUMBER: _builtins.int
-    THRESHOLD_DENOMINATOR_FIELD_NUMBER: _builtins.int
+    THRESHOLD_PPM_FIELD_NUMBER: _builtins.int
     CONSISTENCY_FIELD_NUMBER: _builtins.int
     CLIENTS_FIELD_NUMBER: _builtins.int
     BOUND_FIELD_NUMBER: _builtins.int
@@ -648,9 +647,8 @@ class SecureAggregation(_message.Message):
     """of an element of a masked vector"""
     least: _builtins.int
     """members of a sum, at least"""
-    threshold_numerator: _builtins.int
-    """which share of them must come to the end"""
-    threshold_denominator: _builtins.int
+    threshold_ppm: _builtins.int
+    """how many of a million members must come to the end"""
     consistency: _builtins.bool
     """they agree on who survived before they reveal anything"""
     clients: _builtins.int
@@ -671,8 +669,7 @@ class SecureAggregation(_message.Message):
         suite: _builtins.int = ...,
         bits: _builtins.int = ...,
         least: _builtins.int = ...,
-        threshold_numerator: _builtins.int = ...,
-        threshold_denominator: _builtins.int = ...,
+        threshold_ppm: _builtins.int = ...,
         consistency: _builtins.bool = ...,
         clients: _builtins.int = ...,
         bound: _builtins.float = ...,
@@ -683,7 +680,7 @@ class SecureAggregation(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_survivors", b"_survivors", "survivors", b"survivors"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_survivors", b"_survivors", "bits", b"bits", "bound", b"bound", "clients", b"clients", "consistency", b"consistency", "least", b"least", "max_weight", b"max_weight", "metrics", b"metrics", "rotate", b"rotate", "suite", b"suite", "survivors", b"survivors", "threshold_denominator", b"threshold_denominator", "threshold_numerator", b"threshold_numerator"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_survivors", b"_survivors", "bits", b"bits", "bound", b"bound", "clients", b"clients", "consistency", b"consistency", "least", b"least", "max_weight", b"max_weight", "metrics", b"metrics", "rotate", b"rotate", "suite", b"suite", "survivors", b"survivors", "threshold_ppm", b"threshold_ppm"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__survivors: _TypeAlias = _typing.Literal["survivors"]  # noqa: Y015
     _WhichOneofArgType__survivors: _TypeAlias = _typing.Literal["_survivors", b"_survivors"]  # noqa: Y015

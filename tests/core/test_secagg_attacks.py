@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -158,7 +157,7 @@ def test_a_directory_of_another_epoch_is_refused(play, adverts):
         {"privacy": b"q" * 32},
         {"offer": b"x" * 32},
         {"run_id": "run-2"},
-        {"threshold": Fraction(1)},
+        {"threshold_ppm": 1_000_000},
         {"least": 4},
         {"federation": "f" * 16},
     ],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -61,7 +60,7 @@ def context(**changes: Any) -> Context:
         offer=b"o" * 32,
         model=b"m" * 32,
         least=3,
-        threshold=Fraction(2, 3),
+        threshold_ppm=666_667,
         epoch=1,
     )
     return replace(plain, **changes)

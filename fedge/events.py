@@ -8,7 +8,7 @@ from typing import Literal
 from fedge.refusal import Refusal
 from fedge.strategy import WorkKind
 
-Phase = Literal["waiting", "open", "closed", "abandoned"]
+Phase = Literal["waiting", "joining", "sharing", "open", "consenting", "revealing", "closed", "abandoned"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +56,8 @@ class Failed:
     client: str
     order: OrderId
     refusal: Refusal
+    culprits: tuple[str, ...] = ()
+    """Others, whose messages make it impossible."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,55 @@ class Progressed:
 
 
 @dataclass(frozen=True, slots=True)
+class Advertised:
+    """Secure aggregation: a client's keys for an order are here; it sums in this shard."""
+
+    client: str
+    order: OrderId
+    shard: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """Secure aggregation: a client has shared its seeds with the others."""
+
+    client: str
+    order: OrderId
+
+
+@dataclass(frozen=True, slots=True)
+class Consented:
+    """Secure aggregation: a client has consented to who survived."""
+
+    client: str
+    order: OrderId
+
+
+@dataclass(frozen=True, slots=True)
+class Revealed:
+    """Secure aggregation: a client has revealed its shares."""
+
+    client: str
+    order: OrderId
+
+
+@dataclass(frozen=True, slots=True)
+class Unmasked:
+    """Secure aggregation: the masks are off the sum."""
+
+    order: OrderId
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """Secure aggregation: the masks cannot be taken off with what was revealed so far."""
+
+    order: OrderId
+    reason: str
+    culprits: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class DeadlinePassed:
     """The timer that `StartTimer` asked for has run out."""
 
@@ -75,7 +126,9 @@ class DeadlinePassed:
     phase: Phase
 
 
-Event = Joined | Left | Arrived | Failed | Progressed | DeadlinePassed
+SecureEvent = Advertised | Shared | Consented | Revealed | Unmasked | Broken
+
+Event = Joined | Left | Arrived | Failed | Progressed | DeadlinePassed | SecureEvent
 
 
 # Effects: what the driver is to do, in this order.
@@ -134,10 +187,66 @@ class Close:
 
 @dataclass(frozen=True, slots=True)
 class GiveUp:
-    """The round is abandoned; drop what was folded."""
+    """The round is abandoned; drop what was folded.
+
+    `culprits` are left out of the next attempt. `spent`: clients have revealed shares for it, and take part in no
+    other attempt.
+    """
 
     order: OrderId
     reason: str
+    culprits: tuple[str, ...] = ()
+    spent: bool = False
 
 
-Effect = Send | Accept | Reject | Cancel | StartTimer | Close | GiveUp
+@dataclass(frozen=True, slots=True)
+class Enlist:
+    """Secure aggregation: these take part, each in the shard that it advertised for; tell them the roster."""
+
+    order: OrderId
+    clients: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """Secure aggregation: these have shared, and mask with each other; hand them their envelopes."""
+
+    order: OrderId
+    clients: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Remind:
+    """Secure aggregation: this client is back; tell it again what it may have missed."""
+
+    client: str
+    order: OrderId
+
+
+@dataclass(frozen=True, slots=True)
+class Survive:
+    """Secure aggregation: the inputs of these are in; ask them for their consent to that."""
+
+    order: OrderId
+    clients: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Disclose:
+    """Secure aggregation: show these the consents, and ask for their shares."""
+
+    order: OrderId
+    clients: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Unmask:
+    """Secure aggregation: take the masks off the sum of these clients' inputs, and say how it went."""
+
+    order: OrderId
+    clients: tuple[str, ...]
+
+
+SecureEffect = Enlist | Mask | Remind | Survive | Disclose | Unmask
+
+Effect = Send | Accept | Reject | Cancel | StartTimer | Close | GiveUp | SecureEffect

@@ -9,17 +9,19 @@ is accepted, closed and stepped on arrival.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import replace
 
 from fedge import round as rounds
+from fedge.cohort import Round, Step, Terms
 from fedge.events import (
     Accept,
+    Advertised,
     Arrived,
+    Broken,
     Cancel,
     Close,
+    Consented,
     DeadlinePassed,
-    Effect,
     Event,
     Failed,
     GiveUp,
@@ -28,108 +30,15 @@ from fedge.events import (
     OrderId,
     Progressed,
     Reject,
+    Revealed,
     Send,
+    Shared,
     StartTimer,
+    Unmasked,
 )
-from fedge.plan import Plan, Taken
+from fedge.plan import Plan
 from fedge.refusal import Refusal, RefusalCode
-from fedge.round import Round, Terms
-
-Status = Literal["running", "done", "failed", "stopped"]
-
-
-@dataclass(frozen=True, slots=True)
-class Stop:
-    """Event: the run's owner wants it to end."""
-
-
-@dataclass(frozen=True, slots=True)
-class Returned:
-    """Event: a client that counted as present while its driver started again is here indeed."""
-
-    client: str
-
-
-@dataclass(frozen=True, slots=True)
-class Finish:
-    """Effect: the run is over; `reason` is empty if every round is done."""
-
-    status: Status
-    reason: str = ""
-
-
-RunEvent = Event | Stop | Returned
-RunEffect = Effect | Finish
-
-
-@dataclass(frozen=True, slots=True)
-class Federation:
-    """A run's state. `committed` rounds are done; `training` and `evaluation` are the open ones.
-
-    `at_work` is used by runs without rounds: who is computing on the model of which round; `resting`
-    are those that failed and are asked again after the next step.
-    Of such a run, `moving` says that somebody has made progress since its timer was started, `extensions`
-    how often it went on for that, and `missed` how often in a row nothing came: no update in time, or
-    failures alone.
-    `owed` is a round whose evaluation was due while another was under way: as soon as that is over, the
-    model of that moment is evaluated. `taken` is who took part when, where the plan limits it; `exhausted`
-    are those that have said, since they came, that their privacy budget allows no more.
-    """
-
-    plan: Plan
-    status: Status = "running"
-    committed: int = 0
-    clients: frozenset[str] = frozenset()
-    training: Round | None = None
-    evaluation: Round | None = None
-    previous: Round | None = None
-    at_work: frozenset[tuple[str, int]] = frozenset()
-    resting: frozenset[str] = frozenset()
-    moving: bool = False
-    extensions: int = 0
-    missed: int = 0
-    owed: int = 0
-    exhausted: frozenset[str] = frozenset()
-    reason: str = ""
-    taken: Taken = field(default_factory=dict)
-
-    @property
-    def waiting_for(self) -> str:
-        """Why nothing moves, in words; empty while something does."""
-        if self.status != "running":
-            return self.reason
-        if self.training is not None and self.training.phase == "waiting":
-            ready = f"{self.training.present} of {self.training.terms.quorum} are ready"
-            return f"waiting for clients: {ready}{self.spent_turns}"
-        if self.plan.max_staleness is not None and not self.at_work and not self.evaluation:
-            return f"waiting for clients: none is at work{self.spent_turns}"
-        return ""
-
-    @property
-    def spent_turns(self) -> str:
-        """How many are here and may not be asked, to be added to a sentence; empty if none."""
-        may = _eligible(self, self.clients)
-        if may == self.clients:
-            return ""
-        return (
-            f"; {len(self.clients - may)} of the {len(self.clients)} that are here may not be asked now: they have "
-            "spent their budget, had their turns (privacy.max_participations), or rest (privacy.separation)"
-        )
-
-    @property
-    def cohorts(self) -> dict[OrderId, dict[str, str]]:
-        """Each open order's cohort: client -> pending, accepted, lost or failed."""
-        cohorts = {
-            round.order: round.cohort
-            for round in (self.training, self.evaluation)
-            if round is not None and round.phase == "open"
-        }
-        for client, at in sorted(self.at_work):
-            cohorts.setdefault(OrderId(self.plan.kind, at), {})[client] = "pending"
-        return cohorts
-
-
-RunStep = tuple[Federation, tuple[RunEffect, ...]]
+from fedge.run_state import Federation, Finish, Returned, RunEffect, RunEvent, RunStep, Status, Stop
 
 
 def begin(plan: Plan, clients: frozenset[str] = frozenset()) -> RunStep:
@@ -155,11 +64,14 @@ def resume(run: Federation, kept: Mapping[OrderId, Collection[str]]) -> RunStep:
         if run.committed < run.plan.rounds:
             run, effects = _put_to_work(run, frozenset())
     elif run.training is not None:
-        return _follow_training(run, rounds.resume(run.training, kept.get(run.training.order, ())))
+        step = rounds.resume(run.training, kept.get(run.training.order, ()), run.clients)
+        # What a secure sum has lost with the driver is nobody's failure.
+        return _follow_training(run, step, counts=run.training.terms.secure is None)
     if run.evaluation is None:
         run, more = _after_evaluation(run)
     else:
-        run, more = _follow_evaluation(run, rounds.resume(run.evaluation, kept.get(run.evaluation.order, ())))
+        again = rounds.resume(run.evaluation, kept.get(run.evaluation.order, ()), run.clients)
+        run, more = _follow_evaluation(run, again)
     return run, (*effects, *more)
 
 
@@ -189,7 +101,18 @@ def step(run: Federation, event: RunEvent) -> RunStep:
             and client not in run.exhausted
         ):
             return step(replace(run, exhausted=run.exhausted | {client}), event)
-        case Arrived(_, order) | Failed(_, order, _) | Progressed(_, order, _) | DeadlinePassed(order, _):
+        case (
+            Arrived(_, order)
+            | Failed(_, order, _)
+            | Progressed(_, order, _)
+            | Advertised(_, order)
+            | Shared(_, order)
+            | Consented(_, order)
+            | Revealed(_, order)
+            | Unmasked(order)
+            | Broken(order, _)
+            | DeadlinePassed(order, _)
+        ):
             if run.evaluation is not None and order == run.evaluation.order:
                 return _in_evaluation(run, event)
             if run.plan.max_staleness is not None and order.kind != "evaluate":
@@ -221,12 +144,7 @@ def _everywhere(run: Federation, event: Joined | Left) -> RunStep:
 
 
 def _may_train(run: Federation, client: str) -> bool:
-    return bool(_eligible(run, {client}))
-
-
-def _eligible(run: Federation, clients: Collection[str]) -> frozenset[str]:
-    """Those of `clients` that may be asked for the next round: their privacy allows it, as far as is known."""
-    return run.plan.eligible(frozenset(clients) - run.exhausted, run.taken, run.committed + 1)
+    return bool(run.eligible({client}))
 
 
 def _welcome_back(run: Federation, client: str) -> RunStep:
@@ -245,22 +163,26 @@ def _in_training(run: Federation, event: Event) -> RunStep:
     return _follow_training(run, rounds.step(run.training, event), last=waited)
 
 
-def _follow_training(run: Federation, step: rounds.Step, *, last: bool = False) -> RunStep:
-    """What the training round's step means for the run. `last`: if it was given up, it is not tried again."""
+def _follow_training(run: Federation, step: Step, *, last: bool = False, counts: bool = True) -> RunStep:
+    """What the training round's step means for the run. If it was given up and this was the `last` attempt, it is
+    not tried again; one that does not count is, whatever the number of attempts."""
     round, effects = step
     run = replace(run, training=round)
     if round.phase == "closed":
         taken = run.plan.took_part(run.taken, round.order.round, asked=round.cohort, counted=round.accepted)
-        run = replace(run, committed=round.order.round, training=None, previous=round, taken=taken)
-        run, more = _after_commit(run)
+        run = replace(run, taken=taken)
+        run, more = _commit(run, round)
         return run, (*effects, *more)
     if round.phase == "abandoned":
         give_up = effects[-1]
         assert isinstance(give_up, GiveUp)  # the only way to abandon a round
         # Whoever was asked may have handed in, and paid: its ledger lets it rest from here.
         asked = run.plan.took_part(run.taken, round.order.round, asked=round.cohort, counted=())
-        run = replace(run, taken=asked)
-        if last or round.order.attempt >= run.plan.attempts:
+        run = replace(run, taken=asked, barred=run.barred | frozenset(give_up.culprits))
+        if give_up.spent or _is_spent(round):
+            # What was revealed is revealed: the same round is not summed again. The run goes on without it.
+            run, more = _commit(run, round)
+        elif last or (counts and round.order.attempt >= run.plan.attempts):
             run, more = _end(run, "failed", f"round {round.order.round}: {give_up.reason}{run.spent_turns}")
         else:
             run, more = _next_round(replace(run, previous=round), attempt=round.order.attempt + 1)
@@ -268,14 +190,25 @@ def _follow_training(run: Federation, step: rounds.Step, *, last: bool = False) 
     return run, effects
 
 
+def _is_spent(round: Round) -> bool:
+    """Whether clients have said that they revealed their shares in an earlier attempt, which its driver forgot."""
+    return round.last_refusal is not None and round.last_refusal.code == RefusalCode.ROUND_SPENT
+
+
+def _commit(run: Federation, round: Round) -> RunStep:
+    """The round is over, with a step or without one."""
+    run = replace(run, committed=round.order.round, training=None, previous=round, barred=frozenset())
+    return _after_commit(run)
+
+
 def _in_evaluation(run: Federation, event: Event) -> RunStep:
     assert run.evaluation is not None  # the callers have looked
     return _follow_evaluation(run, rounds.step(run.evaluation, event))
 
 
-def _follow_evaluation(run: Federation, step: rounds.Step) -> RunStep:
+def _follow_evaluation(run: Federation, step: Step) -> RunStep:
     round, effects = step
-    if round.phase in ("waiting", "open"):
+    if round.phase not in ("closed", "abandoned"):
         return replace(run, evaluation=round), effects
     # Nobody to evaluate, or not in time: the run goes on without these numbers.
     run = replace(run, evaluation=None, previous=round)
@@ -305,6 +238,7 @@ def _evaluate(run: Federation) -> RunStep:
         quorum=1,
         deadline_s=run.plan.terms.deadline_s,
         wait_s=run.plan.terms.deadline_s,
+        secure=run.plan.terms.secure,
     )
     order = OrderId("evaluate", run.committed)
     round, effects = rounds.open_round(order, terms, run.clients, seed=run.plan.seed)
@@ -325,7 +259,7 @@ def _next_round(run: Federation, *, attempt: int = 1) -> RunStep:
     order = OrderId(run.plan.kind, run.committed + 1, attempt)
     if run.plan.max_staleness is not None:
         return _put_to_work(run, run.clients)
-    clients = _eligible(run, run.clients)
+    clients = run.eligible(run.clients)
     turns = run.plan.turns(run.taken)
     round, effects = rounds.open_round(order, run.plan.terms, clients, seed=run.plan.seed, turns=turns)
     return replace(run, training=round), effects
@@ -334,7 +268,7 @@ def _next_round(run: Federation, *, attempt: int = 1) -> RunStep:
 def _end(run: Federation, status: Status, reason: str) -> RunStep:
     cancels: list[RunEffect] = []
     for round in (run.training, run.evaluation):
-        if round is not None and round.phase == "open":
+        if round is not None and round.is_open:
             cancels += [Cancel(client, round.order) for client in round.at_work]
     cancels += [Cancel(client, OrderId(run.plan.kind, at)) for client, at in sorted(run.at_work)]
     ended = replace(
@@ -368,7 +302,7 @@ def _put_to_work(run: Federation, clients: frozenset[str], *, new_model: bool = 
     set back by clients that come and go while others work.
     """
     order = OrderId(run.plan.kind, run.committed + 1)
-    clients = _eligible(run, clients)
+    clients = run.eligible(clients)
     idle = not run.at_work
     run = replace(run, at_work=run.at_work | {(client, order.round) for client in clients})
     sends: tuple[RunEffect, ...] = tuple(Send(client, order) for client in sorted(clients))
@@ -415,6 +349,8 @@ def _on_arrival(run: Federation, event: Event) -> RunStep:
             return (replace(run, moving=True) if _is_at_work(run, client, order) else run), ()
         case Arrived(client, order):
             return _apply(run, client, order)
+        case _:
+            return run, ()  # there is no secure sum of single updates
 
 
 def _go_on(run: Federation, order: OrderId) -> RunStep:

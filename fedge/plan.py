@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from fedge.cohort import Terms
 from fedge.errors import ConfigError
-from fedge.round import Terms
 from fedge.run import RunConfig
 from fedge.strategy import WorkKind
 

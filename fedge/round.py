@@ -8,6 +8,8 @@ keyed hash of the seed. The coordinator and the simulator drive this same machin
     closed    enough updates were accepted          (final)
     abandoned it could not be completed             (final)
 
+With secure aggregation there are two phases before `open` and two behind it: see `fedge.secure_round`.
+
 A deadline is about progress. A round that lacks its quorum when its time is over goes on as long as
 somebody's work does, and without those whose work stands still: a slow client with a large model or a long
 epoch needs no setting. `MAX_EXTENSIONS` bounds even a client that lies about it.
@@ -16,106 +18,41 @@ epoch needs no setting. `MAX_EXTENSIONS` bounds even a client that lies about it
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, Final
 
+from fedge import secure_round
+from fedge.cohort import Round, Step, Terms, given_up
 from fedge.events import (
     Accept,
+    Advertised,
     Arrived,
-    Cancel,
+    Broken,
     Close,
+    Consented,
     DeadlinePassed,
     Effect,
     Event,
     Failed,
-    GiveUp,
     Joined,
     Left,
     OrderId,
     Phase,
     Progressed,
     Reject,
+    Remind,
+    Revealed,
     Send,
+    Shared,
     StartTimer,
+    Unmasked,
 )
 from fedge.refusal import Refusal, RefusalCode
 
 MAX_EXTENSIONS: Final = 1000
 """How often a round may outlive its deadline, for progress of a thousandth of the work each."""
-
-
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """How many are asked, how many are enough, how long they have.
-
-    `ceil(size * over_select)` clients are asked. The round closes when `size` updates are in, or when
-    nobody is left to wait for or the deadline passes with at least `quorum`. With fewer, it goes on at the
-    deadline if one of those at work has made progress since the last one.
-    """
-
-    size: int
-    quorum: int
-    over_select: float = 1.0
-    deadline_s: float = 600.0
-    wait_s: float = 3600.0
-
-    @property
-    def asked(self) -> int:
-        # Rounded first: 100 * 1.1 is a hair above 110 in binary, and 111 are not what was meant.
-        return math.ceil(round(self.size * self.over_select, 6))
-
-
-@dataclass(frozen=True, slots=True)
-class Round:
-    """One round's state. A client is in at most one of pending, accepted, lost and failed.
-
-    `candidates` are ranked by a keyed hash; those before `cursor` were asked. Of the others, those in
-    `away` have left for now. `progress` is how far those at work have come, in thousandths; those in
-    `moving` have come further since the timer was started. Of the lost, those in `stalled` have their
-    link, but stood still for a whole deadline. `turns` is how often each took part before, where that matters.
-    """
-
-    order: OrderId
-    terms: Terms
-    seed: int
-    phase: Phase = "waiting"
-    candidates: tuple[str, ...] = ()
-    cursor: int = 0
-    away: frozenset[str] = frozenset()
-    pending: frozenset[str] = frozenset()
-    accepted: frozenset[str] = frozenset()
-    lost: frozenset[str] = frozenset()
-    failed: frozenset[str] = frozenset()
-    progress: frozenset[tuple[str, int]] = frozenset()
-    moving: frozenset[str] = frozenset()
-    stalled: frozenset[str] = frozenset()
-    extensions: int = 0
-    last_refusal: Refusal | None = None
-    turns: Mapping[str, int] = field(default_factory=dict)
-
-    @property
-    def present(self) -> int:
-        """Clients that are here and could be asked."""
-        return len(self.candidates) - self.cursor - len(self.away)
-
-    @property
-    def at_work(self) -> list[str]:
-        """Those who have the order and a link, by name."""
-        return sorted(self.pending | self.stalled)
-
-    @property
-    def cohort(self) -> dict[str, str]:
-        """Who was asked, and what became of it."""
-        groups = (("pending", self.pending), ("accepted", self.accepted), ("lost", self.lost))
-        return {
-            client: name for name, group in (*groups, ("failed", self.failed)) for client in sorted(group)
-        }
-
-
-Step = tuple[Round, tuple[Effect, ...]]
 
 
 def open_round(
@@ -131,7 +68,7 @@ def open_round(
     `turns` says how often a client was part of one before, 0 if nothing: those with fewer are asked first.
     """
     waiting = _ranked(Round(order, terms, seed, candidates=tuple(clients), turns=dict(turns)))
-    if waiting.present >= terms.quorum:
+    if waiting.present >= terms.fewest:
         return _open(waiting)
     return waiting, (StartTimer(order, "waiting", terms.wait_s),)
 
@@ -161,18 +98,26 @@ def step(round: Round, event: Event) -> Step:
     return round, ()
 
 
-def resume(round: Round, kept: Collection[str]) -> Step:
+def resume(round: Round, kept: Collection[str], clients: Collection[str]) -> Step:
     """Go on with a round whose driver has started again; of the accepted, `kept` have their updates still.
 
-    Everybody who was at work counts as at work until `Left` says otherwise: so the cohort stays what it
-    was. Clocks start anew.
+    Everybody who was at work, and those of `clients` whose updates are lost, count as at work until `Left` says
+    otherwise: so the cohort stays what it was. Clocks start anew.
     """
     if round.phase == "waiting":
         return round, (StartTimer(round.order, "waiting", round.terms.wait_s),)
+    if round.terms.secure is not None and round.is_open:
+        return secure_round.interrupted(round)
     if round.phase != "open":
         return round, ()
     gone = round.accepted - frozenset(kept)
-    round = replace(round, accepted=round.accepted - gone, pending=round.pending | gone)
+    here = gone & frozenset(clients)
+    round = replace(
+        round,
+        accepted=round.accepted - gone,
+        pending=round.pending | here,
+        lost=round.lost | (gone - here),
+    )
     round, effects = _settle(round)
     timer = (StartTimer(round.order, "open", round.terms.deadline_s),) if round.phase == "open" else ()
     return round, (*effects, *timer)
@@ -184,13 +129,17 @@ def seal(round: Round) -> Round:
 
 
 def _open(round: Round) -> Step:
-    round = replace(round, phase="open")
+    secure = round.terms.secure
+    round = replace(round, phase="open" if secure is None else "joining")
+    seconds = round.terms.deadline_s if secure is None else secure.exchange_s
     round, sends = _ask(round)
-    return round, (*sends, StartTimer(round.order, "open", round.terms.deadline_s))
+    return round, (*sends, StartTimer(round.order, round.phase, seconds))
 
 
 def _ask(round: Round) -> Step:
     """Ask candidates, best rank first, until as many are at work or done as the terms want."""
+    if round.is_sealed:
+        return round, ()
     wanted = round.terms.asked - len(round.pending) - len(round.accepted)
     chosen: list[str] = []
     skipped: list[str] = []
@@ -217,16 +166,19 @@ def _joined(round: Round, event: Joined) -> Step:
     client = event.client
     if client in round.lost - round.stalled:
         back = replace(round, lost=round.lost - {client}, pending=round.pending | {client})
-        return back, (Send(client, round.order),)
+        reminder = (Remind(client, round.order),) if round.is_sealed else ()
+        return back, (Send(client, round.order), *reminder)
+    if round.is_sealed:
+        return round, ()
     if client in round.away:
         round = replace(round, away=round.away - {client})
     elif client in round.candidates:
         return round, ()
     else:
         round = replace(round, candidates=(*round.candidates, client))
-    if round.phase == "open":
+    if round.is_open:
         return _ask(round)
-    if round.present < round.terms.quorum:
+    if round.present < round.terms.fewest:
         return round, ()
     return _open(_ranked(round))
 
@@ -238,12 +190,12 @@ def _left(round: Round, event: Left) -> Step:
             round,
             pending=round.pending - {client},
             lost=round.lost | {client},
-            progress=_others(round, client),
+            progress=round.progress_without(client),
             moving=round.moving - {client},
         )
         return _settle(lost)
     if client in round.stalled:
-        return replace(round, stalled=round.stalled - {client}, progress=_others(round, client)), ()
+        return replace(round, stalled=round.stalled - {client}, progress=round.progress_without(client)), ()
     if client in round.candidates[round.cursor :]:
         return _settle(replace(round, away=round.away | {client}))
     return round, ()
@@ -278,6 +230,7 @@ def _failed(round: Round, event: Failed) -> Step:
         stalled=round.stalled - {client},
         failed=round.failed | {client},
         last_refusal=event.refusal,
+        blamed=round.blamed | {(client, culprit) for culprit in event.culprits},
     )
     return _settle(failed)
 
@@ -294,39 +247,51 @@ def _progressed(round: Round, event: Progressed) -> Step:
         pending=round.pending | {client},
         lost=round.lost - {client},
         stalled=round.stalled - {client},
-        progress=_others(round, client) | {(client, min(event.permille, 1000))},
+        progress=round.progress_without(client) | {(client, min(event.permille, 1000))},
         moving=round.moving | {client},
     )
     return moved, ()
 
 
-def _others(round: Round, client: str) -> frozenset[tuple[str, int]]:
-    return frozenset(pair for pair in round.progress if pair[0] != client)
-
-
 def _settle(round: Round) -> Step:
     """After a change: replace who is lost, and close or give up if the outcome is known."""
+    if round.phase == "joining":
+        round, sends = _ask(round)
+        return secure_round.settle_joining(round, sends)
+    if round.phase == "sharing":
+        return secure_round.settle_sharing(round)
     if round.phase != "open":
         return round, ()
-    if len(round.accepted) >= round.terms.size:
+    if round.is_sealed and not _are_enough(round, round.accepted | round.pending | round.lost):
+        return secure_round.too_few(round, "are left", len(round.accepted | round.pending | round.lost))
+    if len(round.accepted) >= round.terms.size and _are_enough(round, round.accepted):
         return _close(round)
     round, sends = _ask(round)
     if round.pending:
         return round, sends
-    if len(round.accepted) >= round.terms.quorum:
+    if _are_enough(round, round.accepted):
         return _close(round)
-    if len(round.accepted) + len(round.lost) >= round.terms.quorum:
+    if _are_enough(round, round.accepted | round.lost):
         return round, sends  # those who were cut off or stand still may go on before the deadline
     why = f"; the last one said: {round.last_refusal}" if round.last_refusal else ""
     reason = (
-        f"{len(round.accepted)} of at least {round.terms.quorum} updates, "
+        f"{len(round.accepted)} of at least {round.terms.fewest} updates, "
         f"{len(round.failed)} clients failed and nobody else is here{why}"
     )
-    return replace(round, phase="abandoned"), (*_cancels(round), GiveUp(round.order, reason))
+    return given_up(round, reason, culprits=secure_round.culprits(round))
+
+
+def _are_enough(round: Round, clients: frozenset[str]) -> bool:
+    """Whether these clients' updates make an aggregate."""
+    if round.terms.secure is not None:
+        return bool(secure_round.coming_through(round, clients))
+    return len(clients) >= round.terms.quorum
 
 
 def _close(round: Round) -> Step:
-    effects: list[Effect] = [*_cancels(round)]
+    if round.terms.secure is not None:
+        return secure_round.ask_for_consent(round)
+    effects: list[Effect] = [*round.cancels()]
     effects.append(Close(round.order, tuple(sorted(round.accepted))))
     return replace(round, phase="closed"), tuple(effects)
 
@@ -342,23 +307,18 @@ def _late(round: Round, event: Arrived) -> Step:
 def _deadline(round: Round, event: DeadlinePassed) -> Step:
     if event.phase != round.phase:
         return round, ()  # the timer of an earlier phase
-    if len(round.accepted) >= round.terms.quorum:
+    if _are_enough(round, round.accepted):
         return _close(round)
     if round.phase == "open" and round.pending & round.moving and round.extensions < MAX_EXTENSIONS:
         return _extend(round)
-    cancels = _cancels(round)
     if round.phase == "waiting":
-        reason = f"{round.present} of at least {round.terms.quorum} clients after {round.terms.wait_s:g} s"
+        reason = f"{round.present} of at least {round.terms.fewest} clients after {round.terms.wait_s:g} s"
     else:
         reason = (
-            f"{len(round.accepted)} of at least {round.terms.quorum} updates "
+            f"{len(round.accepted)} of at least {round.terms.fewest} updates "
             f"after {round.terms.deadline_s:g} s"
         )
-    return replace(round, phase="abandoned"), (*cancels, GiveUp(round.order, reason))
-
-
-def _cancels(round: Round) -> tuple[Effect, ...]:
-    return tuple(Cancel(client, round.order) for client in round.at_work)
+    return given_up(round, reason, culprits=secure_round.culprits(round))
 
 
 def _extend(round: Round) -> Step:
@@ -396,6 +356,33 @@ _TABLE: dict[tuple[Phase, type[Event]], Callable[[Round, Any], Step]] = {
     ("open", Failed): _failed,
     ("open", Progressed): _progressed,
     ("open", DeadlinePassed): _deadline,
+    ("joining", Joined): _joined,
+    ("joining", Left): _left,
+    ("joining", Advertised): secure_round.advertised,
+    ("joining", Arrived): secure_round.too_early,
+    ("joining", Failed): _failed,
+    ("joining", Progressed): _progressed,
+    ("joining", DeadlinePassed): secure_round.joining_is_over,
+    ("sharing", Joined): _joined,
+    ("sharing", Left): _left,
+    ("sharing", Shared): secure_round.shared,
+    ("sharing", Arrived): secure_round.too_early,
+    ("sharing", Failed): _failed,
+    ("sharing", Progressed): _progressed,
+    ("sharing", DeadlinePassed): secure_round.sharing_is_over,
+    ("consenting", Joined): secure_round.returned,
+    ("consenting", Arrived): _late,
+    ("consenting", Failed): secure_round.failed,
+    ("consenting", Consented): secure_round.consented,
+    ("consenting", DeadlinePassed): secure_round.consenting_is_over,
+    ("revealing", Joined): secure_round.returned,
+    ("revealing", Arrived): _late,
+    ("revealing", Failed): secure_round.failed,
+    ("revealing", Consented): secure_round.consented,
+    ("revealing", Revealed): secure_round.revealed,
+    ("revealing", DeadlinePassed): secure_round.revealing_is_over,
+    ("revealing", Unmasked): secure_round.unmasked,
+    ("revealing", Broken): secure_round.broken,
     ("closed", Arrived): _late,
     ("abandoned", Arrived): _late,
 }

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from fedge.errors import BusyError, ConfigError, FedgeError, RunError
 from fedge.events import Failed, OrderId
-from fedge.federation import Stop
 from fedge.privacy.central import Central
 from fedge.privacy.terms import Terms
 from fedge.refusal import Refusal
 from fedge.run import RunConfig
+from fedge.run_state import Stop
 from fedge.strategy import load_strategy
 from fedge.vector import Model
 from fedge.wire import fedge_pb2 as pb

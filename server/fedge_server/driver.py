@@ -35,7 +35,6 @@ from fedge.events import (
     Send,
     StartTimer,
 )
-from fedge.federation import Finish, Returned, RunEffect, RunEvent
 from fedge.history import Row
 from fedge.learning import Learning
 from fedge.pipeline import Aggregate, Update
@@ -44,6 +43,7 @@ from fedge.privacy.central import Central
 from fedge.privacy.secure import KEY_BYTES, SecureSource
 from fedge.refusal import Refusal, RefusalCode
 from fedge.run import RunConfig
+from fedge.run_state import Finish, Returned, RunEffect, RunEvent
 from fedge.strategy import AnyStrategy
 from fedge.vector import Array, Model
 from fedge.wire import fedge_pb2 as pb

@@ -10,11 +10,11 @@ import numpy as np
 from fedge import federation
 from fedge.errors import RefusedError
 from fedge.events import OrderId
-from fedge.federation import Federation, RunEffect
 from fedge.history import Row
 from fedge.learning import Learning
 from fedge.pipeline import Update
 from fedge.privacy.central import Central
+from fedge.run_state import Federation, RunEffect
 from fedge.snapshot import revive
 from fedge.strategy import AnyStrategy
 from fedge.vector import Layout, Model

@@ -8,8 +8,8 @@ from google.protobuf.message import DecodeError
 
 from fedge.config import parse_toml
 from fedge.errors import StorageError
-from fedge.federation import Federation
 from fedge.run import RunConfig
+from fedge.run_state import Federation
 from fedge.vector import Layout, Model
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire.codec import decode_layout

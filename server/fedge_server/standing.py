@@ -9,9 +9,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from fedge.federation import Federation
+from fedge.cohort import Round
 from fedge.history import Row
-from fedge.round import Round
+from fedge.run_state import Federation
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire.codec import encode_metrics, shorten
 from fedge_server.driver import RunDriver
@@ -51,7 +51,7 @@ def progress_of(machine: Federation) -> str:
     parts = [
         _round_in_words(round)
         for round in (machine.training, machine.evaluation)
-        if round is not None and round.phase == "open"
+        if round is not None and round.is_open
     ]
     if machine.at_work:
         workers = {client: 0 for client, _ in sorted(machine.at_work)}
@@ -94,7 +94,7 @@ def _working(machine: Federation) -> dict[str, str]:
     """Who is at work, and on what."""
     working = {client: f"on the model of round {at}" for client, at in machine.at_work}
     for round in (machine.training, machine.evaluation):
-        if round is not None and round.phase == "open":
+        if round is not None and round.is_open:
             progress = dict(round.progress)
             for client in round.at_work:
                 working[client] = f"{round.order}{_percent(progress.get(client, 0))}"

@@ -32,7 +32,6 @@ from fedge.events import (
     Send,
     StartTimer,
 )
-from fedge.federation import Finish, Returned, RunEffect, RunEvent, Stop
 from fedge.history import Row
 from fedge.learning import Learning
 from fedge.pipeline import Update
@@ -41,6 +40,7 @@ from fedge.privacy.central import Central
 from fedge.privacy.secure import SecureSource
 from fedge.refusal import Refusal, RefusalCode
 from fedge.run import RunConfig
+from fedge.run_state import Finish, Returned, RunEffect, RunEvent, Stop
 from fedge.seeds import derive_key, work_seed
 from fedge.snapshot import revive, take
 from fedge.strategy import WorkKind, load_strategy

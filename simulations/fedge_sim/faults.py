@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
 from fedge.events import OrderId, Send
-from fedge.federation import Federation
 from fedge.run import FaultsConfig
+from fedge.run_state import Federation
 from fedge.seeds import derive_seed
 from fedge.vector import Array
 

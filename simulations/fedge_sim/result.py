@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedge.federation import Status
 from fedge.history import Row, plain_metrics
 from fedge.run import RunConfig
+from fedge.run_state import Status
 from fedge.vector import Model, bytes_of
 from fedge_sim.faults import Injected
 from fedge_sim.privacy import Spent

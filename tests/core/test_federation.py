@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from fedge import federation
+from fedge.cohort import Terms
 from fedge.config import parse_toml
 from fedge.events import (
     Accept,
@@ -27,11 +28,10 @@ from fedge.events import (
     Send,
     StartTimer,
 )
-from fedge.federation import Federation, Finish, RunEffect, RunEvent, Stop
 from fedge.plan import Plan
 from fedge.refusal import Refusal, RefusalCode
-from fedge.round import Terms
 from fedge.run import RunConfig
+from fedge.run_state import Federation, Finish, RunEffect, RunEvent, Stop
 
 NO = Refusal(RefusalCode.TASK_FAILED, "it broke")
 TERMS = Terms(2, 2, deadline_s=60.0, wait_s=90.0)

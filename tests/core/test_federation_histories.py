@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedge import federation
+from fedge.cohort import Terms
 from fedge.events import (
     Accept,
     Arrived,
@@ -32,10 +33,9 @@ from fedge.events import (
     Send,
     StartTimer,
 )
-from fedge.federation import Finish, Returned, RunEffect, RunEvent, Stop
 from fedge.plan import Plan
 from fedge.refusal import Refusal, RefusalCode
-from fedge.round import Terms
+from fedge.run_state import Finish, Returned, RunEffect, RunEvent, Stop
 
 CLIENTS = "abcde"
 NO = Refusal(RefusalCode.TASK_FAILED, "no")
@@ -340,6 +340,16 @@ def test_a_run_whose_driver_starts_again_and_again_ends_like_any_other(rounds, d
     driver.run_out()
     assert driver.run.status in ("done", "failed")
     check_evaluations(driver)
+
+
+def test_a_lost_update_of_a_client_that_had_left_before_the_driver_ended_is_not_waited_for_as_work():
+    """Found by generated histories: who is gone when the driver starts again has no order to cancel."""
+    driver = Driver(Plan(1, "train", Terms(2, 1, deadline_s=60.0, wait_s=90.0), attempts=1), {"a", "b"})
+    for operation in (("leave", "a"), ("repeat", "a"), ("restart", "a")):
+        driver.do(operation)
+    assert driver.run.training is not None
+    assert driver.run.training.cohort == {"a": "lost", "b": "pending"}
+    driver.run_out()
 
 
 @both

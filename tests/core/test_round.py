@@ -10,6 +10,7 @@ from itertools import permutations
 
 import pytest
 
+from fedge.cohort import Round, Terms
 from fedge.events import (
     Accept,
     Arrived,
@@ -27,7 +28,7 @@ from fedge.events import (
     StartTimer,
 )
 from fedge.refusal import Refusal, RefusalCode
-from fedge.round import MAX_EXTENSIONS, Round, Terms, open_round, rank, step
+from fedge.round import MAX_EXTENSIONS, open_round, rank, step
 
 ORDER = OrderId("train", 3)
 BROKEN = Refusal(RefusalCode.WORKER_CRASHED, "the worker died")

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedge.cohort import Round, Terms
 from fedge.events import (
     Accept,
     Arrived,
@@ -33,7 +34,7 @@ from fedge.events import (
     StartTimer,
 )
 from fedge.refusal import Refusal, RefusalCode
-from fedge.round import Round, Terms, open_round, step
+from fedge.round import open_round, step
 
 ORDER = OrderId("train", 2, 2)
 OLD = replace(ORDER, attempt=1)

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedge import federation
+from fedge.cohort import Terms
 from fedge.errors import ConfigError
 from fedge.events import Accept, Arrived, DeadlinePassed, Failed, Joined, OrderId, Send
-from fedge.federation import Federation, RunEffect
 from fedge.plan import Plan
 from fedge.refusal import Refusal, RefusalCode
-from fedge.round import Terms
+from fedge.run_state import Federation, RunEffect
 
 
 @st.composite

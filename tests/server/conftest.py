@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from fedge.events import Failed, Joined, Left, OrderId
-from fedge.federation import Stop
 from fedge.refusal import Refusal, RefusalCode
 from fedge.run import RunConfig
+from fedge.run_state import Stop
 from fedge.strategy import AnyStrategy
 from fedge.vector import Array, Layout, Model, Tensor, digest_of
 from fedge.wire import fedge_pb2 as pb

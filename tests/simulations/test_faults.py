@@ -19,12 +19,12 @@ from torch.utils.data import TensorDataset
 from fedge import RunConfig, Site, Task, federation
 from fedge.errors import ConfigError
 from fedge.events import Arrived, DeadlinePassed, Failed, Joined, Left, OrderId, Reject
-from fedge.federation import RunEffect, RunEvent
 from fedge.history import Row
 from fedge.learning import Learning
 from fedge.pipeline import Update
 from fedge.refusal import RefusalCode
 from fedge.run import FaultsConfig
+from fedge.run_state import RunEffect, RunEvent
 from fedge.seeds import work_seed
 from fedge.strategy import load_strategy
 from fedge.vector import Array

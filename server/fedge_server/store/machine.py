@@ -7,7 +7,7 @@ from typing import Final
 from pydantic import TypeAdapter, ValidationError
 
 from fedge.errors import StorageError
-from fedge.federation import Federation
+from fedge.run_state import Federation
 
 _ADAPTER: Final = TypeAdapter(Federation)
 

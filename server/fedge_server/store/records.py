@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from fedge.events import OrderId
-from fedge.federation import Status
 from fedge.history import Row
+from fedge.run_state import Status
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,8 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from fedge.errors import StorageError
 from fedge.events import OrderId
-from fedge.federation import Status
 from fedge.history import Row
+from fedge.run_state import Status
 from fedge_server.store import schema
 from fedge_server.store.database import Database
 from fedge_server.store.events import add_event, newest_events

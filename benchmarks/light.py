@@ -25,6 +25,7 @@ from benchmarks.fedge_side import FEDGE
 from benchmarks.measure import Options, wait_until
 from benchmarks.processes import CrashError, check_running, free_port, module, run_text, started, tail
 from fedge.principal import Token
+from fedge.signing import make_signing_key, prove, public_bytes, signing_key_of_pem
 from fedge.vector import Layout, Model, Tensor
 from fedge.wire import fedge_pb2 as pb
 from fedge_client.identity import make_csr
@@ -162,8 +163,10 @@ def federation(name: str, *, sites: int, options: Options) -> Federation:
         certificates = {}
         for number in range(sites):
             token = Token.decode(authority.issue_token(f"site-{number:05}", now=now()))
-            certificate = authority.enrol(token.principal, csr, now=now())
-            certificates[token.principal.name] = certificate.decode()
+            site, key = token.principal, signing_key_of_pem(make_signing_key())
+            proof = prove(key, federation=site.federation, site=site.name, csr_der=csr)
+            certificate = authority.enrol(site, csr, key=public_bytes(key), proof=proof, now=now())
+            certificates[site.name] = certificate.decode()
         known = {"ca": authority.ca_pem.decode(), "key": key_pem.decode(), "certificates": certificates}
     path = folder / "identities.json"
     path.write_text(json.dumps(known))

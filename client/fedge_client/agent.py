@@ -31,7 +31,7 @@ from fedge.wire import fedge_pb2 as pb
 from fedge.wire.codec import printable
 from fedge.wire.status import retry_after_s
 from fedge_client import admission
-from fedge_client.identity import Identity, accept_certificate, load_identity, make_csr, save_identity
+from fedge_client.identity import Identity, accept_renewal, load_identity, make_csr, save_identity
 from fedge_client.jobs import Jobs, log_receipt
 from fedge_client.ledger import Ledger
 from fedge_client.link import Link, SessionCall
@@ -308,9 +308,7 @@ class Agent:
             certificate = await link.renew(csr)
         finally:
             await link.close()
-        identity = accept_certificate(
-            certificate, key_pem=old.key_pem, ca_pem=old.ca_pem, site=old.site, now=_now()
-        )
+        identity = accept_renewal(old, certificate, now=_now())
         save_identity(self._folder / self._settings.identity, identity)
         return identity
 

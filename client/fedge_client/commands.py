@@ -14,6 +14,7 @@ from rich.console import Console
 
 from fedge.errors import FedgeError
 from fedge.files import read_capped
+from fedge.signing import key_fingerprint, public_bytes
 from fedge_client.check import run_checks
 from fedge_client.enrolment import MAX_PEM_BYTES, enrol_site
 from fedge_client.ledger import accept_head
@@ -34,19 +35,29 @@ def enrol(
     folder: Annotated[
         Path, typer.Option("--dir", help="Where keys and client.toml go; private to this user.")
     ],
+    authority: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Whose signature the directory of the sites' keys needs, if not the CA's: authority.pem.",
+        ),
+    ] = None,
 ) -> None:
-    """Make this site's key, have it certified with a one-time token, and write client.toml.
+    """Make this site's keys, have them certified with a one-time token, and write client.toml.
 
     Example: fedge client enrol --server fl.example.org:8443 --token "$TOKEN" --ca ca.pem --dir site
     """
+    ca_pem = read_capped(ca, max_bytes=MAX_PEM_BYTES)
+    authority_pem = read_capped(authority, max_bytes=MAX_PEM_BYTES) if authority is not None else None
     identity = asyncio.run(
-        enrol_site(server, token, ca_pem=read_capped(ca, max_bytes=MAX_PEM_BYTES), folder=folder)
+        enrol_site(server, token, ca_pem=ca_pem, folder=folder, authority_pem=authority_pem)
     )
     path = folder / "client.toml"
     console = Console()
     console.print(
         f"site {identity.site} is enrolled until {identity.principal.not_after:%Y-%m-%d}", highlight=False
     )
+    console.print(f"  signs as  {key_fingerprint(public_bytes(identity.signing))}", highlight=False)
     console.print(f"  check it  fedge client check {path}", highlight=False)
     console.print(f"  start it  fedge client start {path}", highlight=False)
 

@@ -1,8 +1,9 @@
 """The site's identity: how it asks for one, what it accepts as one, and where it is kept.
 
-The private key is made here and never leaves the device: a request (CSR) goes out, a certificate comes
-back. They live in one folder (0700) as `client.key`, `client.pem` and `ca.pem` (0600). Sending the request
-is the link's business.
+The private keys are made here and never leave the device: a request (CSR) goes out, a certificate comes
+back. They live in one folder (0700): `client.key`, `client.pem` and `ca.pem` are for the link, `signing.key`
+is what this site signs with in secure aggregation, and `authority.pem`, if it is there, is whose signature the
+directory of the sites' keys has to have (else the CA's). All are 0600. Sending the request is the link's business.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedge.errors import ConfigError, IdentityError
 from fedge.files import private_folder, read_capped, write_private
@@ -28,8 +30,10 @@ from fedge.principal import (
     load_certificate,
     principal_of,
 )
+from fedge.signing import authority_of_pem, signing_key_of_pem
 
-_KEY, _CERTIFICATE, _CA = "client.key", "client.pem", "ca.pem"
+_KEY, _SIGNING, _CERTIFICATE, _CA = "client.key", "signing.key", "client.pem", "ca.pem"
+_AUTHORITY = "authority.pem"
 _ENROL = "enrol this site with a new token (`fedge client enrol`)"
 
 
@@ -37,13 +41,26 @@ _ENROL = "enrol this site with a new token (`fedge client enrol`)"
 class Identity:
     """Who this site is to its coordinator, checked: key, certificate and CA belong together.
 
-    **Guarantees.** The key is in no repr and no error message.
+    **Guarantees.** The keys are in no repr and no error message.
     """
 
     principal: Principal
     key_pem: bytes = field(repr=False)
     certificate_pem: bytes = field(repr=False)
     ca_pem: bytes = field(repr=False)
+    signing_pem: bytes = field(repr=False)
+    authority_pem: bytes | None = field(default=None, repr=False)
+    """Without one, the CA is the authority."""
+
+    @property
+    def signing(self) -> Ed25519PrivateKey:
+        """The key with which this site signs in secure aggregation."""
+        return signing_key_of_pem(self.signing_pem)
+
+    @property
+    def authority(self) -> ec.EllipticCurvePublicKey:
+        """Whose signature the directory of the sites' keys has to have."""
+        return authority_of_pem(self.ca_pem if self.authority_pem is None else self.authority_pem)
 
     @property
     def site(self) -> str:
@@ -95,29 +112,60 @@ def make_csr(key_pem: bytes | None = None) -> tuple[bytes, bytes]:
 
 
 def accept_certificate(
-    certificate_pem: bytes, *, key_pem: bytes, ca_pem: bytes, site: str, now: datetime
+    certificate_pem: bytes,
+    *,
+    key_pem: bytes,
+    signing_pem: bytes,
+    ca_pem: bytes,
+    authority_pem: bytes | None = None,
+    site: str,
+    now: datetime,
 ) -> Identity:
-    """The identity that a coordinator's reply to an enrolment or a renewal gives.
+    """The identity that a coordinator's reply to an enrolment gives.
 
     Raises:
         IdentityError: the certificate is malformed, for another key, site or role, not signed by this CA,
             or not valid now.
     """
-    identity = _identity(certificate_pem, key_pem=key_pem, ca_pem=ca_pem)
+    identity = _identity(
+        certificate_pem, key_pem=key_pem, signing_pem=signing_pem, ca_pem=ca_pem, authority_pem=authority_pem
+    )
     if identity.site != site:
         raise IdentityError(f"expected a certificate for site {site!r}, found one for {identity.site!r}")
     identity.principal.check(now=now)
     return identity
 
 
+def accept_renewal(old: Identity, certificate_pem: bytes, *, now: datetime) -> Identity:
+    """The identity that a coordinator's reply to a renewal gives: the same keys, and a new certificate.
+
+    Raises:
+        IdentityError: as for `accept_certificate`.
+    """
+    return accept_certificate(
+        certificate_pem,
+        key_pem=old.key_pem,
+        signing_pem=old.signing_pem,
+        ca_pem=old.ca_pem,
+        authority_pem=old.authority_pem,
+        site=old.site,
+        now=now,
+    )
+
+
 def save_identity(folder: Path, identity: Identity) -> None:
-    """Write the three files into `folder` (0700), each 0600 and in one piece, the certificate last.
+    """Write the files into `folder` (0700), each 0600 and in one piece.
+
+    The link's key goes first and its certificate last: cut off in between, they do not match, and that is found.
 
     Raises:
         ConfigError: the folder cannot be made or written.
     """
     private_folder(folder)
     write_private(folder / _KEY, identity.key_pem)
+    write_private(folder / _SIGNING, identity.signing_pem)
+    if identity.authority_pem is not None:
+        write_private(folder / _AUTHORITY, identity.authority_pem)
     write_private(folder / _CA, identity.ca_pem)
     write_private(folder / _CERTIFICATE, identity.certificate_pem)
 
@@ -126,30 +174,50 @@ def load_identity(folder: Path, *, now: datetime) -> Identity:
     """The identity in `folder`.
 
     Raises:
-        IdentityError: a file is missing, damaged or belongs to another; others can read the key; or the
+        IdentityError: a file is missing, damaged or belongs to another; others can read a key; or the
             certificate has expired.
     """
     try:
-        key, certificate, ca = (
-            read_capped(folder / name, max_bytes=MAX_CERTIFICATE_BYTES) for name in (_KEY, _CERTIFICATE, _CA)
+        key, signing, certificate, ca = (
+            read_capped(folder / name, max_bytes=MAX_CERTIFICATE_BYTES)
+            for name in (_KEY, _SIGNING, _CERTIFICATE, _CA)
         )
+        authority = load_authority_pem(folder)
     except ConfigError as error:
         raise IdentityError(f"{error}: {_ENROL}") from None
-    mode = (folder / _KEY).stat().st_mode & 0o777
-    if mode & 0o077:
-        raise IdentityError(
-            f"{folder / _KEY}: expected a file that only its owner can read (600), found {mode:o}: "
-            f"run chmod 600 {folder / _KEY}"
-        )
+    for name in (_KEY, _SIGNING):
+        _check_private(folder / name)
     try:
-        identity = _identity(certificate, key_pem=key, ca_pem=ca)
+        identity = _identity(
+            certificate, key_pem=key, signing_pem=signing, ca_pem=ca, authority_pem=authority
+        )
         identity.principal.check(now=now)
     except IdentityError as error:
         raise IdentityError(f"{folder}: {error}") from None
     return identity
 
 
-def _identity(certificate_pem: bytes, *, key_pem: bytes, ca_pem: bytes) -> Identity:
+def load_authority_pem(folder: Path) -> bytes | None:
+    """The authority apart that this folder's site was told to trust, if it was.
+
+    Raises:
+        ConfigError: it is there and cannot be read.
+    """
+    path = folder / _AUTHORITY
+    return read_capped(path, max_bytes=MAX_CERTIFICATE_BYTES) if path.exists() else None
+
+
+def _check_private(path: Path) -> None:
+    mode = path.stat().st_mode & 0o777
+    if mode & 0o077:
+        raise IdentityError(
+            f"{path}: expected a file that only its owner can read (600), found {mode:o}: run chmod 600 {path}"
+        )
+
+
+def _identity(
+    certificate_pem: bytes, *, key_pem: bytes, signing_pem: bytes, ca_pem: bytes, authority_pem: bytes | None
+) -> Identity:
     certificate, ca, key = load_certificate(certificate_pem), load_certificate(ca_pem), key_of_pem(key_pem)
     _check_issued(certificate, ca)
     principal = principal_of(certificate)
@@ -159,7 +227,9 @@ def _identity(certificate_pem: bytes, *, key_pem: bytes, ca_pem: bytes) -> Ident
         raise IdentityError(
             f"expected a certificate for this site's key, found one for another key: {_ENROL}"
         )
-    return Identity(principal, key_pem=key_pem, certificate_pem=certificate_pem, ca_pem=ca_pem)
+    identity = Identity(principal, key_pem, certificate_pem, ca_pem, signing_pem, authority_pem)
+    _ = identity.signing, identity.authority  # they are what they should be
+    return identity
 
 
 def _check_issued(certificate: x509.Certificate, ca: x509.Certificate) -> None:

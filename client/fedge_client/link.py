@@ -86,17 +86,26 @@ class Link:
         self.closed = True
         await self._channel.close(None)
 
-    async def enrol(self, csr_der: bytes) -> bytes:
-        """A certificate (PEM) for a signing request, under the bootstrap identity of a token."""
+    async def enrol(self, csr_der: bytes, *, key: bytes, proof: bytes) -> bytes:
+        """A certificate (PEM) for a signing request, under the bootstrap identity of a token.
+
+        `key` is the public key with which this site is going to sign, and `proof` what shows that it can.
+        """
+        request = pb.EnrolRequest(csr=csr_der, identity_key=key, identity_proof=proof)
         with self._errors():
-            reply = await self._enrolment.Enrol(pb.EnrolRequest(csr=csr_der), timeout=CALL_S)
+            reply = await self._enrolment.Enrol(request, timeout=CALL_S)
             return reply.certificate
 
     async def renew(self, csr_der: bytes) -> bytes:
-        """The next certificate (PEM) of an enrolled site."""
+        """The next certificate (PEM) of an enrolled site, which goes on signing with the key that is known."""
         with self._errors():
             reply = await self._federation.Renew(pb.EnrolRequest(csr=csr_der), timeout=CALL_S)
             return reply.certificate
+
+    async def keys(self) -> pb.Directory:
+        """The directory of the sites' keys, as the coordinator serves it: unchecked."""
+        with self._errors():
+            return await self._federation.Keys(pb.DirectoryRequest(), timeout=CALL_S)
 
     async def open_session(self, *, probe: bool = False) -> tuple[SessionCall, pb.Welcome]:
         """A new session, greeted on both sides; a probe ends there, and takes over no other session."""

@@ -30,8 +30,7 @@ from fedge_server.membership import Membership
 from fedge_server.service import EnrolmentService, FederationService
 from fedge_server.settings import ServerSettings
 from fedge_server.spool import Spool
-from fedge_server.state import database_of, state_folder
-from fedge_server.store.registry import Registry
+from fedge_server.state import authority_of, database_of, state_folder
 from fedge_server.store.store import Store
 from fedge_server.witnesses import Witnesses
 
@@ -79,7 +78,8 @@ async def serve(settings: ServerSettings, folder: Path, *, ready: Callable[[int]
     with exclusive(state):
         database.open()
         try:
-            authority = Authority.load(folder / settings.identity, Registry(database))
+            authority = authority_of(settings, folder, database)
+            authority.directories.settle(now=now())
             archive = Archive(Store(database), state / "checkpoints", faults)
             await _serve(settings, authority, Coordinator(settings, Spool(spool), archive), ready)
         finally:

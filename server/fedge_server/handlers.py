@@ -50,6 +50,11 @@ def add_services(
             request_deserializer=_capped(pb.EnrolRequest),
             response_serializer=pb.EnrolReply.SerializeToString,
         ),
+        "Keys": grpc.unary_unary_rpc_method_handler(
+            _answering(federation.Keys),
+            request_deserializer=_capped(pb.DirectoryRequest),
+            response_serializer=None,
+        ),
     }
     newcomers = {
         "Enrol": grpc.unary_unary_rpc_method_handler(

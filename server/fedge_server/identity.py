@@ -12,6 +12,9 @@ records are the registry's, in the coordinator's database. Every caller arrives 
   afterwards lets it in again.
 * Issuing a token cancels the earlier unused ones of that site, so a lost one can be replaced.
 
+A site enrols with the key with which it signs, too, and keeps that until it enrols again. Each change to who is
+active is one to the directory of these keys (directories.py).
+
 No gRPC here: the service calls these methods with the principal that TLS has authenticated.
 """
 
@@ -25,9 +28,10 @@ from pathlib import Path
 from typing import Final
 
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedge.errors import ConfigError, IdentityError
-from fedge.files import private_folder, read_capped, write_private
+from fedge.files import private_folder, write_private
 from fedge.principal import (
     Principal,
     Token,
@@ -37,6 +41,7 @@ from fedge.principal import (
     load_certificate,
     principal_of,
 )
+from fedge.signing import check_proof
 from fedge_server.certificates import (
     Issuer,
     issue_client,
@@ -47,12 +52,14 @@ from fedge_server.certificates import (
     new_key,
     to_pem,
 )
+from fedge_server.directories import Directories
+from fedge_server.key_files import read_key, read_pem
+from fedge_server.refusals import ASK, TOKEN_REFUSALS, holder_refusal
+from fedge_server.store.directories import Signing
 from fedge_server.store.registry import Holder, Kind, Registry
 
 DAY_S: Final = 86_400
 MAX_TOKEN_S: Final = 30 * DAY_S
-_MAX_FILE_BYTES = 64 * 1024
-_ASK = "ask the coordinator's operator for a new one (`fedge server token`)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +75,8 @@ class Credential:
 class Authority:
     """The CA of one federation and its records. Safe to use from several processes and threads.
 
+    `apart` is the key that signs the directory of sites' keys elsewhere; without one, the CA's does it here.
+
     **Guarantees.** A token enrols at most once, through crashes, restarts and concurrent callers. A
     revocation counts from the next call, in every process. Whatever asks the records blocks, and raises
     StorageError if they cannot be read or changed now: nobody is let in on a guess.
@@ -76,6 +85,7 @@ class Authority:
     folder: Path
     issuer: Issuer = field(repr=False)
     registry: Registry = field(repr=False)
+    apart: ec.EllipticCurvePublicKey | None = field(default=None, repr=False)
 
     @classmethod
     def create(
@@ -102,15 +112,17 @@ class Authority:
         return authority, authority.issue_admin("admin", now=now)
 
     @classmethod
-    def load(cls, folder: Path, registry: Registry) -> Authority:
+    def load(
+        cls, folder: Path, registry: Registry, *, apart: ec.EllipticCurvePublicKey | None = None
+    ) -> Authority:
         """The authority that `create` made in `folder`.
 
         Raises:
             ConfigError: a file is missing.
             IdentityError: a file is damaged, or others may read the CA's key.
         """
-        issuer = load_issuer(_read(folder / "ca.pem"), key_of_pem(_read_key(folder / "ca.key")))
-        return cls(folder, issuer, registry)
+        issuer = load_issuer(read_pem(folder / "ca.pem"), key_of_pem(read_key(folder / "ca.key")))
+        return cls(folder, issuer, registry, apart)
 
     @property
     def federation(self) -> str:
@@ -120,14 +132,24 @@ class Authority:
     def ca_pem(self) -> bytes:
         return to_pem(self.issuer.certificate)
 
+    @property
+    def directories(self) -> Directories:
+        """The directory of the sites' keys: what is signed, and what has to be."""
+        authority = self.apart or self.issuer.key.public_key()
+        return Directories(self.federation, authority, self.registry, self._signing)
+
+    @property
+    def _signing(self) -> Signing | None:
+        return Signing(self.federation, self.issuer.key) if self.apart is None else None
+
     def server_credential(self, *, now: datetime) -> Credential:
         """What the coordinator answers with.
 
         Raises:
             ConfigError, IdentityError: a file is missing, damaged, readable by others or expired.
         """
-        certificate = load_certificate(_read(self.folder / "server.pem"))
-        key = key_of_pem(_read_key(self.folder / "server.key"))
+        certificate = load_certificate(read_pem(self.folder / "server.pem"))
+        key = key_of_pem(read_key(self.folder / "server.key"))
         principal = principal_of(certificate)
         if certificate.public_key() != key.public_key() or principal.federation != self.federation:
             raise IdentityError(f"{self.folder}: server.pem, server.key and ca.pem do not belong together")
@@ -176,41 +198,66 @@ class Authority:
         return Token.of(certificate, key, ca_fingerprint=fingerprint(self.issuer.certificate)).encode()
 
     def enrol(
-        self, principal: Principal, csr_der: bytes, *, now: datetime, valid_for_s: float = 90 * DAY_S
+        self,
+        principal: Principal,
+        csr_der: bytes,
+        *,
+        key: bytes,
+        proof: bytes,
+        now: datetime,
+        valid_for_s: float = 90 * DAY_S,
     ) -> bytes:
         """The site's first certificate (PEM), for a caller with a bootstrap identity. Spends its token.
 
-        A request that is refused leaves the token unspent.
+        `key` is the one with which the site is going to sign (Ed25519), `proof` its signature over this very
+        request. A request that is refused leaves the token unspent.
 
         Raises:
-            IdentityError: the caller brings no token, or one that is used, cancelled, unknown or expired.
-            RemoteProtocolError: the request is too large (LimitError), malformed, unsigned or not P-256.
+            IdentityError: the caller brings no token, or one that is used, cancelled, unknown or expired; or
+                a key that is another site's.
+            RemoteProtocolError: the request is too large (LimitError), malformed, unsigned or not P-256; or
+                it does not come with a key that it proves.
         """
         if principal.role != "enrol":
             raise IdentityError(
                 f"expected an enrolment token, found {principal.uri}, which is enrolled already"
             )
         self.check(principal, now=now)
+        self._check_proof(principal.name, csr_der, key, proof)
         certificate = self._sign(principal.name, csr_der, now=now, valid_for_s=valid_for_s)
-        if not self.registry.enrol(principal, principal_of(certificate), now=now):
+        granted = principal_of(certificate)
+        if not self.registry.enrol(principal, granted, key=key, now=now, signing=self._signing):
             self.check(principal, now=now)  # somebody was faster: say what became of it
-            raise IdentityError(f"this token cannot be used: {_ASK}")
+            raise IdentityError(f"this token cannot be used: {ASK}")
         return to_pem(certificate)
 
     def renew(
-        self, principal: Principal, csr_der: bytes, *, now: datetime, valid_for_s: float = 90 * DAY_S
+        self,
+        principal: Principal,
+        csr_der: bytes,
+        *,
+        key: bytes = b"",
+        proof: bytes = b"",
+        now: datetime,
+        valid_for_s: float = 90 * DAY_S,
     ) -> bytes:
         """The next certificate (PEM) of a site that is enrolled; the one it asks with stays usable.
 
+        The site goes on signing with the key that it enrolled with: `key` and `proof` are that one's, or empty.
+
         Raises:
-            IdentityError: the caller is no site, or its certificate is expired, superseded or revoked.
+            IdentityError: the caller is no site, or its certificate is expired, superseded or revoked; or the
+                key is not the one that is known.
             RemoteProtocolError: as for `enrol`.
         """
         if principal.role != "site":
             raise IdentityError(f"expected a site's certificate, found {principal.uri}")
         self.check(principal, now=now)
+        if key or proof:
+            self._check_proof(principal.name, csr_der, key, proof)
         certificate = self._sign(principal.name, csr_der, now=now, valid_for_s=valid_for_s)
-        if not self.registry.renew(principal, principal_of(certificate), now=now):
+        granted = principal_of(certificate)
+        if not self.registry.renew(principal, granted, key=key, now=now, signing=self._signing):
             self.check(principal, now=now)
             raise IdentityError(f"{principal.uri} cannot be renewed: enrol again")
         return to_pem(certificate)
@@ -223,7 +270,7 @@ class Authority:
         Raises:
             ConfigError: there is no such holder, nor an unused token for it.
         """
-        self.registry.revoke(kind, name, now=now, actor=actor)
+        self.registry.revoke(kind, name, now=now, actor=actor, signing=self._signing)
 
     def sites(self) -> tuple[Holder, ...]:
         """Every site that was ever enrolled, by name."""
@@ -238,7 +285,7 @@ class Authority:
         match principal.role:
             case "enrol":
                 principal.check(now=now)
-                refusal = self._foreign(principal) or _TOKEN_REFUSALS[self.registry.token_state(principal)]
+                refusal = self._foreign(principal) or TOKEN_REFUSALS[self.registry.token_state(principal)]
                 if refusal is not None:
                     raise IdentityError(refusal)
             case "site" | "admin":
@@ -253,9 +300,12 @@ class Authority:
             IdentityError: as for `check`.
         """
         principal.check(now=now)
-        refusal = self._foreign(principal) or _holder_refusal(principal, holder)
+        refusal = self._foreign(principal) or holder_refusal(principal, holder)
         if refusal is not None:
             raise IdentityError(refusal)
+
+    def _check_proof(self, site: str, csr_der: bytes, key: bytes, proof: bytes) -> None:
+        check_proof(key, proof, federation=self.federation, site=site, csr_der=csr_der)
 
     def _sign(self, site: str, csr_der: bytes, *, now: datetime, valid_for_s: float) -> x509.Certificate:
         key, valid = key_of_csr(csr_der), timedelta(seconds=valid_for_s)
@@ -265,35 +315,3 @@ class Authority:
         if principal.federation == self.federation:
             return None
         return f"expected a certificate of federation {self.federation}, found {principal.uri}"
-
-
-def _holder_refusal(principal: Principal, holder: Holder | None) -> str | None:
-    """Why a certificate does not count; None if it does. Anything that is not known is refused."""
-    who = f"{principal.role} {principal.name!r}"
-    if holder is None:
-        return f"{who} is not enrolled here: {_ASK}"
-    if holder.revoked:
-        return f"{who} is revoked: {_ASK}"
-    if not holder.accepts(principal):
-        return f"this certificate of {who} was superseded by a newer enrolment: use that one"
-    return None
-
-
-_TOKEN_REFUSALS: Final = {
-    "pending": None,
-    "used": f"this token was already used: {_ASK}",
-    "cancelled": f"this token was cancelled, by a newer one or because its site was revoked: {_ASK}",
-    None: f"this coordinator does not know this token: {_ASK}",
-}
-
-
-def _read(path: Path) -> bytes:
-    return read_capped(path, max_bytes=_MAX_FILE_BYTES)
-
-
-def _read_key(path: Path) -> bytes:
-    data = _read(path)
-    mode = path.stat().st_mode & 0o777
-    if mode & 0o077:
-        raise IdentityError(f"{path}: expected a file only its owner can read, found {mode:o}: chmod 600 it")
-    return data

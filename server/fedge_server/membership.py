@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from fedge.errors import FedgeError, StorageError
 from fedge.principal import Principal
+from fedge.signing import SignedDirectory
 from fedge_server.clock import now
 from fedge_server.identity import Authority
 from fedge_server.store.registry import Holder
@@ -26,6 +27,7 @@ class Membership:
     def __init__(self, authority: Authority) -> None:
         self._authority = authority
         self._known: dict[str, Holder] = {}
+        self._directory: SignedDirectory | None = None  # touched in the thread alone
         # One thread: answers come in the order of the questions, so that none overtakes a revocation.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="membership")
 
@@ -59,16 +61,20 @@ class Membership:
             raise StorageError(f"the record of site {site.name!r} could not be read")
         self._authority.check_holder(site, holder, now=now())
 
-    async def enrol(self, principal: Principal, csr_der: bytes) -> bytes:
+    async def enrol(self, principal: Principal, csr_der: bytes, *, key: bytes, proof: bytes) -> bytes:
         """See `Authority.enrol`."""
         return await self._then_look(
-            principal.name, lambda: self._authority.enrol(principal, csr_der, now=now())
+            principal.name,
+            lambda: self._authority.enrol(principal, csr_der, key=key, proof=proof, now=now()),
         )
 
-    async def renew(self, principal: Principal, csr_der: bytes) -> bytes:
+    async def renew(
+        self, principal: Principal, csr_der: bytes, *, key: bytes = b"", proof: bytes = b""
+    ) -> bytes:
         """See `Authority.renew`."""
         return await self._then_look(
-            principal.name, lambda: self._authority.renew(principal, csr_der, now=now())
+            principal.name,
+            lambda: self._authority.renew(principal, csr_der, key=key, proof=proof, now=now()),
         )
 
     async def revoke(self, site: str, *, actor: str) -> None:
@@ -79,9 +85,26 @@ class Membership:
         """Every site that was ever enrolled, by name."""
         return await self._call(self._authority.sites)
 
+    async def directory(self) -> SignedDirectory:
+        """The newest signed directory of the sites' keys: the same object until there is a newer one.
+
+        Raises:
+            RunError: there is none yet; it says what the operator has to do.
+            StorageError: the records cannot be read.
+        """
+        return await self._call(self._newest_directory)
+
     def close(self) -> None:
         """Wait for what is under way."""
         self._thread.shutdown()
+
+    def _newest_directory(self) -> SignedDirectory:
+        # An epoch is one number to read, and a directory may be large. `fedge server directory import` changes it
+        # from beside.
+        known = self._directory
+        if known is None or known.directory.epoch != self._authority.registry.directory_epoch():
+            self._directory = known = self._authority.directories.newest()
+        return known
 
     async def _then_look(self, site: str, change: Callable[[], R]) -> R:
         """Make a change, and remember what the site's record is then."""

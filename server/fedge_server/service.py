@@ -1,4 +1,4 @@
-"""The services that sites call: Session, Fetch, Deliver, Resume and Renew, and Enrol for those not yet in."""
+"""The services that sites call: Session, Fetch, Deliver, Resume, Renew and Keys, and Enrol for those not yet in."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 
 from fedge.errors import FedgeError, RemoteProtocolError
+from fedge.signing import SignedDirectory
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire.chunks import frames, open_deliver_request
 from fedge.wire.codec import decode_order_id, decode_refusal
+from fedge.wire.keys import encode_directory
 from fedge.wire.limits import CHUNK_BYTES, PROTOCOL
 from fedge_server import sessions
 from fedge_server.callers import Context, answering, caller, messages, refuse
@@ -46,6 +48,7 @@ class FederationService:
         self._deliveries = Deliveries(coordinator)
         self._fetches = Concurrency("downloads", each=coordinator.settings.max_site_downloads)
         self._pace = Pace(after_s=ADMIT_S)
+        self._directory: tuple[SignedDirectory, bytes] | None = None
 
     async def Session(
         self, request_iterator: AsyncIterator[pb.ClientMessage | None], context: Context
@@ -209,9 +212,21 @@ class FederationService:
     async def Renew(self, request: pb.EnrolRequest, context: Context) -> pb.EnrolReply:
         """The next certificate of an enrolled site."""
         principal = await caller(context, self._membership, role="site")
-        certificate = await self._membership.renew(principal, request.csr)
+        certificate = await self._membership.renew(
+            principal, request.csr, key=request.identity_key, proof=request.identity_proof
+        )
         log.info("site_renewed site=%s", principal.name)
         return pb.EnrolReply(certificate=certificate)
+
+    @answering
+    async def Keys(self, request: pb.DirectoryRequest, context: Context) -> bytes:
+        """The newest signed directory of the sites' keys, encoded once for all who ask."""
+        site = (await caller(context, self._membership, role="site")).name
+        with self._fetches.one_of(site):
+            signed = await self._membership.directory()
+            if self._directory is None or self._directory[0] is not signed:
+                self._directory = (signed, encode_directory(signed).SerializeToString())
+            return self._directory[1]
 
 
 class EnrolmentService:
@@ -225,7 +240,9 @@ class EnrolmentService:
     async def Enrol(self, request: pb.EnrolRequest, context: Context) -> pb.EnrolReply:
         """The site's certificate, for its signing request."""
         principal = await caller(context, self._membership, role="enrol")
-        certificate = await self._membership.enrol(principal, request.csr)
+        certificate = await self._membership.enrol(
+            principal, request.csr, key=request.identity_key, proof=request.identity_proof
+        )
         session = self._coordinator.sessions.get(principal.name)
         if session is not None:  # its certificate is superseded, and may be in the wrong hands
             session.close("the site was enrolled again")

@@ -14,6 +14,16 @@ from fedge.wire.limits import Limits
 Address = Annotated[str, AfterValidator(check_address)]
 
 
+class DirectorySettings(Config):
+    """`[directory]`: who signs the directory of the sites' keys.
+
+    `authority` is the path of a certificate or a public key (PEM, P-256) whose private key is elsewhere; without
+    one, the coordinator's own CA signs.
+    """
+
+    authority: str = ""
+
+
 class ServerSettings(Config):
     """`server.toml`. Relative paths are relative to the file's own folder.
 
@@ -37,6 +47,7 @@ class ServerSettings(Config):
     max_model_bytes: Annotated[int, Field(ge=1, le=1 << 40)] = 4 << 30
     max_kept_bytes: Annotated[int, Field(ge=0, le=1 << 50)] = 64 << 30
     shutdown_grace_s: Annotated[float, Field(ge=0, le=3600)] = 5.0
+    directory: DirectorySettings = DirectorySettings()
 
     @property
     def limits(self) -> Limits:

@@ -7,10 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fedge.errors import StorageError
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from fedge.errors import IdentityError, StorageError
 from fedge.faults import Faults
 from fedge.files import private_folder
+from fedge.signing import authority_of_pem
 from fedge_server.identity import Authority
+from fedge_server.key_files import read_pem
 from fedge_server.settings import ServerSettings, load_server
 from fedge_server.store.database import Database
 from fedge_server.store.registry import Registry
@@ -32,6 +36,22 @@ def database_of(settings: ServerSettings, folder: Path, faults: Faults | None = 
     return Database(url, faults)
 
 
+def authority_of(settings: ServerSettings, folder: Path, database: Database) -> Authority:
+    """The authority that a server.toml in `folder` names, with its records in a database that is open.
+
+    Raises:
+        ConfigError, IdentityError: its files are missing or damaged.
+    """
+    apart: ec.EllipticCurvePublicKey | None = None
+    if settings.directory.authority:
+        path = folder / settings.directory.authority
+        try:
+            apart = authority_of_pem(read_pem(path))
+        except IdentityError as error:
+            raise IdentityError(f"{path}: {error}") from None
+    return Authority.load(folder / settings.identity, Registry(database), apart=apart)
+
+
 @contextmanager
 def authority_beside(server_toml: Path) -> Iterator[Authority]:
     """The authority of a coordinator that may be running, for one short change beside it.
@@ -44,7 +64,7 @@ def authority_beside(server_toml: Path) -> Iterator[Authority]:
     database = database_of(settings, folder)
     try:
         database.join()
-        yield Authority.load(folder / settings.identity, Registry(database))
+        yield authority_of(settings, folder, database)
     finally:
         database.close()
 

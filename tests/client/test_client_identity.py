@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import grpc
 import pytest
-from authorities import new_authority
+from authorities import application, new_authority
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedge import files
 from fedge.errors import ConfigError, IdentityError
 from fedge.principal import Token, key_of_pem, key_to_pem
+from fedge.signing import authority_to_pem, make_signing_key, public_bytes, signing_key_of_pem
 from fedge_client import identity as client_identity
 from fedge_client.identity import (
     Identity,
     accept_certificate,
+    accept_renewal,
     load_identity,
     make_csr,
     open_token,
@@ -43,8 +46,17 @@ def foreign(tmp_path: Path) -> Authority:
 def enrol(authority: Authority, site: str = "icu-1", *, now: datetime = NOW) -> Identity:
     token = open_token(authority.issue_token(site, now=now), ca_pem=authority.ca_pem, now=now)
     key_pem, csr = make_csr()
-    reply = authority.enrol(token.principal, csr, now=now)
-    return accept_certificate(reply, key_pem=key_pem, ca_pem=authority.ca_pem, site=token.site, now=now)
+    signing_pem = make_signing_key()
+    proven = application(token.principal, csr, signing_key_of_pem(signing_pem))
+    reply = authority.enrol(token.principal, csr, **proven, now=now)
+    return accept_certificate(
+        reply,
+        key_pem=key_pem,
+        signing_pem=signing_pem,
+        ca_pem=authority.ca_pem,
+        site=token.site,
+        now=now,
+    )
 
 
 # The token.
@@ -103,10 +115,10 @@ def test_a_request_carries_a_new_p256_key_and_names_nobody() -> None:
 
 def test_a_renewal_keeps_the_key(authority: Authority) -> None:
     old = enrol(authority)
-    key_pem, csr = make_csr(old.key_pem)
+    _, csr = make_csr(old.key_pem)
     reply = authority.renew(old.principal, csr, now=NOW + DAY)
-    new = accept_certificate(reply, key_pem=key_pem, ca_pem=old.ca_pem, site=old.site, now=NOW + DAY)
-    assert new.key_pem == old.key_pem
+    new = accept_renewal(old, reply, now=NOW + DAY)
+    assert (new.key_pem, new.signing_pem) == (old.key_pem, old.signing_pem)
     assert new.principal.not_after == old.principal.not_after + DAY
     with pytest.raises(IdentityError, match="P-256"):
         make_csr(key_to_pem(ec.generate_private_key(ec.SECP384R1())))
@@ -122,7 +134,7 @@ def test_an_accepted_reply_is_who_the_token_promised(authority: Authority) -> No
 def test_an_identity_never_shows_its_key(authority: Authority) -> None:
     shown = repr(enrol(authority))
     assert "icu-1" in shown
-    for secret in ("PRIVATE", "key_pem", "BEGIN"):
+    for secret in ("PRIVATE", "key_pem", "signing", "BEGIN"):
         assert secret not in shown
 
 
@@ -133,7 +145,14 @@ def test_a_reply_that_is_not_this_sites_certificate_is_refused(
     admin = authority.issue_admin("ops", now=NOW)
 
     def reply(pem: bytes, key_pem: bytes, now: datetime = NOW) -> None:
-        accept_certificate(pem, key_pem=key_pem, ca_pem=authority.ca_pem, site="icu-1", now=now)
+        accept_certificate(
+            pem,
+            key_pem=key_pem,
+            signing_pem=mine.signing_pem,
+            ca_pem=authority.ca_pem,
+            site="icu-1",
+            now=now,
+        )
 
     reply(mine.certificate_pem, mine.key_pem)
     for pem, key_pem, message in (
@@ -167,17 +186,23 @@ def test_an_identity_survives_its_files_and_they_are_private(authority: Authorit
     save_identity(folder, identity)
     assert load_identity(folder, now=NOW) == identity
     assert folder.stat().st_mode & 0o777 == 0o700
-    assert sorted(path.name for path in folder.iterdir()) == ["ca.pem", "client.key", "client.pem"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "ca.pem",
+        "client.key",
+        "client.pem",
+        "signing.key",
+    ]
     for path in folder.iterdir():
         assert path.stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.parametrize("name", ["client.key", "signing.key"])
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o610, 0o601, 0o644, 0o777])
-def test_a_key_that_others_can_touch_is_refused(folder: Path, mode: int) -> None:
-    (folder / "client.key").chmod(mode)
-    with pytest.raises(IdentityError, match=rf"found {mode:o}: run chmod 600 .*client\.key"):
+def test_a_key_that_others_can_touch_is_refused(folder: Path, name: str, mode: int) -> None:
+    (folder / name).chmod(mode)
+    with pytest.raises(IdentityError, match=rf"found {mode:o}: run chmod 600 .*{name}"):
         load_identity(folder, now=NOW)
-    (folder / "client.key").chmod(0o400)
+    (folder / name).chmod(0o400)
     load_identity(folder, now=NOW)
 
 
@@ -189,7 +214,7 @@ def test_an_expired_certificate_says_how_to_enrol_again(folder: Path) -> None:
         load_identity(folder, now=NOW - DAY)
 
 
-@pytest.mark.parametrize("name", ["client.key", "client.pem", "ca.pem"])
+@pytest.mark.parametrize("name", ["client.key", "signing.key", "client.pem", "ca.pem"])
 def test_a_missing_or_damaged_file_is_an_identity_error_that_names_the_folder(
     folder: Path, name: str
 ) -> None:
@@ -220,15 +245,61 @@ def test_files_of_two_identities_do_not_mix(authority: Authority, foreign: Autho
     load_identity(folder, now=NOW)
 
 
+def test_an_identity_signs_with_its_own_key_and_trusts_the_ca_unless_told_otherwise(
+    authority: Authority, folder: Path
+) -> None:
+    identity = enrol(authority)
+    signature = identity.signing.sign(b"message")
+    signing_key_of_pem(identity.signing_pem).public_key().verify(signature, b"message")
+    assert public_bytes(identity.signing) != public_bytes(enrol(authority).signing), (
+        "each enrolment has its own"
+    )
+    assert identity.authority == authority.issuer.key.public_key()
+    apart = ec.generate_private_key(ec.SECP256R1()).public_key()
+    save_identity(folder, replace(identity, authority_pem=authority_to_pem(apart)))
+    assert load_identity(folder, now=NOW).authority == apart
+    assert (folder / "authority.pem").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("damage", [b"", b"garbage"])
+def test_a_damaged_authority_is_never_replaced_by_the_ca(folder: Path, damage: bytes) -> None:
+    (folder / "authority.pem").write_bytes(damage)
+    with pytest.raises(IdentityError, match="authority"):
+        load_identity(folder, now=NOW)
+
+
+def test_an_enrolment_that_is_cut_off_between_its_files_is_found(
+    authority: Authority, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a site could sign with a key that its coordinator has never seen, or has superseded."""
+    new, write, left = enrol(authority), files.write_private, 0
+    for survivors in range(1, 4):
+        left = survivors
+
+        def crash(path: Path, data: bytes | str) -> None:
+            nonlocal left
+            if left == 0:
+                raise ConfigError("power cut")
+            left -= 1
+            write(path, data)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(client_identity, "write_private", crash)
+            with pytest.raises(ConfigError, match="power cut"):
+                save_identity(folder, new)
+        with pytest.raises(IdentityError, match=r"for another key.*fedge client enrol"):
+            load_identity(folder, now=NOW)
+
+
 def test_a_crash_at_any_write_of_a_renewal_leaves_a_usable_identity(
     authority: Authority, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = load_identity(folder, now=NOW)
-    key_pem, csr = make_csr(old.key_pem)
+    _, csr = make_csr(old.key_pem)
     reply = authority.renew(old.principal, csr, now=NOW + DAY)
-    new = accept_certificate(reply, key_pem=key_pem, ca_pem=old.ca_pem, site="icu-1", now=NOW + DAY)
+    new = accept_renewal(old, reply, now=NOW + DAY)
     write = files.write_private
-    for survivors in range(3):
+    for survivors in range(4):
         left = survivors
 
         def crash(path: Path, data: bytes | str) -> None:

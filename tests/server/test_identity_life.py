@@ -14,7 +14,7 @@ from pathlib import Path
 from threading import Barrier
 
 import pytest
-from authorities import is_refused, load_authority
+from authorities import enrol, is_refused, load_authority
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -54,14 +54,14 @@ def bootstrap(authority: Authority, site: str = "icu-1") -> Principal:
 
 
 def enrolled(authority: Authority, site: str = "icu-1") -> Principal:
-    return principal_of(authority.enrol(bootstrap(authority, site), csr(), now=NOW))
+    return principal_of(enrol(authority, bootstrap(authority, site), csr(), now=NOW))
 
 
 def test_of_many_threads_with_one_token_exactly_one_wins(authority: Authority) -> None:
     def attempt(token: Principal) -> bool:
         gate.wait()
         try:
-            return bool(load_authority(authority.folder).enrol(token, csr(), now=NOW))
+            return bool(enrol(load_authority(authority.folder), token, csr(), now=NOW))
         except IdentityError as error:
             if "already used" in str(error):
                 return False
@@ -92,7 +92,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from fedge.errors import IdentityError
 from fedge.principal import Token
-from authorities import load_authority
+from authorities import enrol, load_authority
 authority = load_authority(Path(sys.argv[1]))
 request = Path(sys.argv[2]).read_bytes()
 tokens = [Token.decode(line).principal for line in Path(sys.argv[3]).read_text().splitlines()]
@@ -100,7 +100,7 @@ print("ready", flush=True)
 sys.stdin.readline()
 for token in tokens:
     try:
-        authority.enrol(token, request, now=datetime.now(UTC))
+        enrol(authority, token, request, now=datetime.now(UTC))
         print("won", flush=True)
     except IdentityError as error:
         assert "already used" in str(error), error
@@ -213,7 +213,7 @@ def test_only_a_token_issued_after_the_revocation_lets_a_site_in_again(authority
     site, before = enrolled(authority), bootstrap(authority)
     authority.revoke("icu-1", now=NOW)
     with pytest.raises(IdentityError, match="cancelled"):
-        authority.enrol(before, csr(), now=NOW)
+        enrol(authority, before, csr(), now=NOW)
     assert is_refused(authority, site, now=NOW)
     again = enrolled(authority)
     authority.check(again, now=NOW)
@@ -263,10 +263,13 @@ def test_records_that_cannot_be_read_let_nobody_in(authority: Authority) -> None
 
 def test_auditors_find_who_was_let_in_and_put_out(authority: Authority, database: Database) -> None:
     enrolled(authority)
+    epoch = authority.directories.newest().directory.epoch
     authority.revoke("icu-1", now=NOW, actor="ops")
     found = [(event.kind, event.subject, event.actor) for event in Store(database).events()]
     assert found == [
+        ("directory_signed", f"epoch {epoch + 1}", ""),
         ("site_revoked", "icu-1", "ops"),
+        ("directory_signed", f"epoch {epoch}", ""),
         ("site_enrolled", "icu-1", ""),
         ("token_issued", "icu-1", ""),
         ("admin_issued", "admin", ""),

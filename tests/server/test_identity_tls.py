@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc
 import pytest
-from authorities import new_authority
+from authorities import enrol, new_authority
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -71,7 +71,7 @@ def credentials(authority: Authority, *, now: datetime) -> dict[str, tuple[bytes
     admin = authority.issue_admin("ops", now=now)
     return {
         "enrol/icu-1": (token.key_pem, token.certificate_pem),
-        "site/icu-1": (key_to_pem(key), authority.enrol(token.principal, csr(key), now=now)),
+        "site/icu-1": (key_to_pem(key), enrol(authority, token.principal, csr(key), now=now)),
         "admin/ops": (admin.key_pem, admin.certificate_pem),
     }
 

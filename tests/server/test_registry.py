@@ -20,6 +20,7 @@ from fedge_server.store.store import Store
 __all__ = ["database_url", "postgresql"]  # fixtures that the tests here ask for
 
 NOW = datetime(2026, 11, 25, tzinfo=UTC)
+KEY = b"k" * 32
 
 
 @pytest.fixture
@@ -44,8 +45,8 @@ def test_a_token_is_spent_once_and_its_site_is_in(registry: Registry, database: 
     assert registry.token_state(token) is None
     registry.add_token(token, now=NOW)
     assert registry.token_state(token) == "pending"
-    assert registry.enrol(token, site, now=NOW)
-    assert not registry.enrol(token, principal("site", "icu", 3), now=NOW)
+    assert registry.enrol(token, site, key=KEY, now=NOW)
+    assert not registry.enrol(token, principal("site", "icu", 3), key=KEY, now=NOW)
     holder = registry.holder("site", "icu")
     assert holder is not None
     assert holder.accepts(site)
@@ -57,14 +58,14 @@ def test_a_renewal_adds_a_certificate_and_an_enrolment_replaces_all(registry: Re
     first, second, third = (principal("site", "icu", serial) for serial in (10, 11, 12))
     token = principal("enrol", "icu", 1)
     registry.add_token(token, now=NOW)
-    registry.enrol(token, first, now=NOW)
+    registry.enrol(token, first, key=KEY, now=NOW)
     assert registry.renew(first, second, now=NOW)
     (holder,) = registry.holders("site")
     assert holder.accepts(first)
     assert holder.accepts(second)
     again = principal("enrol", "icu", 2)
     registry.add_token(again, now=NOW)
-    registry.enrol(again, third, now=NOW)
+    registry.enrol(again, third, key=KEY, now=NOW)
     (holder,) = registry.holders("site")
     assert [holder.accepts(each) for each in (first, second, third)] == [False, False, True]
     assert not registry.renew(first, principal("site", "icu", 13), now=NOW)
@@ -77,7 +78,7 @@ def test_a_revocation_cancels_tokens_and_refuses_certificates(registry: Registry
         principal("site", "icu", 3),
     )
     registry.add_token(token, now=NOW)
-    registry.enrol(token, site, now=NOW)
+    registry.enrol(token, site, key=KEY, now=NOW)
     registry.add_token(spare, now=NOW)
     registry.revoke("site", "icu", now=NOW)
     holder = registry.holder("site", "icu")
@@ -105,7 +106,7 @@ def test_of_two_processes_one_spends_a_token(registry: Registry, database_url: s
         beside.join()
         try:
             both.wait()
-            return Registry(beside).enrol(token, principal("site", "icu", serial), now=NOW)
+            return Registry(beside).enrol(token, principal("site", "icu", serial), key=KEY, now=NOW)
         finally:
             beside.close()
 

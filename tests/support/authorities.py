@@ -6,9 +6,12 @@ from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from fedge.errors import IdentityError
 from fedge.principal import Principal
-from fedge_server.identity import Authority, Credential
+from fedge.signing import prove, public_bytes
+from fedge_server.identity import DAY_S, Authority, Credential
 from fedge_server.store.database import Database
 from fedge_server.store.registry import Registry
 
@@ -35,3 +38,25 @@ def is_refused(authority: Authority, principal: Principal, *, now: datetime) -> 
     except IdentityError:
         return True
     return False
+
+
+def application(token: Principal, csr_der: bytes, key: Ed25519PrivateKey | None = None) -> dict[str, bytes]:
+    """The key and the proof that go with a request, by a new key unless one is given."""
+    key = key or Ed25519PrivateKey.generate()
+    proof = prove(key, federation=token.federation, site=token.name, csr_der=csr_der)
+    return {"key": public_bytes(key), "proof": proof}
+
+
+def enrol(
+    authority: Authority,
+    token: Principal,
+    csr_der: bytes,
+    *,
+    now: datetime,
+    key: Ed25519PrivateKey | None = None,
+    valid_for_s: float = 90 * DAY_S,
+) -> bytes:
+    """Enrol as a site does, with a key that it signs with and a proof of it."""
+    return authority.enrol(
+        token, csr_der, **application(token, csr_der, key), now=now, valid_for_s=valid_for_s
+    )

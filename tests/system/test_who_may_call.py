@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
+import authorities
 import grpc
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -15,6 +16,7 @@ from scripted import Stream, channel, status_of
 
 from fedge.files import write_private
 from fedge.principal import key_to_pem
+from fedge.signing import make_signing_key
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire import fedge_pb2_grpc as services
 from fedge_client.identity import Identity, make_csr, open_token
@@ -48,6 +50,7 @@ def unrecorded(federation: Federation, folder: Path, *, name: str) -> Path:
     )
     folder.mkdir()
     write_private(folder / "client.key", key_to_pem(key))
+    write_private(folder / "signing.key", make_signing_key())
     write_private(folder / "client.pem", to_pem(certificate))
     write_private(folder / "ca.pem", federation.authority.ca_pem)
     return folder
@@ -58,14 +61,14 @@ def admin_identity(federation: Federation) -> Identity:
     key, certificate, ca = (
         (federation.home / name).read_bytes() for name in ("admin.key", "admin.pem", "ca.pem")
     )
-    return Identity(None, key_pem=key, certificate_pem=certificate, ca_pem=ca)  # type: ignore[arg-type]
+    return Identity(None, key, certificate, ca, signing_pem=b"")  # type: ignore[arg-type]
 
 
 def bootstrap_identity(federation: Federation, site: str) -> Identity:
     """What a token lets its holder be."""
     ca = federation.authority.ca_pem
     token = open_token(federation.authority.issue_token(site, now=now()), ca_pem=ca, now=now())
-    return Identity(token.principal, key_pem=token.key_pem, certificate_pem=token.certificate_pem, ca_pem=ca)
+    return Identity(token.principal, token.key_pem, token.certificate_pem, ca, signing_pem=b"")
 
 
 def enrol(federation: Federation, folder: Path, token: str, *, ca: Path | None = None) -> tuple[int, str]:
@@ -91,6 +94,7 @@ FEDERATION_CALLS: dict[str, Callable[[services.FederationStub], object]] = {
     "Fetch": lambda stub: list(stub.Fetch(pb.FetchRequest())),
     "Deliver": lambda stub: stub.Deliver(iter([pb.DeliverRequest(update=pb.Update())])),
     "Renew": lambda stub: stub.Renew(pb.EnrolRequest(csr=make_csr()[1])),
+    "Keys": lambda stub: stub.Keys(pb.DirectoryRequest()),
 }
 ADMIN_CALLS: dict[str, Callable[[services.AdminStub], object]] = {
     "Submit": lambda stub: stub.Submit(iter([pb.SubmitRequest(submission=pb.Submission())])),
@@ -165,6 +169,7 @@ def test_a_certificate_of_another_federation_opens_nothing(bare: Federation, oth
         key_pem=foreign.key_pem,
         certificate_pem=foreign.certificate_pem,
         ca_pem=bare.authority.ca_pem,
+        signing_pem=b"",
     )
     with channel(bare.address, mixed) as opened:
         status, _ = status_of(lambda: services.AdminStub(opened).List(pb.ListRequest(), timeout=10))
@@ -210,6 +215,7 @@ def test_an_expired_token_opens_nothing_even_if_its_holder_ignores_the_date(bare
         key_pem=token.key_pem,
         certificate_pem=token.certificate_pem,
         ca_pem=bare.authority.ca_pem,
+        signing_pem=b"",
     )
     with channel(bare.address, identity) as opened:
         request = pb.EnrolRequest(csr=make_csr()[1])
@@ -266,7 +272,8 @@ def test_an_agent_whose_certificate_has_expired_says_so_and_ends(bare: Federatio
     identity = bare.enrol("aged")
     authority = bare.authority
     token = open_token(authority.issue_token("aged", now=now()), ca_pem=authority.ca_pem, now=now())
-    old = authority.enrol(token.principal, make_csr(identity.key_pem)[1], now=now(), valid_for_s=-60)
+    csr = make_csr(identity.key_pem)[1]
+    old = authorities.enrol(authority, token.principal, csr, now=now(), valid_for_s=-60)
     write_private(bare.folder / "aged" / "client.pem", old)
     done = fedge("client", "start", bare.folder / "aged" / "client.toml")
     assert done.returncode == 5

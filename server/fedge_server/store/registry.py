@@ -1,4 +1,4 @@
-"""What the authority remembers: enrolment tokens, and the holders of certificates.
+"""What the authority remembers: enrolment tokens, the holders of certificates, and the keys with which sites sign.
 
 The coordinator enrols while `fedge server token` writes in another process: changes are made one at a
 time, each in a transaction with the event that tells auditors of it. A token is spent by one update that
@@ -18,7 +18,11 @@ import sqlalchemy as sa
 from fedge.config import nearest
 from fedge.errors import ConfigError
 from fedge.principal import Principal, check_name
+from fedge.secagg.directory import Directory
+from fedge.signing import SignedDirectory
+from fedge_server.store import directories
 from fedge_server.store.database import Database
+from fedge_server.store.directories import Signing
 from fedge_server.store.events import add_event
 from fedge_server.store.records import Event
 from fedge_server.store.schema import certificates, holders, tokens, witnesses
@@ -45,7 +49,10 @@ class Holder:
 
 
 class Registry:
-    """The records, in a database that is open. Calls block, and raise StorageError if it cannot be used."""
+    """The records, in a database that is open. Calls block, and raise StorageError if it cannot be used.
+
+    A change with `signing` also signs the directory, in the same transaction, if the change is one to that.
+    """
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -74,8 +81,15 @@ class Registry:
             ).scalar()
             return cast("TokenState | None", found)
 
-    def enrol(self, token: Principal, site: Principal, *, now: datetime) -> bool:
-        """Spend a token and make `site` the only certificate of its name. False if it was not pending."""
+    def enrol(
+        self, token: Principal, site: Principal, *, key: bytes, now: datetime, signing: Signing | None = None
+    ) -> bool:
+        """Spend a token and make `site` the only certificate of its name, and `key` that with which it signs.
+        False if the token was not pending.
+
+        Raises:
+            IdentityError: the key is another site's.
+        """
         with self._changing() as connection:
             spent = connection.execute(
                 sa.update(tokens)
@@ -85,7 +99,9 @@ class Registry:
             if spent.rowcount != 1:
                 return False
             self._write_only(connection, "site", site, now=now)
+            directories.set_key(connection, site, key)
             _note(connection, now, "site_enrolled", site.name, detail=f"certificate {_hex(site.serial)}")
+            directories.sign_if_changed(connection, signing, now=now)
             return True
 
     def add_admin(self, admin: Principal, *, now: datetime) -> None:
@@ -94,11 +110,22 @@ class Registry:
             self._write_only(connection, "admin", admin, now=now)
             _note(connection, now, "admin_issued", admin.name, detail=f"certificate {_hex(admin.serial)}")
 
-    def renew(self, old: Principal, new: Principal, *, now: datetime) -> bool:
+    def renew(
+        self,
+        old: Principal,
+        new: Principal,
+        *,
+        key: bytes = b"",
+        now: datetime,
+        signing: Signing | None = None,
+    ) -> bool:
         """Add a site's certificate `new` beside its live ones. False if `old` is not one of them.
 
         At most 16 stay, the longest unused go first: a client that renews in a loop fills nothing, and
         cannot lose the certificate that it asks with.
+
+        Raises:
+            IdentityError: there is a `key`, and it is not the one that the site enrolled with.
         """
         with self._changing() as connection:
             holder = self._holder(connection, "site", old.name)
@@ -117,10 +144,14 @@ class Registry:
             newest = connection.execute(sa.select(sa.func.max(table.c.used))).scalar() or 0
             connection.execute(sa.update(table).where(table.c.serial == asking).values(used=newest + 1))
             self._add_certificate(connection, "site", new, used=newest + 2)
+            directories.extend_key(connection, new, key)
             _note(connection, now, "site_renewed", old.name, detail=f"certificate {fresh}")
+            directories.sign_if_changed(connection, signing, now=now)
             return True
 
-    def revoke(self, kind: Kind, name: str, *, now: datetime, actor: str = "") -> None:
+    def revoke(
+        self, kind: Kind, name: str, *, now: datetime, actor: str = "", signing: Signing | None = None
+    ) -> None:
         """Refuse this holder from now on, and cancel the tokens that could enrol it again.
 
         Raises:
@@ -137,6 +168,37 @@ class Registry:
                 known = nearest(name, list(names.scalars()))
                 raise ConfigError(f"expected an enrolled {kind}, found none named {name[:80]!r}; {known}")
             _note(connection, now, f"{kind}_revoked", name, actor=actor)
+            directories.sign_if_changed(connection, signing, now=now)
+
+    def sign(self, signing: Signing, *, now: datetime, anew: bool = False) -> None:
+        """Sign the directory if the newest one is not of what is active and under this key; `anew`, in any case."""
+        with self._changing() as connection:
+            directories.sign_if_changed(connection, signing, now=now, anew=anew)
+
+    def keep_directory(self, signed: SignedDirectory, *, now: datetime) -> None:
+        """Keep a directory that was signed elsewhere as the newest one.
+
+        Raises:
+            IdentityError: its epoch is not beyond the newest one's.
+        """
+        with self._changing() as connection:
+            directories.put(connection, signed, now=now)
+
+    def directory(self, federation: str) -> SignedDirectory | None:
+        """The newest signed directory, whoever has signed it; None if there never was one."""
+        with self._database.reading() as connection:
+            return directories.newest(connection, federation)
+
+    def directory_epoch(self) -> int:
+        """The newest signed directory's epoch; 0 if there is none."""
+        with self._database.reading() as connection:
+            return directories.newest_epoch(connection)
+
+    def pending_directory(self, federation: str, *, now: datetime) -> Directory:
+        """The directory that would be signed now, of what is active."""
+        with self._database.reading() as connection:
+            epoch = directories.next_epoch(connection, now=now)
+            return Directory.of(federation, epoch, directories.active(connection))
 
     def holder(self, kind: Kind, name: str) -> Holder | None:
         """The record of one holder; None if it was never enrolled."""

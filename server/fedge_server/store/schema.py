@@ -139,3 +139,27 @@ certificates: Final = sa.Table(
     ),
     sa.Index("ix_certificates_holder", "kind", "name"),
 )
+
+# With which Ed25519 key a site signs, and how long its newest certificate is valid: what a directory says of it. The
+# row stays when the site is revoked, so that nobody else can bring its key.
+identity_keys: Final = sa.Table(
+    "identity_keys",
+    metadata,
+    sa.Column("site", sa.Text, primary_key=True),
+    sa.Column("key", sa.LargeBinary, nullable=False),
+    sa.Column("not_before", sa.BigInteger, nullable=False),  # seconds, as is the next
+    sa.Column("not_after", sa.BigInteger, nullable=False),
+    sa.Index("ix_identity_keys_key", "key", unique=True),
+)
+
+# The newest signed directory: one row, or none. `directories.py` says what the columns mean.
+directories: Final = sa.Table(
+    "directories",
+    metadata,
+    sa.Column("epoch", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("signed_at", sa.Double, nullable=False),
+    sa.Column(
+        "statements", sa.Text, nullable=False
+    ),  # JSON: [site, key in hexadecimal, from, until], by site
+    sa.Column("signature", sa.LargeBinary, nullable=False),
+)

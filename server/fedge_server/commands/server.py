@@ -17,12 +17,14 @@ from fedge.logs import configure_logging
 from fedge.wire.address import split_address
 from fedge_server.app import serve
 from fedge_server.clock import now
+from fedge_server.commands import directory
 from fedge_server.identity import DAY_S, Authority
 from fedge_server.settings import AdminSettings, ServerSettings, load_server
 from fedge_server.state import authority_beside, database_of
 from fedge_server.store.registry import Registry
 
 app = typer.Typer(help="Run a coordinator.", no_args_is_help=True, add_completion=False)
+app.add_typer(directory.app, name="directory")
 
 _EVERYWHERE = ("0.0.0.0", "::", "[::]")  # noqa: S104  # compared with, not bound to
 ServerToml = Annotated[Path, typer.Argument(metavar="SERVER.toml", help="Written by `fedge server init`.")]

@@ -172,7 +172,7 @@ class Registry:
 
     def sign(self, signing: Signing, *, now: datetime, anew: bool = False) -> None:
         """Sign the directory if the newest one is not of what is active and under this key; `anew`, in any case."""
-        with self._changing() as connection:
+        with self._changing("directory") as connection:
             directories.sign_if_changed(connection, signing, now=now, anew=anew)
 
     def keep_directory(self, signed: SignedDirectory, *, now: datetime) -> None:
@@ -232,9 +232,9 @@ class Registry:
             connection.execute(sa.insert(witnesses), rows)
 
     @contextmanager
-    def _changing(self) -> Iterator[sa.Connection]:
+    def _changing(self, what: str = "store") -> Iterator[sa.Connection]:
         """A transaction that no other change to these records runs beside, in any process."""
-        with self._database.writing() as connection:
+        with self._database.writing(what) as connection:
             self._database.exclude(connection)
             yield connection
 

@@ -48,6 +48,7 @@ def test_a_signing_key_is_new_each_time_and_survives_its_pem() -> None:
         (make_signing_key()[:60], "PEM"),
         (key_to_pem(ec.generate_private_key(ec.SECP256R1())), "Ed25519"),
     ],
+    ids=["empty", "garbage", "cut short", "another curve"],
 )
 def test_what_is_no_signing_key_is_refused(pem: bytes, message: str) -> None:
     with pytest.raises(IdentityError, match=message):
@@ -135,6 +136,7 @@ def test_an_authority_is_read_from_its_certificate_or_its_public_key() -> None:
             "P-256",
         ),
     ],
+    ids=["empty", "garbage", "no key", "too long", "private", "another curve", "RSA"],
 )
 def test_what_is_no_authority_is_refused(pem: bytes, message: str) -> None:
     with pytest.raises(IdentityError, match=message):

@@ -14,7 +14,7 @@ from fedge.secagg.session import needed
 
 @dataclass(frozen=True, slots=True)
 class SecureTerms:
-    """Of secure aggregation: the fewest `least` members of a sum, and how many of a million must come to the end.
+    """Of secure aggregation: each sum is of `least` or more, and so many of a million members must come to the end.
 
     Each exchange of messages is given `exchange_s`. Without `consistency` the members do not compare who survived.
     """

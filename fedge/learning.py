@@ -96,6 +96,16 @@ class Learning:
             RunError: the new model has NaN or infinity in it.
         """
         aggregate = Pipeline(self._reduction(order)).finish(self._folded(order), *updates)
+        return self.close_with(order, aggregate, source=source)
+
+    def close_with(
+        self, order: OrderId, aggregate: Aggregate, *, source: SecureSource | None = None
+    ) -> tuple[Learning, Aggregate]:
+        """As `close`, with an aggregate that was made elsewhere: as a secure sum.
+
+        Raises:
+            RunError: the new model has NaN or infinity in it.
+        """
         rest = self.abandon(order)
         if self.central is not None:
             assert self.noising is not None  # both or neither

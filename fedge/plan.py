@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from fedge.cohort import Terms
+from fedge.cohort import SecureTerms, Terms
 from fedge.errors import ConfigError
 from fedge.run import RunConfig
 from fedge.strategy import WorkKind
@@ -35,9 +35,13 @@ class Plan:
     separation: int = 1
 
     @classmethod
-    def of(cls, run: RunConfig, *, kind: WorkKind, max_staleness: int | None) -> Plan:
+    def of(
+        cls, run: RunConfig, *, kind: WorkKind, max_staleness: int | None, secure: SecureTerms | None = None
+    ) -> Plan:
         cohort = run.cohort
-        terms = Terms(cohort.size, cohort.needed, cohort.over_select, cohort.deadline_s, cohort.wait_s)
+        terms = Terms(
+            cohort.size, cohort.needed, cohort.over_select, cohort.deadline_s, cohort.wait_s, secure
+        )
         return cls(
             rounds=run.rounds,
             kind=kind,
@@ -55,7 +59,7 @@ class Plan:
     def fewest_clients(self) -> int:
         """With fewer the run cannot come to its end, even if nobody ever fails. They are enough where every
         round asks for `size` clients, and needs them."""
-        needed, asked = (self.terms.quorum, self.terms.asked) if self.max_staleness is None else (1, 1)
+        needed, asked = (self.terms.fewest, self.terms.asked) if self.max_staleness is None else (1, 1)
         beside_the_resting = (min(self.separation, self.rounds) - 1) * asked + needed
         turns = self.max_participations or self.rounds
         return max(beside_the_resting, -(-self.rounds * needed // turns))

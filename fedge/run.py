@@ -102,18 +102,35 @@ class CheckpointConfig(Config):
 
 
 class SecureAggregation(Config):
-    """`[secure_aggregation]`. Not in this version: a run that asks for it is refused, never downgraded."""
+    """`[secure_aggregation]`: the coordinator can read the sum of a round's updates, and none of them.
+
+    At least `threshold` of a sum's members must come to the end (more than two thirds in any case). Elements of an
+    update travel with `bits` bits; they are cut to `bound`, and a site's weight to `max_weight`, so that sums fit.
+    With `rotate` the bound is on the update's norm, and few bits go further. Metrics ride in the sum by their names.
+    """
 
     enabled: bool = False
-    threshold: Annotated[float, Field(gt=0.5, le=1)] | None = None
+    threshold: Annotated[float, Field(ge=0.67, le=1)] | None = None
+    suite: Literal["x25519", "x25519-mlkem768"] = "x25519"
+    bits: Annotated[int, Field(ge=8, le=32)] = 32
+    bound: Positive = 10.0
+    max_weight: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000
+    rotate: bool = False
+    consistency: bool = True
+    exchange_s: Annotated[float, Field(gt=0, le=3600)] = 60.0
+    metrics: tuple[Annotated[str, Field(min_length=1, max_length=100)], ...] = (
+        "train_loss",
+        "loss",
+        "accuracy",
+    )
 
-    @model_validator(mode="after")
-    def _available(self) -> SecureAggregation:
-        if self.enabled:
-            raise ValueError(
-                "enabled: secure aggregation is not in this version; set it to false to run without"
-            )
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        """A list of names, as TOML has it, is a tuple."""
+        if isinstance(value, dict) and isinstance(value.get("metrics"), list):
+            return {**value, "metrics": tuple(value["metrics"])}
+        return value
 
 
 class Compression(Config):
@@ -151,12 +168,14 @@ class Simulation(Config):
     """`[simulation]`: how `fedge simulate` makes clients; a deployment ignores it.
 
     `partition = "task"` lets the task's `data(site)` divide the data by `site.index` of `site.count`;
-    "iid" and "dirichlet" divide the one data set that the task gives for index 0 of 1.
+    "iid" and "dirichlet" divide the one data set that the task gives for index 0 of 1. Secure aggregation is
+    "ideal", the sum in the ring without any keys, or the "protocol" itself; both give the same bits.
     """
 
     clients: Count = 10
     partition: Literal["task", "iid", "dirichlet"] = "task"
     alpha: Positive = 0.5
+    secure_aggregation: Literal["ideal", "protocol"] = "ideal"
     faults: FaultsConfig = FaultsConfig()
 
 
@@ -176,6 +195,27 @@ class RunConfig(Config):
     secure_aggregation: SecureAggregation = SecureAggregation()
     compression: Compression = Compression()
     simulation: Simulation = Simulation()
+
+    @model_validator(mode="after")
+    def _summable(self) -> RunConfig:
+        """Whether a secure sum can be what is asked for."""
+        if not self.secure_aggregation.enabled:
+            return self
+        if self.cohort.needed < 3:
+            raise ValueError(
+                f"cohort.quorum: expected 3 or more with secure aggregation, found {self.cohort.needed}: of a sum of "
+                "two, each of them knows the other's part"
+            )
+        if self.privacy.unit == "client":
+            raise ValueError(
+                'privacy.unit: "client" with secure aggregation is not in this version; use "example", or leave one out'
+            )
+        if self.privacy.unit != "none" and self.evaluation_every:
+            raise ValueError(
+                "privacy.evaluation_noise_multiplier: evaluations with noise and secure aggregation are not in this "
+                "version; set evaluation.every = 0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _compatible(self) -> RunConfig:

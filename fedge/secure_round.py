@@ -302,7 +302,11 @@ def _in_whole_shards(round: Round, clients: frozenset[str]) -> frozenset[str]:
     """Those of `clients` in whose shard enough of them are."""
     terms = _terms(round)
     return frozenset().union(
-        *(each & clients for each in _shards(round) if len(each & clients) >= terms.needed(len(each)))
+        *(
+            each & clients
+            for each in _shards(round)
+            if len(each & clients) >= max(terms.needed(len(each)), terms.least)
+        )
     )
 
 

@@ -103,6 +103,8 @@ def keys_of(model: type[BaseModel]) -> dict[str, Key]:
         for each in field.metadata:
             annotation = Annotated[annotation, each]  # type: ignore[valid-type]
         default = None if field.is_required() else field.get_default(call_default_factory=True)
+        if isinstance(default, tuple):  # as TOML has it
+            default = list(default)
         out[name] = Key(describe(TypeAdapter(annotation).json_schema()), field.is_required(), default)
     return out
 

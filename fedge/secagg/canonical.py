@@ -36,6 +36,18 @@ def bitmap(members: list[bool]) -> bytes:
     )
 
 
+def members_of(data: bytes, count: int) -> frozenset[int]:
+    """The numbers, from 1, of the bits that are set in a bitmap of `count` members.
+
+    Raises:
+        ValueError: it is of another size, or has bits beyond.
+    """
+    bits = int.from_bytes(data, "little")
+    if len(data) != (count + 7) // 8 or bits >> count:
+        raise ValueError(f"expected a bit for each of {count} members, found {len(data)} bytes")
+    return frozenset(number for number in range(1, count + 1) if bits >> (number - 1) & 1)
+
+
 def _encoded(field: Field) -> bytes:
     if isinstance(field, int):
         if not 0 <= field < 1 << 64:

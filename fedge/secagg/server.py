@@ -9,7 +9,7 @@ Nothing that a site relies on depends on this side: it may do what it likes, and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy as np
 from fedge.errors import BlamedError, RemoteProtocolError, RunError
 from fedge.refusal import Refusal, RefusalCode
 from fedge.secagg import decoding, shamir
+from fedge.secagg.canonical import bitmap
 from fedge.secagg.directory import Directory
 from fedge.secagg.keys import BadKeyError, BadSealError, KeyPair, derive, open_seal
 from fedge.secagg.masks import KEY_BYTES
@@ -69,6 +70,11 @@ class Gathering:
         if key is None or not verified(key, advertisement.signature, advertisement.signed()):
             raise RemoteProtocolError(f"expected keys that {site} has signed with its identity")
         return replace(self, advertisements={**self.advertisements, site: advertisement})
+
+    def only(self, sites: Collection[str]) -> Gathering:
+        """Without those that are not wanted any more."""
+        kept = {site: each for site, each in self.advertisements.items() if site in sites}
+        return replace(self, advertisements=kept)
 
     def close(self) -> Sharing:
         """Nobody else takes part.
@@ -173,7 +179,8 @@ class Collecting:
         Raises:
             RunError: too few have arrived.
         """
-        _check_enough("have handed in their input", len(self.arrived), self.needed)
+        needed = max(self.needed, self.context.least)
+        _check_enough("have handed in their input", len(self.arrived), needed)
         return Consenting(self.context, self.directory, self.roster, self.sid, self.shares, self.arrived)
 
 
@@ -188,6 +195,11 @@ class Consenting:
     shares: Mapping[int, Shares] = field(repr=False)
     survivors: frozenset[int]
     consents: Mapping[int, bytes] = field(default_factory=dict)
+
+    @property
+    def bitmap(self) -> bytes:
+        """The survivors, a bit for each of the roster."""
+        return bitmap([number in self.survivors for number in self.roster.numbers])
 
     @property
     def enough(self) -> bool:

@@ -40,8 +40,8 @@ class Context:
     """What a session is about; every member must mean the same.
 
     `vectors` says how numbers are encoded, `privacy` which noise is inside, `offer` what was agreed for the run; all
-    three and the model are digests. `least` is the fewest members, `threshold_ppm` how many of a million of them must
-    come to the end; `epoch` that of the directory in which their keys are. `shard` of `shards` sums apart.
+    three and the model are digests. `least` is the fewest whose sum it may be, `threshold_ppm` how many of a million
+    members must come to the end; `epoch` that of the directory with their keys. `shard` of `shards` sums apart.
     """
 
     federation: str

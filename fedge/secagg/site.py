@@ -287,7 +287,7 @@ class Masked:
             raise _bad_survivors("some that have not shared their seeds")
         if self.number not in found:
             raise _bad_survivors("all but this site, whose input was handed in")
-        needed = self.context.needed(len(self.roster))
+        needed = max(self.context.needed(len(self.roster)), self.context.least)
         if len(found) < needed:
             raise _bad_survivors(f"{len(found)} members, where {needed} are needed")
         signature = self._signer.sign(consent_signed(self.sid, self.number, self.roster, found))

@@ -23,11 +23,25 @@ BOUND: Final = 2.0**20
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """The sums over members: of ones, of weights, and the metrics' means (NaN if nobody has reported one)."""
+    """The sums over members: of ones, of weights, and for each metric of weighted values and of the weights that it
+    was reported with."""
 
     members: int
     weight: int
-    metrics: Mapping[str, float]
+    totals: Mapping[str, tuple[float, int]]
+
+    @property
+    def means(self) -> dict[str, float]:
+        """Each metric's weighted mean over those who have reported it; none of one that nobody has."""
+        return {name: value / weight for name, (value, weight) in self.totals.items() if weight}
+
+    def plus(self, other: Summary) -> Summary:
+        """Of the members of both."""
+        totals = {
+            name: (value + other.totals[name][0], weight + other.totals[name][1])
+            for name, (value, weight) in self.totals.items()
+        }
+        return Summary(self.members + other.members, self.weight + other.weight, totals)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +98,14 @@ class Tail:
         """
         numbers = [int(number) for number in RING.signed(total)]
         count, weight = numbers[:2]
-        means = {}
+        totals = {}
         possible = count == members and members <= weight <= members * self.max_weight
         for name, value, reported in zip(self.metrics, numbers[2::2], numbers[3::2], strict=True):
             possible &= 0 <= reported <= weight and abs(value) <= (reported * BOUND + members) * self.steps
-            means[name] = value / self.steps / reported if reported else math.nan
+            totals[name] = value / self.steps, reported
         if not possible:
             raise RunError(
                 f"the secure sum says that {count} members of weight {weight} are in it, where {members} are: one of "
                 "them has sent something else"
             )
-        return Summary(count, weight, means)
+        return Summary(count, weight, totals)

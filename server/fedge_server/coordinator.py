@@ -156,6 +156,11 @@ class Coordinator:
             StorageError: the run cannot be kept.
         """
         config, model = submission.config, submission.model
+        if config.secure_aggregation.enabled:
+            raise ConfigError(
+                "secure_aggregation.enabled: secure aggregation of a deployed run is not in this version: simulate "
+                "it, or set it to false to run without"
+            )
         if len(self._open_runs()) >= self.settings.max_runs:
             raise RunError(f"this coordinator has its {self.settings.max_runs} open runs; stop one first")
         strategy = load_strategy(config.strategy, config.work, allowed=self.settings.strategies)

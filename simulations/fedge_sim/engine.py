@@ -7,10 +7,10 @@ so a seed fixes every bit of the result.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -22,28 +22,35 @@ from fedge.events import (
     Cancel,
     Close,
     DeadlinePassed,
+    Disclose,
+    Enlist,
     Event,
     Failed,
     GiveUp,
     Joined,
     Left,
+    Mask,
     OrderId,
     Reject,
+    Remind,
     Send,
     StartTimer,
+    Survive,
+    Unmask,
 )
 from fedge.history import Row
 from fedge.learning import Learning
-from fedge.pipeline import Update
+from fedge.pipeline import Aggregate, Update
 from fedge.plan import Plan
 from fedge.privacy.central import Central
 from fedge.privacy.secure import SecureSource
 from fedge.refusal import Refusal, RefusalCode
 from fedge.run import RunConfig
 from fedge.run_state import Finish, Returned, RunEffect, RunEvent, Stop
+from fedge.secagg.terms import SumTerms
 from fedge.seeds import derive_key, work_seed
 from fedge.snapshot import revive, take
-from fedge.strategy import WorkKind, load_strategy
+from fedge.strategy import AnyStrategy, WorkKind, load_strategy
 from fedge.task import Task, load_task
 from fedge.vector import Array, Model
 from fedge_client.gate import Released, layers_of, release
@@ -57,6 +64,10 @@ from fedge_sim.faults import Faults, corrupt
 from fedge_sim.population import Population
 from fedge_sim.privacy import Accounts
 from fedge_sim.result import Result
+from fedge_sim.secure import SecureSums
+
+MOST_CRASHES: Final = 1000
+"""Of the coordinator in one round: a crash ends an attempt at a secure sum, so that some would never end."""
 
 Callback = Callable[[Row], None]
 """Called with each committed round; for an evaluated one a second time, with the evaluation's metrics."""
@@ -113,6 +124,23 @@ def _with(run: RunConfig, *, clients: int | None, rounds: int | None, seed: int 
     return changed
 
 
+def _secure_sums(
+    run: RunConfig, strategy: AnyStrategy, size: int, clients: Collection[str]
+) -> SecureSums | None:
+    """What sums the run's updates securely; None where nothing does."""
+    terms = SumTerms.of(run, strategy)
+    if terms is None:
+        return None
+    return SecureSums(
+        terms,
+        seed=run.seed,
+        size=size,
+        clients=clients,
+        exchange_s=run.secure_aggregation.exchange_s,
+        protocol=run.simulation.secure_aggregation == "protocol",
+    )
+
+
 class _Engine:
     """Executes the machine's effects: a queue of orders, one trainer, no clock but for the report.
 
@@ -135,7 +163,10 @@ class _Engine:
         terms = self._accounts.terms
         # At example level the clip is for the gradients of examples, not for updates.
         self._clip = None if terms and terms.unit == "example" else run.privacy.clip
-        plan = Plan.of(run, kind=kind, max_staleness=strategy.max_staleness)
+        self._stuck = 0  # crashes since a round was committed
+        self._secure = _secure_sums(run, strategy, self._learning.layout.size, self._population.names)
+        secure = self._secure.of_round if self._secure is not None else None
+        plan = Plan.of(run, kind=kind, max_staleness=strategy.max_staleness, secure=secure)
         plan.check_population(len(self._population.names))
         self._machine, effects = federation.begin(plan, frozenset(self._population.names))
         self._effects = effects
@@ -178,6 +209,8 @@ class _Engine:
         """The next thing that happens: somebody is back, late or at work, or else a deadline passes."""
         if (client := self._faults.back(self._machine)) is not None:
             self._handle(Joined(client), None)
+        elif self._secure is not None and self._secure.events:
+            self._handle(self._secure.events.popleft(), None)
         elif (late := self._faults.overdue(self._machine)) is not None:
             self._handle(Arrived(late.client, late.order), None)  # nobody will look at what was computed
         elif self._orders:
@@ -284,6 +317,13 @@ class _Engine:
         That is what the deployed one keeps, and the same functions read and write it. The clients come
         back; what is not asked of them again is no longer wanted.
         """
+        self._stuck += 1
+        if self._stuck > MOST_CRASHES:
+            raise RunError(
+                f"the coordinator crashed {MOST_CRASHES} times in round {self._machine.committed + 1}, at every "
+                f"{self._run.simulation.faults.crash_every} events, between which it cannot be completed: choose a "
+                "larger simulation.faults.crash_every"
+            )
         strategy, layout = self._learning.strategy, self._learning.layout
         blank = Model(np.zeros(layout.size, np.float32), layout)
         begun = Learning.begin(strategy, blank, self._learning.central)
@@ -294,6 +334,8 @@ class _Engine:
             kept.setdefault(order, []).append(update.client)
         self._learning = learning
         self._timers.clear()
+        if self._secure is not None:
+            self._secure.clear()
         machine, effects = federation.resume(decode_machine(encode_machine(self._machine)), kept)
         for client in sorted(machine.clients - self._faults.away.keys()):
             machine, more = federation.step(machine, Returned(client))
@@ -327,22 +369,28 @@ class _Engine:
                 case Close(order, _):
                     self._close(order)
                 case GiveUp(order, _):
-                    self._learning = self._learning.abandon(order)
-                    self._kept.pop(order.kind, None)
-                    self._drop_timers(order)
+                    self._give_up(order)
                 case Finish():
                     self._orders.clear()
+                case Enlist() | Mask() | Remind() | Survive() | Disclose() | Unmask():
+                    assert self._secure is not None  # only such rounds want it
+                    self._secure.do(effect)
 
     def _send(self, send: Send) -> None:
         if send in self._orders or send in self._faults.late:
             return  # a coordinator that has started again tells a client what it is doing already
         if not self._orders and send.order.kind != "evaluate" and not self._up:
             self._began = time.perf_counter()
+        if self._secure is not None:
+            self._secure.ask(send.client, send.order)
         model = self._learning.model.vector
         self._orders[send] = model
         self._down += model.nbytes
 
     def _fold(self, client: str, order: OrderId, staleness: int, released: Released) -> None:
+        if self._secure is not None:
+            self._up += self._secure.add(client, order, released)
+            return
         vector = released.vector
         update = Update(client, vector, released.num_examples, released.metrics, staleness)
         self._learning = self._learning.fold(order, update)
@@ -351,31 +399,51 @@ class _Engine:
             self._kept.setdefault(order.kind, []).append((order, kept))
         self._up += vector.nbytes
 
+    def _give_up(self, order: OrderId) -> None:
+        if self._secure is not None:
+            self._secure.drop(order)
+        self._learning = self._learning.abandon(order)
+        self._kept.pop(order.kind, None)
+        self._drop_timers(order)
+        if order.kind != "evaluate" and self._machine.committed == order.round:  # it is spent, and over
+            self._put(order, Aggregate(np.zeros(0, np.float32), (), 0))
+
     def _close(self, order: OrderId) -> None:
         self._drop_timers(order)
         self._kept.pop(order.kind, None)
-        self._learning, aggregate = self._learning.close(order, source=self._noise(order))
-        if order.kind == "evaluate":
-            row = self._rows[order.round - 1]
-            row = replace(row, metrics={**row.metrics, **aggregate.metrics})
-            self._rows[order.round - 1] = row
+        if self._secure is not None:
+            self._learning, aggregate = self._learning.close_with(order, self._secure.take(order))
         else:
-            now = time.perf_counter()
-            row = Row(
-                round=order.round,
-                attempt=order.attempt,
-                clients=aggregate.clients,
-                num_examples=aggregate.num_examples,
-                seconds=now - self._began,
-                bytes_down=self._down,
-                bytes_up=self._up,
-                refused=self._refused,
-                staleness=aggregate.staleness,
-                metrics=aggregate.metrics,
-            )
-            self._rows.append(row)
-            self._refused = self._up = self._down = 0
-            self._began = now
+            self._learning, aggregate = self._learning.close(order, source=self._noise(order))
+        if order.kind != "evaluate":
+            self._put(order, aggregate)
+            return
+        row = self._rows[order.round - 1]
+        row = replace(row, metrics={**row.metrics, **aggregate.metrics})
+        self._rows[order.round - 1] = row
+        self._tell(row)
+
+    def _put(self, order: OrderId, aggregate: Aggregate) -> None:
+        """A round is committed."""
+        now = time.perf_counter()
+        row = Row(
+            round=order.round,
+            attempt=order.attempt,
+            clients=aggregate.clients,
+            num_examples=aggregate.num_examples,
+            seconds=now - self._began,
+            bytes_down=self._down,
+            bytes_up=self._up,
+            refused=self._refused,
+            staleness=aggregate.staleness,
+            metrics=aggregate.metrics,
+        )
+        self._rows.append(row)
+        self._refused = self._up = self._down = self._stuck = 0
+        self._began = now
+        self._tell(row)
+
+    def _tell(self, row: Row) -> None:
         for callback in self._callbacks:
             callback(row)
 

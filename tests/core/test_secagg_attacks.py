@@ -319,6 +319,16 @@ def test_survivors_that_cannot_be_are_refused(play, survivors, found):
     refused(RefusalCode.SURVIVORS_INVALID, lambda: play.sites[1].consent(survivors), found)
 
 
+def test_a_sum_of_fewer_than_the_sites_agreed_on_is_refused_though_they_could_open_it():
+    play = Play(6, context(least=6))
+    play.input(play.share(play.gather(play.advertise())), vectors_for(6, size=4, bits=32))
+    refused(
+        RefusalCode.SURVIVORS_INVALID,
+        lambda: play.sites[1].consent({1, 2, 3, 4, 5}),
+        "5 members, where 6 are needed",
+    )
+
+
 def test_a_survivor_that_has_not_shared_is_refused():
     play = Play(6)
     play.input(play.share(play.gather(play.advertise()), without=[6]), vectors_for(6, size=4, bits=32))

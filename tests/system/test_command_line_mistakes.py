@@ -57,7 +57,11 @@ RUNS = {
         "is not one that this coordinator may import",
         2,
     ),
-    "secure aggregation": (HEAD + "[secure_aggregation]\nenabled = true\n", "not in this version", 2),
+    "secure aggregation": (
+        HEAD + "[secure_aggregation]\nenabled = true\n",
+        "of a deployed run is not in this version",
+        2,
+    ),
     "a task that is not there": (HEAD.replace("tiny:task", "nowhere:task"), "cannot import task", 3),
     "a task that is none": (
         HEAD.replace("tiny:task", "tiny:loss"),

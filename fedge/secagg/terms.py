@@ -1,0 +1,245 @@
+"""What a run asks for in secure aggregation, in numbers that everybody knows, and the encoding that follows from them.
+
+Nothing here is secret; all of it is in the context that every member signs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from fedge.cohort import SecureTerms
+from fedge.errors import ConfigError, RunError
+from fedge.pipeline import Aggregate, Mean
+from fedge.privacy.secure import SecureSource
+from fedge.run import RunConfig
+from fedge.secagg.canonical import digest
+from fedge.secagg.fixed_point import FixedPoint
+from fedge.secagg.keys import Suite
+from fedge.secagg.ring import Ring, Words
+from fedge.secagg.rotation import Rotation
+from fedge.secagg.session import MAX_MEMBERS, MILLION, MIN_MEMBERS
+from fedge.secagg.shards import shards_for
+from fedge.secagg.tail import RING, Summary, Tail
+from fedge.strategy import AnyStrategy
+from fedge.vector import Array
+
+MAX_CLIENTS: Final = 1 << 20
+MAX_NAMES: Final = 64
+
+SUITES: Final = {"x25519": Suite.X25519, "x25519-mlkem768": Suite.X25519_MLKEM768}
+
+
+@dataclass(frozen=True, slots=True)
+class SumTerms:
+    """How a run's updates are summed.
+
+    Each sum is of `least` sites or more, all sums of an order of `clients` at most; of those who begin with a sum,
+    `threshold_ppm` of a million must come to its end. Elements of updates are at most `bound` (or cut to it), or with
+    `rotate` their L2 norm is; `bits` are those of an element. `metrics` are the names of those that ride beside.
+
+    Raises:
+        ValueError: a number is out of range, or the sums do not fit in the bits.
+    """
+
+    least: int
+    clients: int
+    bound: float
+    suite: Suite = Suite.X25519
+    bits: int = 32
+    threshold_ppm: int = 0
+    consistency: bool = True
+    max_weight: int = 1
+    rotate: bool = False
+    metrics: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not MIN_MEMBERS <= self.least <= self.clients <= MAX_CLIENTS:
+            raise ValueError(
+                f"expected sums of {MIN_MEMBERS} sites or more, of two of which each knows the other's part, and of at "
+                f"most {MAX_CLIENTS}; found {self.least} to {self.clients}"
+            )
+        if self.least > MAX_MEMBERS:
+            raise ValueError(
+                f"least: expected at most {MAX_MEMBERS} sites, the most that one sum has, found {self.least}"
+            )
+        if not 0 <= self.threshold_ppm <= MILLION:
+            raise ValueError(f"threshold: expected 0 to 1, found {self.threshold_ppm / MILLION}")
+        if len(self.metrics) > MAX_NAMES or len(set(self.metrics)) != len(self.metrics):
+            raise ValueError(f"metrics: expected at most {MAX_NAMES} different names, found {self.metrics}")
+        self.encoding(1, b"")
+
+    @classmethod
+    def of(cls, run: RunConfig, strategy: AnyStrategy) -> SumTerms | None:
+        """The terms of a run; None without secure aggregation.
+
+        Raises:
+            ConfigError: the strategy cannot do with a sum, or the sums do not fit.
+        """
+        config, cohort = run.secure_aggregation, run.cohort
+        if not config.enabled:
+            return None
+        reduction = strategy.reduction
+        if not isinstance(reduction, Mean):
+            raise ConfigError(
+                "secure_aggregation: expected a strategy that needs the mean of updates alone, found "
+                f"{run.strategy.name!r} with {type(reduction).__name__}, which looks at each of them"
+            )
+        if strategy.max_staleness is not None:
+            raise ConfigError(
+                f"secure_aggregation: expected a strategy with rounds, found {run.strategy.name!r}, which takes each "
+                "update as it comes: there is nothing to hide it among"
+            )
+        clients = math.ceil(round(cohort.size * cohort.over_select, 6))
+        weighted = reduction.weighting == "examples" and run.privacy.unit == "none"
+        try:
+            return cls(
+                least=_least(cohort.needed, clients),
+                clients=clients,
+                bound=config.bound,
+                suite=SUITES[config.suite],
+                bits=config.bits,
+                threshold_ppm=math.ceil((config.threshold or 0) * MILLION),
+                consistency=config.consistency,
+                max_weight=config.max_weight if weighted else 1,
+                rotate=config.rotate,
+                metrics=config.metrics,
+            )
+        except ValueError as error:
+            raise ConfigError(f"secure_aggregation: {error}") from None
+
+    @property
+    def members(self) -> int:
+        """The most that one session has: what ranges are made for."""
+        return min(self.clients, MAX_MEMBERS)
+
+    @property
+    def shards(self) -> int:
+        return shards_for(self.clients)
+
+    def of_round(self, exchange_s: float) -> SecureTerms:
+        """What the round's machine goes by."""
+        return SecureTerms(self.least, self.threshold_ppm, self.consistency, exchange_s)
+
+    def encoding(self, size: int, seed: bytes) -> Encoding:
+        """Of vectors of `size` elements (0: of an evaluation, which has none). Those of one seed rotate alike."""
+        tail = Tail(self.metrics, self.members, self.max_weight)
+        if not size:
+            return Encoding(None, tail, None)
+        rotation = Rotation(size, digest("rotation", seed)) if self.rotate else None
+        bound = rotation.largest(self.bound) if rotation is not None else self.bound
+        return Encoding(FixedPoint(size, bound, self.members, self.max_weight, self.bits), tail, rotation)
+
+    @property
+    def digest(self) -> bytes:
+        """What stands for the encoding in a session's context: 32 bytes."""
+        return digest(
+            "vectors",
+            *(self.bits, float(self.bound).hex(), self.clients, self.max_weight, int(self.rotate)),
+            *self.metrics,
+        )
+
+
+def _least(quorum: int, clients: int) -> int:
+    """Of how many each sum is at least where `quorum` are enough in all: a shard that is three deviations below the
+    average of shards is left out."""
+    average = quorum / shards_for(clients)
+    return quorum if average == quorum else max(MIN_MEMBERS, math.floor(average - 3 * math.sqrt(average)))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Summed:
+    """What a secure sum says: the weighted sum of vectors, float64[size] (empty for an evaluation), and the rest."""
+
+    vector: npt.NDArray[np.float64]
+    summary: Summary
+
+
+def mean_of(sums: Sequence[Summed], clients: Sequence[str]) -> Aggregate:
+    """The weighted mean of all that is in these sums, which are of different members: two sums make a mean."""
+    vector, summary = sums[0].vector, sums[0].summary
+    for each in sums[1:]:
+        vector, summary = vector + each.vector, summary.plus(each.summary)
+    mean = (vector / summary.weight).astype(np.float32)
+    return Aggregate(mean, tuple(sorted(clients)), summary.weight, summary.means)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """An update as two vectors of rings: its elements, and what rides beside. `body` None: it has no elements."""
+
+    body: FixedPoint | None
+    tail: Tail
+    rotation: Rotation | None
+
+    @property
+    def rings(self) -> list[tuple[Ring, int]]:
+        """The rings, and how many elements each vector has."""
+        body = [(self.body.ring, self.body.size)] if self.body is not None else []
+        return [*body, (RING, self.tail.size)]
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of an encoded update on the wire."""
+        return sum(ring.packed_bytes(size) for ring, size in self.rings)
+
+    def encode(
+        self, vector: Array, weight: int, metrics: Mapping[str, float], source: SecureSource
+    ) -> list[Words]:
+        """One member's part; `vector` is float32[size], the weight is cut to the largest.
+
+        Raises:
+            ValueError: the vector is not finite, or of another size, or the weight is below 1.
+        """
+        weight = min(weight, self.tail.max_weight)
+        encoded = [self.tail.encode(weight, metrics)]
+        if self.body is None:
+            return encoded
+        if not np.isfinite(vector).all():  # before the rotation, which would make NaN of all of it
+            raise ValueError("expected a finite vector to encode, found NaN or infinity in it")
+        rotated = self.rotation.apply(vector) if self.rotation is not None else vector
+        return [self.body.encode(rotated, weight, source), *encoded]
+
+    def zeros(self) -> list[Words]:
+        """The sum of nothing."""
+        return [ring.zeros(size) for ring, size in self.rings]
+
+    def decode(self, total: Sequence[Words], members: int) -> Summed:
+        """What the sum of so many members' parts says.
+
+        Raises:
+            RunError: they cannot have made it.
+        """
+        summary = self.tail.decode(total[-1], members)
+        if self.body is None:
+            return Summed(np.zeros(0), summary)
+        found = self.body.decode(total[0], members)
+        if self.rotation is not None:
+            found = self.rotation.undo(found.astype(np.float32)).astype(np.float64)
+        if not np.isfinite(found).all():
+            raise RunError("the secure sum has infinity in it: choose a smaller bound")
+        return Summed(found, summary)
+
+    def pack(self, vectors: Sequence[Words]) -> bytes:
+        """As they are sent, one after the other."""
+        return b"".join(ring.pack(words) for (ring, _), words in zip(self.rings, vectors, strict=True))
+
+    def unpack(self, data: bytes | memoryview) -> list[Words]:
+        """What `pack` was given.
+
+        Raises:
+            ValueError: it is of another length.
+        """
+        if len(data) != self.packed_bytes:
+            raise ValueError(f"expected {self.packed_bytes} bytes, found {len(data)}")
+        view, out = memoryview(data), []
+        for ring, size in self.rings:
+            length = ring.packed_bytes(size)
+            out.append(ring.unpack(view[:length], size))
+            view = view[length:]
+        return out

@@ -68,6 +68,8 @@ class SumTerms:
             raise ValueError(
                 f"least: expected at most {MAX_MEMBERS} sites, the most that one sum has, found {self.least}"
             )
+        if not 8 <= self.bits <= 32:
+            raise ValueError(f"bits: expected 8 to 32 of an element, found {self.bits}")
         if not 0 <= self.threshold_ppm <= MILLION:
             raise ValueError(f"threshold: expected 0 to 1, found {self.threshold_ppm / MILLION}")
         if len(self.metrics) > MAX_NAMES or len(set(self.metrics)) != len(self.metrics):

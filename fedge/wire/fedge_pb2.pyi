@@ -846,26 +846,21 @@ Global___Order: _TypeAlias = Order  # noqa: Y015
 
 @_typing.final
 class SecureOrder(_message.Message):
-    """Of an order whose updates are summed securely: where its members' keys are found, and who sums with whom."""
+    """Of an order whose updates are summed securely: where its members' keys are found."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     EPOCH_FIELD_NUMBER: _builtins.int
-    SHARD_FIELD_NUMBER: _builtins.int
-    SHARDS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
-    shard: _builtins.int
-    shards: _builtins.int
+    """of the directory"""
     def __init__(
         self,
         *,
         epoch: _builtins.int = ...,
-        shard: _builtins.int = ...,
-        shards: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "shard", b"shard", "shards", b"shards"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -16,8 +16,8 @@ CHUNK_BYTES = 256 << 10
 MAX_MESSAGE_BYTES = 16 << 20
 """What gRPC accepts as one message: the largest is an offer, with a layout of many tensors."""
 
-MAX_SMALL_BYTES = 256 << 10
-"""What a site's other messages may measure: an update whose vector rides inline is the largest of them."""
+MAX_SMALL_BYTES = 1 << 20
+"""What a site's other messages may measure: its shares for 255 others under suite 2 are the largest of them."""
 
 INLINE_BYTES = 64 << 10
 """Vectors up to this size ride in the order or the update: a round is then one exchange."""

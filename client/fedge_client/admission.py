@@ -6,7 +6,6 @@ which line of the policy says no.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.machinery
 import math
 import sys
@@ -18,10 +17,13 @@ from fedge.errors import RefusedError, RemoteProtocolError
 from fedge.privacy.terms import Price, Terms
 from fedge.refusal import Refusal, RefusalCode
 from fedge.run import Work
+from fedge.secagg.terms import SumTerms
 from fedge.vector import Layout
 from fedge.wire import fedge_pb2 as pb
+from fedge.wire.agreed import offer_digest
 from fedge.wire.codec import decode_kind, decode_layout, decode_terms, decode_work
 from fedge.wire.limits import check_text
+from fedge.wire.secure import decode_sum_terms
 from fedge_client.settings import Policy, Range
 
 
@@ -40,7 +42,7 @@ class Request:
     clip: float | None
     terms: Terms | None
     cohort: int
-    secure_aggregation: bool
+    secure: SumTerms | None
     digest: bytes = b""
     """Of everything that was asked: an update that was made under other terms answers no order of this run."""
 
@@ -72,8 +74,10 @@ class Request:
             clip=terms.clip if terms is not None else clip,
             terms=terms,
             cohort=offer.cohort,
-            secure_aggregation=offer.HasField("secure_aggregation"),
-            digest=hashlib.sha256(offer.SerializeToString(deterministic=True)).digest(),
+            secure=decode_sum_terms(offer.secure_aggregation)
+            if offer.HasField("secure_aggregation")
+            else None,
+            digest=offer_digest(offer),
         )
 
     @property
@@ -95,10 +99,13 @@ class Request:
         else:
             budget = f"epsilon {terms.epsilon:g}" if terms.epsilon is not None else "as its noise gives"
             privacy = f"{terms.unit}-level privacy, {budget} at delta {terms.delta:g}, clip {terms.clip:g}"
-        secure = "with" if self.secure_aggregation else "without"
+        secure = "without secure aggregation"
+        if self.secure is not None:
+            honest = "" if self.secure.consistency else " that an honest coordinator does not break"
+            secure = f"with secure aggregation{honest} in sums of {self.secure.least} sites or more"
         return (
             f"task {self.task}, strategy {self.strategy}, {self.rounds} rounds of {length} at learning rate "
-            f"{work.learning_rate:g}; {privacy}; {secure} secure aggregation, among {self.cohort} sites or more"
+            f"{work.learning_rate:g}; {privacy}; {secure}, among {self.cohort} sites or more"
         )
 
 
@@ -208,21 +215,33 @@ def _check_protection(policy: Policy, request: Request) -> None:
             f"asked for rounds among {request.cohort} sites or more; this site's [policy] min_cohort is "
             f"{policy.min_cohort}",
         )
-    if request.secure_aggregation:  # that somebody says so hides nothing
-        raise _no(
-            RefusalCode.PROTECTION_UNAVAILABLE,
-            "asked for a run with secure aggregation, which this version of the client does not have",
-        )
-    if policy.require_secure_aggregation:
-        raise _no(
-            RefusalCode.PROTECTION_TOO_WEAK,
-            "asked for a run without secure aggregation; this site's [policy] requires it",
-        )
+    _check_secure_sum(policy, request.secure)
     if unit == "client" and not policy.trust_coordinator:
         raise _no(
             RefusalCode.PROTECTION_TOO_WEAK,
             "asked for client-level privacy whose noise the coordinator adds; this site's [policy] does not set "
             "trust_coordinator = true",
+        )
+
+
+def _check_secure_sum(policy: Policy, secure: SumTerms | None) -> None:
+    if secure is None:
+        if policy.require_secure_aggregation:
+            raise _no(
+                RefusalCode.PROTECTION_TOO_WEAK,
+                "asked for a run without secure aggregation; this site's [policy] requires it",
+            )
+        return
+    if secure.least < policy.min_cohort:
+        raise _no(
+            RefusalCode.PROTECTION_TOO_WEAK,
+            f"asked for sums of {secure.least} sites or more; this site's [policy] min_cohort is {policy.min_cohort}",
+        )
+    if not secure.consistency and not policy.honest_coordinator:
+        raise _no(
+            RefusalCode.PROTECTION_TOO_WEAK,
+            "asked for secure aggregation that only an honest coordinator does not break; this site's [policy] does "
+            "not set honest_coordinator = true",
         )
 
 

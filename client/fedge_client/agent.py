@@ -25,23 +25,29 @@ from fedge.errors import (
     RefusedError,
     RemoteProtocolError,
 )
+from fedge.events import OrderId
 from fedge.faults import Faults
 from fedge.memory import give_back_freed
+from fedge.secagg.site import Rules
 from fedge.wire import fedge_pb2 as pb
-from fedge.wire.codec import printable
+from fedge.wire.codec import decode_order_id, encode_order_id, printable
 from fedge.wire.status import retry_after_s
 from fedge_client import admission
+from fedge_client.directory import KnownDirectory
 from fedge_client.identity import Identity, accept_renewal, load_identity, make_csr, save_identity
 from fedge_client.jobs import Jobs, log_receipt
 from fedge_client.ledger import Ledger
 from fedge_client.link import Link, SessionCall
+from fedge_client.secure_sessions import SecureSessions
 from fedge_client.settings import ClientSettings
 from fedge_client.spending import Spending
+from fedge_client.spent import SpentRounds
 from fedge_client.supervisor import Supervisor
 from fedge_client.witness import Seal
 
 log = logging.getLogger(__name__)
 
+_SPENT = "secure"
 _BACKOFF_S = 0.25
 _SOON_S = 60.0
 _MAX_BACKOFF_SOON_S = 2.0
@@ -73,7 +79,17 @@ class Agent:
         )
         self._seal = Seal(self._identity.key_pem, settings.ledger.dataset)
         spending = Spending(self._ledger, settings.policy, self._tell_witness)
-        self._jobs = Jobs(settings, self._folder, self._supervisor, spending, self._send, self._faults)
+        self._sessions = SecureSessions(
+            self._identity,
+            KnownDirectory.open(self._folder / settings.identity, self._identity),
+            SpentRounds(self._folder / settings.identity / _SPENT),
+            rules=Rules(settings.policy.min_cohort, settings.policy.honest_coordinator),
+            send=self._send,
+            failed=self._stop_working,
+        )
+        self._jobs = Jobs(
+            settings, self._folder, self._supervisor, spending, self._sessions, self._send, self._faults
+        )
         self._queue: deque[pb.ServerMessage] = deque()
         self._work_to_do = asyncio.Event()
         self._doing: pb.ServerMessage | None = None
@@ -97,6 +113,7 @@ class Agent:
         background = [
             asyncio.create_task(self._work(), name="jobs"),
             asyncio.create_task(self._renew(), name="renewal"),
+            asyncio.create_task(self._sessions.run(), name="secure sums"),
         ]
         session = asyncio.create_task(self._stay_connected(), name="session")
         try:
@@ -204,8 +221,11 @@ class Agent:
         match message.WhichOneof("kind"):
             case "offer" if self._jobs.accept_again(message.offer.run_id):
                 pass  # at once, whatever is under way: the coordinator counts on those who are back
+            case "roster" | "envelopes" | "survivors" | "consents":
+                self._sessions.hear(message)
             case "offer" | "order":
                 self._supersede(message.order)
+                self._show_keys(message.order)
                 # What is sent again after a reconnection is done again only where it was not handed in over this link.
                 if message in self._queue or (message == self._doing and self._doing_over is self._link):
                     return
@@ -243,10 +263,21 @@ class Agent:
         if doing is not None and (doing.run_id, doing.id) == (order.run_id, order.id) and doing != order:
             self._jobs.cancel()
 
+    def _show_keys(self, order: pb.Order) -> None:
+        """Begin with an order's secure sum at once, whatever is under way: everybody waits for these keys."""
+        run = self._jobs.runs.get(order.run_id)
+        if run is not None and run.secure is not None and order.HasField("secure") and self._link is not None:
+            self._sessions.order(run, order, self._link)
+
+    def _stop_working(self, run_id: str, order: OrderId) -> None:
+        """An order's secure sum has failed: nobody wants what is done for it any more."""
+        self._cancel(pb.Cancel(run_id=run_id, id=encode_order_id(order)))
+
     def _cancel(self, cancel: pb.Cancel) -> None:
         doing = self._doing.order if self._doing is not None else None
         if doing is not None and (doing.run_id, doing.id) == (cancel.run_id, cancel.id):
             self._jobs.cancel()
+        self._sessions.drop(cancel.run_id, decode_order_id(cancel.id))
         self._drop(cancel.run_id, cancel.id)
 
     def _forget(self, run_id: str) -> None:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-from fedge import progress
 from fedge.errors import FedgeError, LinkError, RefusedError, RemoteProtocolError, StorageError
 from fedge.events import OrderId
 from fedge.faults import Faults
 from fedge.refusal import Refusal, RefusalCode
-from fedge.vector import digest_of
+from fedge.vector import bytes_of, digest_of
 from fedge.wire import fedge_pb2 as pb
+from fedge.wire.agreed import order_digest
 from fedge.wire.codec import (
     decode_order_id,
     decode_refusal,
@@ -24,14 +23,16 @@ from fedge.wire.codec import (
     printable,
 )
 from fedge.wire.limits import INLINE_BYTES
-from fedge_client import gate
 from fedge_client import pipe_pb2 as pipe
-from fedge_client.admission import Request, admit, check_clip
+from fedge_client.admission import Request, admit
+from fedge_client.gate import Released
 from fedge_client.holding import Holding
 from fedge_client.link import Link
 from fedge_client.outbox import Lost, Outbox, Prepared
 from fedge_client.participation import Participation
+from fedge_client.performing import Performer
 from fedge_client.protection import Protection
+from fedge_client.secure_sessions import SecureSessions
 from fedge_client.settings import ClientSettings
 from fedge_client.spending import Spending
 from fedge_client.supervisor import Supervisor
@@ -41,7 +42,6 @@ log = logging.getLogger(__name__)
 
 OUTBOX = "outbox"
 _ON_THREAD_BYTES = 1 << 20
-_PRIVATE_GRAIN = 50
 
 Send = Callable[[pb.ClientMessage], None]
 
@@ -55,6 +55,7 @@ class Jobs:
         folder: Path,
         supervisor: Supervisor,
         spending: Spending,
+        sessions: SecureSessions,
         send: Send,
         faults: Faults | None = None,
     ) -> None:
@@ -62,10 +63,12 @@ class Jobs:
         self._folder = folder
         self._supervisor = supervisor
         self._spending = spending
+        self._sessions = sessions
         self._send = send
         self._outbox = Outbox(folder / OUTBOX, max_runs=settings.policy.max_runs)
         self._reach = (faults or Faults()).reach
         self._transfers = Transfers()
+        self._performer = Performer(settings.policy, supervisor, spending, send, self._reach)
         self.runs: dict[str, Participation] = {}
         self._offered: set[str] = set()
 
@@ -128,12 +131,15 @@ class Jobs:
             raise
         model, update = self._supervisor.vectors(slot, layout.size)
         # What this agent prepared before it was started.
-        prepared = await asyncio.to_thread(self._outbox.read, request.run_id, terms=request.digest)
+        prepared = None
+        if request.secure is None:
+            prepared = await asyncio.to_thread(self._outbox.read, request.run_id, terms=request.digest)
         return Participation(
             run_id=request.run_id,
             layout=layout,
             clip=request.clip_of_updates,
             protection=protection,
+            secure=request.secure,
             kind=request.kind,
             terms=request.digest,
             holding=Holding(request.run_id, layout, model),
@@ -166,6 +172,7 @@ class Jobs:
 
     def leave(self, run_id: str) -> None:
         """The run is over."""
+        self._sessions.drop(run_id)
         if self.runs.pop(run_id, None) is not None:
             self._supervisor.release(run_id)
         self._outbox.forget(run_id)
@@ -186,16 +193,20 @@ class Jobs:
         try:
             if order.kind not in (run.kind, "evaluate"):
                 raise RemoteProtocolError(f"expected {run.kind} orders, as was offered, found a {order}")
+            if message.HasField("secure") != (run.secure is not None):
+                raise RemoteProtocolError(
+                    "expected an order whose update is summed as was offered, found another"
+                )
             prepared = run.answer(order, model)
             if prepared is None:
                 prepared = await self._prepare(run, message, link)
                 self._reach("job.prepared")
-            elif prepared is not run.prepared:
+            elif prepared is not run.prepared and run.secure is None:
                 self._remember(self._outbox.announce, prepared)
             run.prepared = prepared
             await self._hand_in(run, prepared, link)
             self._reach("update.sent")
-            await self._settle(run)
+            await self._performer.settle(run)
         except RefusedError as error:
             if error.refusal.code != RefusalCode.CANCELLED:
                 log.warning("order_failed run=%s order=%s reason=%s", run.run_id, order, error.refusal)
@@ -211,7 +222,7 @@ class Jobs:
         finally:
             if self.runs.get(run.run_id) is not run:  # it ended meanwhile: what was kept since is of no use
                 self._outbox.forget(run.run_id)
-                await self._settle(run)
+                await self._performer.settle(run)
 
     async def _prepare(self, run: Participation, message: pb.Order, link: Link) -> Prepared:
         """Fetch the model and do the work. What was lost is made good, or it is said.
@@ -227,47 +238,32 @@ class Jobs:
             raise self._loss(run, lost)
         if lost is None:
             run.prepared, run.sent = None, False
-        await self._settle(run)
+        prepared = await self._pack(run, message, await self._released(run, message, link))
+        if lost is not None and prepared.update.vector.digest != lost.digest:
+            raise self._loss(run, lost)
+        # What was masked is of no use to another process, which cannot go on with its session.
+        run.kept = run.secure is not None
+        if run.secure is None:
+            self._remember(self._outbox.announce, prepared)
+        return prepared
+
+    async def _released(self, run: Participation, message: pb.Order, link: Link) -> Released:
+        """What the gate releases for an order. Of secure sums the same for each attempt at a round: nobody has seen
+        it in an attempt that was given up, and no other noise needs to be paid for."""
+        order, asked = decode_order_id(message.id), order_digest(message)
+        if run.secure is not None and order.kind in run.released:
+            round, was_asked, released = run.released[order.kind]
+            if (round, was_asked) == (order.round, asked):
+                return released
+        await self._performer.settle(run)
         await self._transfers.insist(link, lambda: run.holding.reach(message, link))
         self._reach("job.fetched")
         self._transfers.check_wanted()
-        prepared = await self._pay_and_perform(run, order, message)
-        if lost is not None and prepared.update.vector.digest != lost.digest:
-            raise self._loss(run, lost)
-        run.kept = False
-        self._remember(self._outbox.announce, prepared)
-        return prepared
-
-    async def _pay_and_perform(self, run: Participation, order: OrderId, message: pb.Order) -> Prepared:
-        """Do the work within the budget: reserved before it begins, spent before anything of it can leave.
-
-        That it failed depends on the data, too, and is told to the coordinator: then it is spent as well.
-        """
-        cost = run.protection.cost(order.kind)
-        if cost is None:
-            return await self._perform(run, order, message)
-        entry = await self._spending.reserve(run.run_id, order, run.protection, cost)
-        try:
-            prepared = await self._perform(run, order, message)
-        except FedgeError as error:
-            if isinstance(error, RefusedError) and error.refusal.code == RefusalCode.CANCELLED:
-                await self._spending.give_back(entry)
-            else:
-                await self._spending.leaves(entry)
-                await self._spending.settle(entry, cost)
-            raise
-        except Exception:  # a defect: nothing is told of it
-            await self._spending.give_back(entry)
-            raise
-        # Before it is kept: what is kept may leave at any time, after a crash as well.
-        await self._spending.leaves(entry)
-        run.unsettled = (entry, cost)
-        return prepared
-
-    async def _settle(self, run: Participation) -> None:
-        unsettled, run.unsettled = run.unsettled, None
-        if unsettled is not None:
-            await self._spending.settle(*unsettled)
+        run.released.pop(order.kind, None)  # the worker writes over it
+        released = await self._performer.perform(run, message)
+        if run.secure is not None:
+            run.released[order.kind] = order.round, asked, released
+        return released
 
     def _loss(self, run: Participation, lost: Lost) -> RefusedError:
         run.prepared = None
@@ -280,71 +276,29 @@ class Jobs:
         failed = pb.Failed(run_id=run.run_id, id=encode_order_id(order), refusal=encode_refusal(refusal))
         self._send(pb.ClientMessage(failed=failed))
 
-    async def _perform(self, run: Participation, order: OrderId, message: pb.Order) -> Prepared:
-        """Have the worker do it, and pass the result through the gate: the last code before the wire."""
-        clip = self._clip(run, message)
-        perform = pipe.Perform(run_id=run.run_id, id=encode_order_id(order), privacy=run.protection.demand())
-        finished = await self._supervisor.perform(perform, progress=self._teller(run, message))
-        self._reach("job.trained")
-        run.protection.check(finished, order.kind)
-        metrics = {metric.name: metric.value for metric in finished.metrics}
-        layout = None if order.kind == "evaluate" else run.layout
-
-        def pass_gate() -> tuple[gate.Released, bytes]:
-            released = gate.release(
-                run.update,
-                finished.num_examples,
-                metrics,
-                layout=layout,
-                layers=gate.layers_of(clip),
-                terms=run.protection.terms,
-            )
-            return released, digest_of(released.vector)
-
-        if run.update.nbytes <= _ON_THREAD_BYTES or layout is None:
-            released, digest = pass_gate()
+    async def _pack(self, run: Participation, message: pb.Order, released: Released) -> Prepared:
+        """The update as it leaves: of secure sums what says nothing by itself, else what the gate has released."""
+        order, metrics, num_examples, proof = decode_order_id(message.id), released.metrics, 1, None
+        if run.secure is None:
+            data, num_examples = bytes_of(released.vector), released.num_examples
+            digest = await self._digest(data)
         else:
-            released, digest = await asyncio.to_thread(pass_gate)
-        vector = released.vector
-        small = vector.nbytes <= INLINE_BYTES
+            masked = await self._sessions.mask(message, released)
+            data, metrics = memoryview(masked.data), {}
+            digest, proof = masked.proof.digest, masked.proof.signature
+        small = len(data) <= INLINE_BYTES
         update = pb.Update(
             run_id=run.run_id,
             id=encode_order_id(order),
-            num_examples=released.num_examples,
-            metrics=encode_metrics(released.metrics),
-            vector=pb.Blob(digest=digest, size=vector.nbytes, inline=vector.tobytes() if small else None),
+            num_examples=num_examples,
+            metrics=encode_metrics(metrics),
+            vector=pb.Blob(digest=digest, size=len(data), inline=bytes(data) if small else None),
+            proof=proof,
         )
-        return Prepared(order, message.model.digest, run.terms, update, vector)
+        return Prepared(order, message.model.digest, run.terms, update, data)
 
-    def _clip(self, run: Participation, message: pb.Order) -> float | None:
-        """What an order's update is clipped to.
-
-        Raises:
-            RefusedError: WORK_NOT_ALLOWED; the order adapts the clip beyond what the policy allows.
-        """
-        if run.clip is None or not message.HasField("clip"):
-            return run.clip
-        if not 0 < message.clip < float("inf"):
-            raise RemoteProtocolError(f"expected a finite clip above 0, found {message.clip}")
-        check_clip(self._settings.policy, message.clip)
-        return message.clip
-
-    def _teller(self, run: Participation, message: pb.Order) -> Callable[[int, int], None]:
-        """Tells the coordinator now and then how far the worker is: a deadline is about progress."""
-        every_s, told = progress.every_s(message.deadline_s), time.monotonic()
-        # A step's share of the work would tell how many steps, and so how many examples, there are.
-        grain = _PRIVATE_GRAIN if run.protection.is_on else 1
-
-        def tell(done: int, total: int) -> None:
-            nonlocal told
-            if time.monotonic() - told < every_s:
-                return
-            told = time.monotonic()
-            permille = progress.computed(done, total) // grain * grain
-            so_far = pb.Progress(run_id=run.run_id, id=message.id, permille=permille)
-            self._send(pb.ClientMessage(progress=so_far))
-
-        return tell
+    async def _digest(self, data: memoryview) -> bytes:
+        return digest_of(data) if len(data) <= _ON_THREAD_BYTES else await asyncio.to_thread(digest_of, data)
 
     def _remember(self, keep: Callable[[Prepared], None], prepared: Prepared) -> None:
         """Keep an update for the case that this process ends: without it, the work would be done again."""
@@ -356,7 +310,7 @@ class Jobs:
             )
 
     async def _hand_in(self, run: Participation, prepared: Prepared, link: Link) -> None:
-        update, vector = prepared.update, prepared.vector
+        update, data = prepared.update, prepared.data
         if update.vector.HasField("inline"):
             self._send(pb.ClientMessage(update=update))
             return
@@ -368,7 +322,7 @@ class Jobs:
         async def attempt() -> pb.Receipt:
             offset = await link.resume(update) if run.sent else 0
             run.sent = True
-            return await link.deliver(update, vector, offset=offset)
+            return await link.deliver(update, data, offset=offset)
 
         try:
             log_receipt(await self._transfers.insist(link, attempt))

@@ -13,7 +13,6 @@ from grpc import aio
 import fedge
 from fedge.errors import ConfigError, FedgeError, LinkError, RemoteProtocolError
 from fedge.faults import Faults
-from fedge.vector import Array, bytes_of
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire import fedge_pb2_grpc as services
 from fedge.wire.chunks import data_of_chunk, frames
@@ -162,9 +161,8 @@ class Link:
             raise LinkError(f"what the order named is no longer there: {error}") from None
         download.check()
 
-    async def deliver(self, update: pb.Update, vector: Array, *, offset: int = 0) -> pb.Receipt:
-        """Send a large update in chunks, from `offset` on; the receipt says whether it counts."""
-        view = bytes_of(vector)
+    async def deliver(self, update: pb.Update, view: memoryview, *, offset: int = 0) -> pb.Receipt:
+        """Send a large update's bytes in chunks, from `offset` on; the receipt says whether it counts."""
 
         def requests() -> Iterator[bytes]:
             yield pb.DeliverRequest(update=update, offset=offset).SerializeToString()
@@ -181,7 +179,7 @@ class Link:
         with self._errors():
             request = pb.ResumeRequest(run_id=update.run_id, id=update.id, digest=update.vector.digest)
             reply = await self._federation.Resume(request, timeout=CALL_S)
-        if reply.received > update.vector.size or reply.received % 4:
+        if reply.received > update.vector.size:
             raise RemoteProtocolError(
                 f"expected at most {update.vector.size} bytes to have arrived, found {reply.received}"
             )

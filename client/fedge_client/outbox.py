@@ -18,14 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import numpy as np
 from google.protobuf.message import DecodeError
 
 from fedge.errors import RemoteProtocolError, StorageError
 from fedge.events import OrderId
 from fedge.files import private_folder
 from fedge.refusal import Refusal, RefusalCode
-from fedge.vector import Array, bytes_of, digest_of
+from fedge.vector import digest_of
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire.codec import decode_order_id
 from fedge.wire.limits import INLINE_BYTES
@@ -34,12 +33,11 @@ _UPDATE: Final = ".update"
 _VECTOR: Final = ".vector"
 _HEADER: Final = struct.Struct("<III")
 _MAX_BYTES: Final = INLINE_BYTES + (64 << 10)
-_FLOAT: Final = np.dtype("<f4")
 
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """An update as it will be sent: its message, and its vector float32[n] (which a small one carries inline).
+    """An update as it will be sent: its message, and its vector's bytes (which a small one carries inline).
 
     It answers `order` on the model of this digest, and no other: a coordinator that has lost its last
     rounds may give an order of the same name again, on another model. `terms` is the digest of what was asked
@@ -50,7 +48,7 @@ class Prepared:
     model: bytes
     terms: bytes
     update: pb.Update
-    vector: Array
+    data: memoryview
 
     def answers(self, order: OrderId, model: bytes) -> bool:
         return (self.order, self.model) == (order, model)
@@ -111,7 +109,7 @@ class Outbox:
         """
         path = self._path(prepared.update.run_id, _VECTOR)
         with _errors(path):
-            _write(path, bytes_of(prepared.vector))
+            _write(path, prepared.data)
 
     def read(self, run_id: str, *, terms: bytes) -> Prepared | Lost | None:
         """The update that was prepared last for a run under these terms; None if there was none.
@@ -135,8 +133,8 @@ class Outbox:
             return None
         if agreed != terms or update.run_id != run_id:
             return Lost(None, b"", b"", "its description is cut off")
-        vector = self._vector(run_id, update)
-        if vector.nbytes != update.vector.size or digest_of(vector) != update.vector.digest:
+        vector = memoryview(self._vector(run_id, update))
+        if len(vector) != update.vector.size or digest_of(vector) != update.vector.digest:
             return Lost(order, model, update.vector.digest, f"the vector for the {order} is incomplete")
         return Prepared(order, model, agreed, update, vector)
 
@@ -153,15 +151,16 @@ class Outbox:
             for suffix in (_UPDATE, _VECTOR):
                 path.with_suffix(suffix).unlink(missing_ok=True)
 
-    def _vector(self, run_id: str, update: pb.Update) -> Array:
+    def _vector(self, run_id: str, update: pb.Update) -> bytes:
         if update.vector.HasField("inline"):
-            return np.frombuffer(update.vector.inline, _FLOAT)
+            return update.vector.inline
         if not update.vector.size:
-            return np.zeros(0, np.float32)
+            return b""
         try:
-            return np.fromfile(self._path(run_id, _VECTOR), _FLOAT)
+            with self._path(run_id, _VECTOR).open("rb") as file:
+                return file.read(update.vector.size + 1)
         except OSError:
-            return np.zeros(0, np.float32)
+            return b""
 
     def _path(self, run_id: str, suffix: str) -> Path:
         return self._folder / f"{_stem(run_id)}{suffix}"

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from fedge.events import OrderId
 from fedge.privacy.mechanism import Mechanism
+from fedge.secagg.terms import SumTerms
 from fedge.strategy import WorkKind
 from fedge.vector import Array, Layout
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire.codec import encode_order_id
+from fedge_client.gate import Released
 from fedge_client.holding import Holding
 from fedge_client.outbox import Lost, Prepared
 from fedge_client.protection import Protection
@@ -28,6 +30,8 @@ class Participation:
     """What it orders, beside evaluations."""
     terms: bytes
     """The digest of what was asked when it was joined."""
+    secure: SumTerms | None
+    """How its updates are summed; None: they leave one by one, as the gate has released them."""
     holding: Holding
     update: Array
     prepared: Prepared | Lost | None = None
@@ -35,6 +39,8 @@ class Participation:
     """Whether a part of `prepared` may have arrived."""
     kept: bool = False
     """Whether its vector is on disk."""
+    released: dict[WorkKind, tuple[int, bytes, Released]] = field(default_factory=dict)
+    """Of secure sums: what the gate released last, for which round and what its order asked."""
     unsettled: tuple[int, Mechanism] | None = None
     """The ledger's entry that pays for `prepared`, and its price, until it was handed in."""
 
@@ -48,7 +54,7 @@ class Participation:
         if self.prepared.answers(order, model):
             return self.prepared
         earlier = replace(self.prepared.order, attempt=order.attempt)
-        if self.protection.is_on and (earlier, self.prepared.model) == (order, model):
+        if self.protection.is_on and self.secure is None and (earlier, self.prepared.model) == (order, model):
             return _renamed(self.prepared, order)
         return None
 

@@ -16,6 +16,7 @@ from fedge.privacy.pld import statement
 from fedge.privacy.rdp import epsilon_of
 from fedge.privacy.terms import Terms, price
 from fedge.run import RunConfig
+from fedge.secagg.terms import SumTerms
 from fedge.strategy import load_strategy, work_kind
 from fedge.task import Site, load_task
 from fedge.vector import Layout, Tensor
@@ -156,7 +157,8 @@ NO_MODEL = Layout((Tensor("none", ()),))
 
 def _request(run: RunConfig) -> Request:
     """The run as its coordinator would offer it, but for the model."""
-    kind = work_kind(load_strategy(run.strategy, run.work))
+    strategy = load_strategy(run.strategy, run.work)
+    kind = work_kind(strategy)
     assert kind != "evaluate"  # no strategy orders that
     terms = Terms.of(run)
     return Request(
@@ -171,7 +173,7 @@ def _request(run: RunConfig) -> Request:
         clip=run.privacy.clip,
         terms=terms,
         cohort=run.cohort.needed,
-        secure_aggregation=run.secure_aggregation.enabled,
+        secure=SumTerms.of(run, strategy),
     )
 
 

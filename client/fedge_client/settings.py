@@ -63,7 +63,9 @@ class Policy(Config):
 
     `units` are the units of privacy that a run may have. `max_epsilon`, at `delta`, bounds what all runs
     together may spend of the data set, for ever; `max_run_epsilon` what one run may. A unit of "client"
-    without secure aggregation is noise that the coordinator adds: it needs `trust_coordinator`.
+    without secure aggregation is noise that the coordinator adds: it needs `trust_coordinator`. Secure sums of
+    `min_cohort` sites or more are taken part in; those that only an honest coordinator does not break need
+    `honest_coordinator`.
     """
 
     tasks: list[Annotated[str, AfterValidator(_task_name)]] | None = None
@@ -80,6 +82,7 @@ class Policy(Config):
     min_cohort: Annotated[int, Field(ge=1)] = 1
     require_secure_aggregation: bool = False
     trust_coordinator: bool = False
+    honest_coordinator: bool = False
     epochs: Range | None = None
     learning_rate: Range | None = None
     clip: Range | None = None

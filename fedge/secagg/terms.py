@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from fedge.cohort import SecureTerms
 from fedge.errors import ConfigError, RunError
+from fedge.events import OrderId
 from fedge.pipeline import Aggregate, Mean
 from fedge.privacy.secure import SecureSource
 from fedge.run import RunConfig
@@ -23,7 +24,7 @@ from fedge.secagg.fixed_point import FixedPoint
 from fedge.secagg.keys import Suite
 from fedge.secagg.ring import Ring, Words
 from fedge.secagg.rotation import Rotation
-from fedge.secagg.session import MAX_MEMBERS, MILLION, MIN_MEMBERS
+from fedge.secagg.session import MAX_MEMBERS, MILLION, MIN_MEMBERS, Context
 from fedge.secagg.shards import shards_for
 from fedge.secagg.tail import RING, Summary, Tail
 from fedge.strategy import AnyStrategy
@@ -123,6 +124,27 @@ class SumTerms:
     @property
     def shards(self) -> int:
         return shards_for(self.clients)
+
+    def context(
+        self, *, federation: str, run_id: str, order: OrderId, offer: bytes, model: bytes, epoch: int
+    ) -> Context:
+        """What an order's first (or only) sum is about. `offer` and `model` are digests of what was agreed for the run
+        and of what the order asks; `epoch` is that of the directory."""
+        return Context(
+            federation=federation,
+            run_id=run_id,
+            order=order,
+            suite=self.suite,
+            vectors=self.digest,
+            privacy=b"",
+            offer=offer,
+            model=model,
+            least=self.least,
+            threshold_ppm=self.threshold_ppm,
+            epoch=epoch,
+            consistency=self.consistency,
+            shards=self.shards,
+        )
 
     def of_round(self, exchange_s: float) -> SecureTerms:
         """What the round's machine goes by."""

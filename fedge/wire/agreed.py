@@ -1,4 +1,4 @@
-"""What was agreed for a run, as 32 bytes: everything that its offer says, in a layout that does not depend on protobuf.
+"""What was agreed for a run, and what an order asks, as 32 bytes: in a layout that does not depend on protobuf.
 
 Encoders of protobuf may differ in what they leave out and in which order they write; what is signed must not.
 """
@@ -18,6 +18,12 @@ from fedge.wire import fedge_pb2 as pb
 def offer_digest(offer: pb.Offer) -> bytes:
     """The digest of all that an offer says, field by field: the same for both ends."""
     return digest("offer", _message(offer))
+
+
+def order_digest(order: pb.Order) -> bytes:
+    """The digest of what an order asks to be done: on which model, and with which clip."""
+    clip = struct.pack("<d", order.clip) if order.HasField("clip") else b""
+    return digest("order", order.model.digest, clip)
 
 
 def _message(message: Message) -> bytes:

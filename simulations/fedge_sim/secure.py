@@ -150,20 +150,13 @@ class SecureSums:
 
     def _begin(self, order: OrderId) -> _Order:
         terms = self._terms
-        context = Context(
+        context = terms.context(
             federation=_FEDERATION,
             run_id="simulation",
             order=order,
-            suite=terms.suite,
-            vectors=terms.digest,
-            privacy=b"",
             offer=derive_key(self._seed, "beacon"),
             model=b"",
-            least=terms.least,
-            threshold_ppm=terms.threshold_ppm,
             epoch=1,
-            consistency=terms.consistency,
-            shards=terms.shards,
         )
         seed = context.digest  # of the rotation, which is the same in all shards
         encoding = terms.encoding(0 if order.kind == "evaluate" else self._size, seed)

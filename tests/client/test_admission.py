@@ -14,6 +14,7 @@ from fedge.errors import RefusedError, RemoteProtocolError
 from fedge.privacy.terms import Terms
 from fedge.refusal import RefusalCode
 from fedge.run import Work
+from fedge.secagg.terms import SumTerms
 from fedge.vector import Layout, Tensor
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire.codec import encode_layout, encode_terms, encode_work
@@ -133,10 +134,11 @@ ASKED = Request(
     clip=1.0,
     terms=TERMS,
     cohort=5,
-    secure_aggregation=False,
+    secure=None,
 )
 CLIENT_LEVEL = replace(ASKED, terms=replace(TERMS, unit="client"))
-SECURE = replace(CLIENT_LEVEL, secure_aggregation=True)
+SUMS = SumTerms(least=5, clients=8, bound=1.0)
+SECURE = replace(ASKED, secure=SUMS)
 UNPROTECTED = replace(ASKED, terms=None, clip=None)
 
 
@@ -158,10 +160,15 @@ def test_what_the_policy_does_not_mention_is_allowed(folder):
         (Policy(min_cohort=6), ASKED, RefusalCode.PROTECTION_TOO_WEAK),
         (Policy(require_secure_aggregation=True), ASKED, RefusalCode.PROTECTION_TOO_WEAK),
         (Policy(), CLIENT_LEVEL, RefusalCode.PROTECTION_TOO_WEAK),
-        # There is none in this version: whoever claims that there is does not get more for it.
-        (Policy(), SECURE, RefusalCode.PROTECTION_UNAVAILABLE),
-        (Policy(require_secure_aggregation=True), SECURE, RefusalCode.PROTECTION_UNAVAILABLE),
-        (Policy(trust_coordinator=True), SECURE, RefusalCode.PROTECTION_UNAVAILABLE),
+        # A sum hides among its members, however many sites the round has.
+        (Policy(min_cohort=6), replace(SECURE, cohort=8), RefusalCode.PROTECTION_TOO_WEAK),
+        (
+            Policy(),
+            replace(SECURE, secure=replace(SUMS, consistency=False)),
+            RefusalCode.PROTECTION_TOO_WEAK,
+        ),
+        # The coordinator adds the noise to a sum, too.
+        (Policy(), replace(CLIENT_LEVEL, secure=SUMS), RefusalCode.PROTECTION_TOO_WEAK),
         (Policy(epochs=(1, 1)), ASKED, RefusalCode.WORK_NOT_ALLOWED),
         (Policy(epochs=(3, 4)), ASKED, RefusalCode.WORK_NOT_ALLOWED),
         (Policy(epochs=(1, 5)), replace(ASKED, work=Work(steps=3)), RefusalCode.WORK_NOT_ALLOWED),
@@ -181,6 +188,8 @@ def test_each_line_of_the_policy_refuses_what_it_does_not_allow(folder, policy, 
         (Policy(units=["client"], trust_coordinator=True), CLIENT_LEVEL),
         (Policy(epochs=(2, 2), learning_rate=(0.1, 0.1), clip=(1, 1)), ASKED),
         (Policy(epochs=(9, 9)), replace(ASKED, kind="gradient")),
+        (Policy(require_secure_aggregation=True, min_cohort=5), SECURE),
+        (Policy(honest_coordinator=True), replace(SECURE, secure=replace(SUMS, consistency=False))),
     ],
 )
 def test_what_lies_within_the_policy_is_allowed(folder, policy, asked):
@@ -193,6 +202,9 @@ def test_the_owner_is_told_in_words_what_was_asked():
         "epsilon 3 at delta 1e-05, clip 1; without secure aggregation, among 5 sites or more"
     )
     assert "no differential privacy" in UNPROTECTED.in_words()
+    assert "; with secure aggregation in sums of 5 sites or more, among 5 sites" in SECURE.in_words()
+    honest = replace(SECURE, secure=replace(SUMS, consistency=False))
+    assert "with secure aggregation that an honest coordinator does not break" in honest.in_words()
 
 
 # What is offered is not believed.

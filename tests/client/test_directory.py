@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from authorities import application, new_authority
+from authorities import enrolled, new_authority
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedge.errors import IdentityError, LimitError, LinkError, RefusedError, RemoteProtocolError, StorageError
@@ -18,15 +18,13 @@ from fedge.secagg.directory import Directory, Statement
 from fedge.signing import (
     SignedDirectory,
     authority_to_pem,
-    make_signing_key,
     public_bytes,
-    signing_key_of_pem,
 )
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire.keys import encode_directory
 from fedge_client import directory as client_directory
 from fedge_client.directory import KnownDirectory
-from fedge_client.identity import Identity, accept_certificate, make_csr, open_token
+from fedge_client.identity import Identity, make_csr
 from fedge_server.identity import Authority
 
 NOW = datetime.now(UTC).replace(microsecond=0)
@@ -55,18 +53,7 @@ def authority(tmp_path: Path) -> Authority:
 
 @pytest.fixture
 def identity(authority: Authority) -> Identity:
-    token = open_token(authority.issue_token("icu-1", now=NOW), ca_pem=authority.ca_pem, now=NOW)
-    key_pem, csr = make_csr()
-    signing_pem = make_signing_key()
-    proven = application(token.principal, csr, signing_key_of_pem(signing_pem))
-    return accept_certificate(
-        authority.enrol(token.principal, csr, **proven, now=NOW),
-        key_pem=key_pem,
-        signing_pem=signing_pem,
-        ca_pem=authority.ca_pem,
-        site="icu-1",
-        now=NOW,
-    )
+    return enrolled(authority, "icu-1", now=NOW)
 
 
 @pytest.fixture

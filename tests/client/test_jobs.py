@@ -16,8 +16,7 @@ from fedge.refusal import Refusal, RefusalCode
 from fedge.vector import digest_of
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire.codec import encode_order_id
-from fedge_client import jobs as jobs_module
-from fedge_client import transfer
+from fedge_client import performing, transfer
 from fedge_client.jobs import OUTBOX
 
 
@@ -224,7 +223,7 @@ def test_what_is_called_off_while_it_is_handed_in_is_left_there_and_not_answered
 
 def test_the_coordinator_hears_of_work_that_takes_long(site: Site, monkeypatch: pytest.MonkeyPatch):
     clock = iter(range(0, 10**6, 10))
-    monkeypatch.setattr(jobs_module.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(performing.time, "monotonic", lambda: next(clock))
     site.worker.steps = 4
     site.consider(offer())
     wanted = order()

@@ -152,7 +152,7 @@ def test_an_update_is_delivered_description_first_and_then_in_chunks(talk):
 
     async def scenario(link: Link) -> None:
         update = pb.Update(run_id="run", vector=pb.Blob(digest=BLOB.digest, size=BLOB.size))
-        assert (await link.deliver(update, VECTOR)).run_id == "run"
+        assert (await link.deliver(update, bytes_of(VECTOR))).run_id == "run"
         first, *rest = coordinator.delivered
         assert first.update == update
         assert b"".join(each.data for each in rest) == VECTOR.tobytes()
@@ -205,7 +205,7 @@ def test_what_grpc_says_becomes_an_error_of_ours_in_printable_words(talk, status
     async def scenario(link: Link) -> None:
         calls: list[Awaitable[object]] = [
             link.fetch("run", Download(BLOB, np.empty_like(VECTOR))),
-            link.deliver(pb.Update(), VECTOR),
+            link.deliver(pb.Update(), bytes_of(VECTOR)),
             link.open_session(),
         ]
         for call in calls:
@@ -231,13 +231,13 @@ def test_an_upload_whose_link_is_closed_under_it_is_a_broken_link_and_not_the_en
     coordinator = Coordinator(hangs=True)
 
     async def scenario(link: Link) -> None:
-        upload = asyncio.create_task(link.deliver(pb.Update(), VECTOR))
+        upload = asyncio.create_task(link.deliver(pb.Update(), bytes_of(VECTOR)))
         await coordinator.reached.wait()
         await link.close()
         with pytest.raises(LinkError, match="closed"):
             await upload
         with pytest.raises(LinkError, match="closed"):
-            await link.deliver(pb.Update(), VECTOR)
+            await link.deliver(pb.Update(), bytes_of(VECTOR))
         with pytest.raises(LinkError, match="closed"):
             await link.fetch("run", Download(BLOB, np.empty_like(VECTOR)))
 
@@ -248,7 +248,7 @@ def test_a_task_that_is_cancelled_itself_ends_as_cancelled(talk):
     coordinator = Coordinator(hangs=True)
 
     async def scenario(link: Link) -> None:
-        upload = asyncio.create_task(link.deliver(pb.Update(), VECTOR))
+        upload = asyncio.create_task(link.deliver(pb.Update(), bytes_of(VECTOR)))
         await coordinator.reached.wait()
         upload.cancel()
         with pytest.raises(asyncio.CancelledError):

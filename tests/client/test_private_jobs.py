@@ -18,7 +18,7 @@ from fedge.refusal import Refusal, RefusalCode
 from fedge.strategy import WorkKind
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire.codec import encode_terms
-from fedge_client import jobs as jobs_module
+from fedge_client import performing
 from fedge_client import pipe_pb2 as pipe
 from fedge_client.jobs import OUTBOX
 from fedge_client.settings import Policy
@@ -150,7 +150,7 @@ def test_a_private_update_that_was_lost_is_not_made_again(private: Site):
 
 def test_progress_under_privacy_is_told_in_twentieths(private: Site, monkeypatch: pytest.MonkeyPatch):
     """A step's exact share of the work would tell how many examples there are."""
-    monkeypatch.setattr(jobs_module.progress, "every_s", lambda _: 0.0)
+    monkeypatch.setattr(performing.progress, "every_s", lambda _: 0.0)
     private.worker.steps = 7
     answers = private.do(order())
     told = [answer.progress.permille for answer in answers if answer.HasField("progress")]

@@ -10,7 +10,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedge.errors import IdentityError
 from fedge.principal import Principal
-from fedge.signing import prove, public_bytes
+from fedge.signing import make_signing_key, prove, public_bytes, signing_key_of_pem
+from fedge_client.identity import Identity, accept_certificate, make_csr, open_token
 from fedge_server.identity import DAY_S, Authority, Credential
 from fedge_server.store.database import Database
 from fedge_server.store.registry import Registry
@@ -59,4 +60,20 @@ def enrol(
     """Enrol as a site does, with a key that it signs with and a proof of it."""
     return authority.enrol(
         token, csr_der, **application(token, csr_der, key), now=now, valid_for_s=valid_for_s
+    )
+
+
+def enrolled(authority: Authority, site: str, *, now: datetime) -> Identity:
+    """The identity of a site that enrols."""
+    token = open_token(authority.issue_token(site, now=now), ca_pem=authority.ca_pem, now=now)
+    key_pem, csr = make_csr()
+    signing_pem = make_signing_key()
+    proven = application(token.principal, csr, signing_key_of_pem(signing_pem))
+    return accept_certificate(
+        authority.enrol(token.principal, csr, **proven, now=now),
+        key_pem=key_pem,
+        signing_pem=signing_pem,
+        ca_pem=authority.ca_pem,
+        site=site,
+        now=now,
     )

@@ -5,26 +5,35 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+from authorities import enrolled, new_authority
 
 from fedge.errors import LinkError, RefusedError
 from fedge.events import OrderId
 from fedge.refusal import Refusal, RefusalCode
 from fedge.run import Work
+from fedge.secagg.site import Rules
 from fedge.strategy import WorkKind
 from fedge.vector import Array, Layout, Tensor, bytes_of
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire.codec import encode_blob, encode_layout, encode_order_id, encode_work
 from fedge.wire.limits import INLINE_BYTES
 from fedge_client import pipe_pb2 as pipe
+from fedge_client.directory import KnownDirectory
 from fedge_client.download import Download
+from fedge_client.identity import Identity
 from fedge_client.jobs import Jobs
 from fedge_client.ledger import Ledger
+from fedge_client.secure_sessions import SecureSessions
 from fedge_client.settings import ClientSettings, Policy
 from fedge_client.spending import Spending
+from fedge_client.spent import SpentRounds
 
 SLOTS = 2
 SIZE, LARGE = 4, INLINE_BYTES // 4 + 1
@@ -101,10 +110,10 @@ class Link:
     async def resume(self, update: pb.Update) -> int:
         return self.arrived
 
-    async def deliver(self, update: pb.Update, vector: Array, *, offset: int = 0) -> pb.Receipt:
+    async def deliver(self, update: pb.Update, view: memoryview, *, offset: int = 0) -> pb.Receipt:
         assert offset == self.arrived
         self._break("deliver")
-        self.delivered.append((update.SerializeToString(), vector.tobytes()))
+        self.delivered.append((update.SerializeToString(), bytes(view)))
         return pb.Receipt(run_id=update.run_id, id=update.id)
 
     def _break(self, where: str) -> None:
@@ -112,6 +121,14 @@ class Link:
             self.breaks -= 1
             self.on_break()
             raise LinkError("broken")
+
+
+@cache
+def identity_of_one() -> Identity:
+    """A site's, for all tests of a process: to enrol takes a while."""
+    now = datetime.now(UTC).replace(microsecond=0)
+    with TemporaryDirectory() as folder:
+        return enrolled(new_authority(Path(folder), now=now)[0], "icu-1", now=now)
 
 
 @dataclass
@@ -127,7 +144,16 @@ class Site:
         worker: Any = self.worker
         self.ledger = Ledger.open(self.folder / "ledger", "data", self.policy.delta, head_folder=self.folder)
         spending = Spending(self.ledger, self.policy)
-        self.jobs = Jobs(settings, self.folder, worker, spending, self.sent.append)
+        identity = identity_of_one()
+        sessions = SecureSessions(
+            identity,
+            KnownDirectory.open(self.folder, identity),
+            SpentRounds(self.folder / "secure"),
+            rules=Rules(),
+            send=self.sent.append,
+            failed=lambda run_id, order: None,
+        )
+        self.jobs = Jobs(settings, self.folder, worker, spending, sessions, self.sent.append)
 
     def restarted(self) -> Site:
         """Another agent in its place, which finds what this one has kept."""
@@ -137,6 +163,7 @@ class Site:
     def employ(self, worker: Worker) -> None:
         self.worker = worker
         self.jobs._supervisor = worker  # type: ignore[assignment]  # its surface
+        self.jobs._performer._supervisor = worker  # type: ignore[assignment]  # its surface
 
     def consider(self, offer: pb.Offer) -> pb.ClientMessage:
         """The one answer to an offer."""

@@ -1,0 +1,135 @@
+"""An order's work, from the budget to the gate: what comes out may leave this site.
+
+Paid for before it is begun, done by the worker, and looked at by the gate.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from fedge import progress
+from fedge.errors import FedgeError, RefusedError, RemoteProtocolError
+from fedge.events import OrderId
+from fedge.refusal import RefusalCode
+from fedge.wire import fedge_pb2 as pb
+from fedge.wire.codec import decode_order_id, encode_order_id
+from fedge_client import gate
+from fedge_client import pipe_pb2 as pipe
+from fedge_client.admission import check_clip
+from fedge_client.participation import Participation
+from fedge_client.settings import Policy
+from fedge_client.spending import Spending
+from fedge_client.supervisor import Supervisor
+
+_ON_THREAD_BYTES = 1 << 20
+_PRIVATE_GRAIN = 50
+
+Send = Callable[[pb.ClientMessage], None]
+
+
+class Performer:
+    """Does what runs order. `reach` is called with the names of points at which a test may kill this process."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        supervisor: Supervisor,
+        spending: Spending,
+        send: Send,
+        reach: Callable[[str], None],
+    ) -> None:
+        self._policy = policy
+        self._supervisor = supervisor
+        self._spending = spending
+        self._send = send
+        self._reach = reach
+
+    async def perform(self, run: Participation, message: pb.Order) -> gate.Released:
+        """Do the work within the budget: reserved before it begins, spent before anything of it can leave.
+
+        That it failed depends on the data, too, and is told to the coordinator: then it is spent as well.
+        """
+        order = decode_order_id(message.id)
+        cost = run.protection.cost(order.kind)
+        if cost is None:
+            return await self._do(run, order, message)
+        entry = await self._spending.reserve(run.run_id, order, run.protection, cost)
+        try:
+            released = await self._do(run, order, message)
+        except FedgeError as error:
+            if isinstance(error, RefusedError) and error.refusal.code == RefusalCode.CANCELLED:
+                await self._spending.give_back(entry)
+            else:
+                await self._spending.leaves(entry)
+                await self._spending.settle(entry, cost)
+            raise
+        except Exception:  # a defect: nothing is told of it
+            await self._spending.give_back(entry)
+            raise
+        # Before it is kept: what is kept may leave at any time, after a crash as well.
+        await self._spending.leaves(entry)
+        run.unsettled = (entry, cost)
+        return released
+
+    async def settle(self, run: Participation) -> None:
+        """What was spent for a run's latest work is spent, since it was handed in or will not be."""
+        unsettled, run.unsettled = run.unsettled, None
+        if unsettled is not None:
+            await self._spending.settle(*unsettled)
+
+    async def _do(self, run: Participation, order: OrderId, message: pb.Order) -> gate.Released:
+        """Have the worker do it, and pass the result through the gate: the last code before the wire."""
+        clip = self._clip(run, message)
+        perform = pipe.Perform(run_id=run.run_id, id=encode_order_id(order), privacy=run.protection.demand())
+        finished = await self._supervisor.perform(perform, progress=self._teller(run, message))
+        self._reach("job.trained")
+        run.protection.check(finished, order.kind)
+        metrics = {metric.name: metric.value for metric in finished.metrics}
+        layout = None if order.kind == "evaluate" else run.layout
+
+        def pass_gate() -> gate.Released:
+            return gate.release(
+                run.update,
+                finished.num_examples,
+                metrics,
+                layout=layout,
+                layers=gate.layers_of(clip),
+                terms=run.protection.terms,
+            )
+
+        if run.update.nbytes <= _ON_THREAD_BYTES or layout is None:
+            return pass_gate()
+        return await asyncio.to_thread(pass_gate)
+
+    def _clip(self, run: Participation, message: pb.Order) -> float | None:
+        """What an order's update is clipped to.
+
+        Raises:
+            RefusedError: WORK_NOT_ALLOWED; the order adapts the clip beyond what the policy allows.
+        """
+        if run.clip is None or not message.HasField("clip"):
+            return run.clip
+        if not 0 < message.clip < float("inf"):
+            raise RemoteProtocolError(f"expected a finite clip above 0, found {message.clip}")
+        check_clip(self._policy, message.clip)
+        return message.clip
+
+    def _teller(self, run: Participation, message: pb.Order) -> Callable[[int, int], None]:
+        """Tells the coordinator now and then how far the worker is: a deadline is about progress."""
+        every_s, told = progress.every_s(message.deadline_s), time.monotonic()
+        # A step's share of the work would tell how many steps, and so how many examples, there are.
+        hides = run.protection.is_on or run.secure is not None
+        grain = _PRIVATE_GRAIN if hides else 1
+
+        def tell(done: int, total: int) -> None:
+            nonlocal told
+            if time.monotonic() - told < every_s:
+                return
+            told = time.monotonic()
+            permille = progress.computed(done, total) // grain * grain
+            so_far = pb.Progress(run_id=run.run_id, id=message.id, permille=permille)
+            self._send(pb.ClientMessage(progress=so_far))
+
+        return tell

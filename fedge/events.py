@@ -111,11 +111,12 @@ class Unmasked:
 
 @dataclass(frozen=True, slots=True)
 class Broken:
-    """Secure aggregation: the masks cannot be taken off with what was revealed so far."""
+    """Secure aggregation: the masks cannot be taken off with what was revealed so far, or, if it is `final`, at all."""
 
     order: OrderId
     reason: str
     culprits: tuple[str, ...] = ()
+    final: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,7 +110,7 @@ def step(run: Federation, event: RunEvent) -> RunStep:
             | Consented(_, order)
             | Revealed(_, order)
             | Unmasked(order)
-            | Broken(order, _)
+            | Broken(order)
             | DeadlinePassed(order, _)
         ):
             if run.evaluation is not None and order == run.evaluation.order:

@@ -241,12 +241,15 @@ def revealed(round: Round, event: Revealed) -> Step:
 
 
 def revealing_is_over(round: Round, event: DeadlinePassed) -> Step:
-    if event.phase != round.phase or round.unmasking:
+    if event.phase != round.phase:
         return round, ()
+    if round.unmasking:
+        return replace(round, failed=round.failed | (round.survivors - round.revealed)), ()
     kept = _with_quorum(round, _survivors_of_shards_with(round, round.revealed))
     if not kept or round.blamed:
         return too_few(round, "have revealed their shares", len(round.revealed), spent=True)
-    return _unmask(replace(round, survivors=kept))
+    silent = kept - round.revealed  # nobody waits for them any more
+    return _unmask(replace(round, survivors=kept, failed=round.failed | silent))
 
 
 def unmasked(round: Round, event: Unmasked) -> Step:
@@ -257,7 +260,7 @@ def unmasked(round: Round, event: Unmasked) -> Step:
 def broken(round: Round, event: Broken) -> Step:
     blamed = round.blamed | {("", culprit) for culprit in event.culprits}
     round = replace(round, unmasking=False, blamed=blamed)
-    if round.survivors - round.revealed - round.failed:
+    if not event.final and round.survivors - round.revealed - round.failed:
         return round, ()  # with other shares it may do
     return given_up(round, event.reason, culprits=culprits(round), spent=True)
 

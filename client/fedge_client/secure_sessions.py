@@ -43,10 +43,13 @@ Send = Callable[[pb.ClientMessage], None]
 
 @dataclass(eq=False)
 class _Session:
-    """One order's. `ready` is done when an update can be masked, or fails when none will be."""
+    """One order's, which asks for this. `part` is there once keys were made; `ready` is done when an update can be
+    masked, or fails when none will be."""
 
-    part: SecurePart
-    ready: asyncio.Future[None] = field(repr=False)
+    order: OrderId
+    asked: bytes
+    ready: asyncio.Future[SecurePart] = field(repr=False)
+    part: SecurePart | None = None
     spent: bool = False
     """Whether it is on disk that this site reveals its shares."""
 
@@ -84,8 +87,17 @@ class SecureSessions:
 
     def order(self, run: Participation, message: pb.Order, link: Source) -> None:
         """An order came: show keys for it."""
-        order = decode_order_id(message.id)
-        self._enqueue(run.run_id, order, partial(self._begin, run, order, message, link))
+        order, asked = decode_order_id(message.id), order_digest(message)
+        session = self._session(run.run_id, order)
+        if session is None or session.asked != asked:
+            older = self._sessions.get((run.run_id, order.kind))
+            if older is not None:
+                older.give_up(
+                    Refusal(RefusalCode.CANCELLED, "the coordinator has begun with another attempt")
+                )
+            ready: asyncio.Future[SecurePart] = asyncio.get_running_loop().create_future()
+            session = self._sessions[run.run_id, order.kind] = _Session(order, asked, ready)
+        self._enqueue(run.run_id, order, partial(self._begin, run, session, message, link))
 
     def hear(self, message: pb.ServerMessage) -> None:
         """A session's message came."""
@@ -93,7 +105,9 @@ class SecureSessions:
         match kind:
             case "roster":
                 of: pb.Roster | pb.Envelopes | pb.Survivors | pb.Consents = message.roster
-                handle: Callable[[_Session], Awaitable[None]] = partial(self._share, message.roster)
+                handle: Callable[[_Session, SecurePart], Awaitable[None]] = partial(
+                    self._share, message.roster
+                )
             case "envelopes":
                 of, handle = message.envelopes, partial(self._open, message.envelopes)
             case "survivors":
@@ -106,8 +120,8 @@ class SecureSessions:
 
         async def with_session() -> None:
             session = self._session(run_id, order)
-            if session is not None:  # else it is over here, or was never begun
-                await handle(session)
+            if session is not None and session.part is not None:  # else it is over here, or was never begun
+                await handle(session, session.part)
 
         self._enqueue(run_id, order, with_session)
 
@@ -120,19 +134,19 @@ class SecureSessions:
         """
         order = decode_order_id(message.id)
         session = self._session(message.run_id, order)
-        if session is None or session.part.context.model != order_digest(message):
+        if session is None or session.asked != order_digest(message):
             raise _over(order)
         try:
-            await asyncio.wait_for(asyncio.shield(session.ready), _patience_s(message))
+            part = await asyncio.wait_for(asyncio.shield(session.ready), _patience_s(message))
         except TimeoutError:
             raise _over(order) from None
         source = SecureSource(secrets.token_bytes(KEY_BYTES))  # it rounds, which must not be guessed
-        return await asyncio.to_thread(session.part.mask, released, source)
+        return await asyncio.to_thread(part.mask, released, source)
 
     def drop(self, run_id: str, order: OrderId | None = None) -> None:
         """An order is called off, or all of a run's are."""
         for key, session in list(self._sessions.items()):
-            if key[0] == run_id and order in (None, session.part.context.order):
+            if key[0] == run_id and order in (None, session.order):
                 session.give_up(Refusal(RefusalCode.CANCELLED, "called off by the coordinator"))
                 del self._sessions[key]
 
@@ -163,17 +177,19 @@ class SecureSessions:
 
     def _session(self, run_id: str, order: OrderId) -> _Session | None:
         session = self._sessions.get((run_id, order.kind))
-        return session if session is not None and session.part.context.order == order else None
+        return session if session is not None and session.order == order else None
 
-    async def _begin(self, run: Participation, order: OrderId, message: pb.Order, link: Source) -> None:
-        known = self._session(run.run_id, order)
-        if known is None or known.part.context.model != order_digest(message):
-            known = await self._new(run, order, message, link)
-        member = codec.encode_member(known.part.advertisement)
-        advertise = pb.Advertise(run_id=run.run_id, id=encode_order_id(order), member=member)
+    async def _begin(self, run: Participation, session: _Session, message: pb.Order, link: Source) -> None:
+        if self._session(run.run_id, session.order) is not session:
+            return  # called off meanwhile
+        if session.part is None:
+            session.part = await self._part(run, session.order, message, link)
+        member = codec.encode_member(session.part.advertisement)
+        advertise = pb.Advertise(run_id=run.run_id, id=message.id, member=member)
         self._send(pb.ClientMessage(advertise=advertise))
 
-    async def _new(self, run: Participation, order: OrderId, message: pb.Order, link: Source) -> _Session:
+    async def _part(self, run: Participation, order: OrderId, message: pb.Order, link: Source) -> SecurePart:
+        """P0: this site's part, with keys of its own; that it begins is on disk before anybody sees them."""
         assert run.secure is not None  # only such orders come here
         directory = await self._directory.at(message.secure.epoch, link)
         context = run.secure.context(
@@ -198,35 +214,30 @@ class SecureSessions:
             entropy=secrets.token_bytes,
         )
         await asyncio.to_thread(self._spent.begin, run.run_id, order)
-        session = _Session(part, asyncio.get_running_loop().create_future())
-        older = self._sessions.get((run.run_id, order.kind))
-        if older is not None:
-            older.give_up(Refusal(RefusalCode.CANCELLED, "the coordinator has begun with another attempt"))
-        self._sessions[run.run_id, order.kind] = session
-        return session
+        return part
 
-    async def _share(self, message: pb.Roster, session: _Session) -> None:
+    async def _share(self, message: pb.Roster, session: _Session, part: SecurePart) -> None:
         roster = codec.decode_roster(message.members)
-        shares = await asyncio.to_thread(session.part.share, roster)
+        shares = await asyncio.to_thread(part.share, roster)
         envelopes = codec.encode_shares(shares)
         self._send(
             pb.ClientMessage(share=pb.Share(run_id=message.run_id, id=message.id, envelopes=envelopes))
         )
 
-    async def _open(self, message: pb.Envelopes, session: _Session) -> None:
+    async def _open(self, message: pb.Envelopes, session: _Session, part: SecurePart) -> None:
         envelopes = codec.decode_envelopes(message.envelopes)
-        await asyncio.to_thread(session.part.open, envelopes)
+        await asyncio.to_thread(part.open, envelopes)
         if not session.ready.done():
-            session.ready.set_result(None)
+            session.ready.set_result(part)
 
-    async def _consent(self, message: pb.Survivors, session: _Session) -> None:
-        signature = session.part.consent(message.members)
+    async def _consent(self, message: pb.Survivors, session: _Session, part: SecurePart) -> None:
+        signature = part.consent(message.members)
         consent = pb.Consent(run_id=message.run_id, id=message.id, signature=signature)
         self._send(pb.ClientMessage(consent=consent))
 
-    async def _reveal(self, message: pb.Consents, session: _Session) -> None:
-        order = session.part.context.order
-        reveal = session.part.reveal(codec.decode_consents(message))
+    async def _reveal(self, message: pb.Consents, session: _Session, part: SecurePart) -> None:
+        order = session.order
+        reveal = part.reveal(codec.decode_consents(message))
         if not session.spent:  # on disk before a byte of it leaves
             await asyncio.to_thread(self._spent.spend, message.run_id, order)
             session.spent = True

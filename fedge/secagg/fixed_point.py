@@ -63,6 +63,10 @@ class FixedPoint:
         """How many steps are 1.0 of an update that weighs 1."""
         return self.levels / (self.max_weight * self.bound)
 
+    def cuts(self, vector: Array) -> bool:
+        """Whether an element is beyond `bound`."""
+        return bool(max(vector.max(), -vector.min()) > self.bound)
+
     def encode(self, vector: Array, weight: int, source: SecureSource) -> Words:
         """`weight * vector` in steps: float32[size] -> words[size]. Elements beyond `bound` are cut to it.
 

@@ -36,6 +36,10 @@ MAX_NAMES: Final = 64
 SUITES: Final = {"x25519": Suite.X25519, "x25519-mlkem768": Suite.X25519_MLKEM768}
 
 
+BEYOND_BOUND: Final = "beyond_bound"
+"""A metric that rides in every sum of updates: the share of them, by weight, that were cut to the bound."""
+
+
 @dataclass(frozen=True, slots=True)
 class SumTerms:
     """How a run's updates are summed.
@@ -111,7 +115,7 @@ class SumTerms:
                 consistency=config.consistency,
                 max_weight=config.max_weight if weighted else 1,
                 rotate=config.rotate,
-                metrics=config.metrics,
+                metrics=(*config.metrics, BEYOND_BOUND),
             )
         except ValueError as error:
             raise ConfigError(f"secure_aggregation: {error}") from None
@@ -190,7 +194,8 @@ def mean_of(sums: Sequence[Summed], clients: Sequence[str]) -> Aggregate:
     for each in sums[1:]:
         vector, summary = vector + each.vector, summary.plus(each.summary)
     mean = (vector / summary.weight).astype(np.float32)
-    return Aggregate(mean, tuple(sorted(clients)), summary.weight, summary.means)
+    metrics = {name: value for name, value in summary.means.items() if name != BEYOND_BOUND or value > 0}
+    return Aggregate(mean, tuple(sorted(clients)), summary.weight, metrics)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,13 +226,13 @@ class Encoding:
             ValueError: the vector is not finite, or of another size, or the weight is below 1.
         """
         weight = min(weight, self.tail.max_weight)
-        encoded = [self.tail.encode(weight, metrics)]
         if self.body is None:
-            return encoded
+            return [self.tail.encode(weight, metrics)]
         if not np.isfinite(vector).all():  # before the rotation, which would make NaN of all of it
             raise ValueError("expected a finite vector to encode, found NaN or infinity in it")
         rotated = self.rotation.apply(vector) if self.rotation is not None else vector
-        return [self.body.encode(rotated, weight, source), *encoded]
+        metrics = {**metrics, BEYOND_BOUND: float(self.body.cuts(rotated))}
+        return [self.body.encode(rotated, weight, source), self.tail.encode(weight, metrics)]
 
     def zeros(self) -> list[Words]:
         """The sum of nothing."""

@@ -81,17 +81,23 @@ async def serve(settings: ServerSettings, folder: Path, *, ready: Callable[[int]
             authority = authority_of(settings, folder, database)
             authority.directories.settle(now=now())
             archive = Archive(Store(database), state / "checkpoints", faults)
-            await _serve(settings, authority, Coordinator(settings, Spool(spool), archive), ready)
+            membership = Membership(authority)
+            coordinator = Coordinator(settings, Spool(spool), archive, membership.directory)
+            await _serve(settings, authority, membership, coordinator, ready)
         finally:
             database.close()
 
 
 async def _serve(
-    settings: ServerSettings, authority: Authority, coordinator: Coordinator, ready: Callable[[int], None]
+    settings: ServerSettings,
+    authority: Authority,
+    membership: Membership,
+    coordinator: Coordinator,
+    ready: Callable[[int], None],
 ) -> None:
     server = aio.server(options=_OPTIONS)
     software = f"fedge {fedge.__version__}"
-    membership, witnesses = Membership(authority), Witnesses(authority.registry)
+    witnesses = Witnesses(authority.registry)
     federation = FederationService(coordinator, membership, witnesses, software=software)
     enrolment = EnrolmentService(coordinator, membership)
     credential = authority.server_credential(now=now())

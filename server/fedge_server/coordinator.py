@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from fedge.errors import BusyError, ConfigError, FedgeError, RunError
 from fedge.events import Failed, OrderId
 from fedge.privacy.central import Central
-from fedge.privacy.terms import Terms
 from fedge.refusal import Refusal
 from fedge.run import RunConfig
 from fedge.run_state import Stop
 from fedge.strategy import load_strategy
 from fedge.vector import Model
 from fedge.wire import fedge_pb2 as pb
-from fedge.wire.codec import encode_kind, encode_layout, encode_terms, encode_work
+from fedge.wire.codec import encode_layout
 from fedge_server.archive import Archive
 from fedge_server.driver import RunDriver, Surroundings
 from fedge_server.limits import Pace
@@ -28,6 +27,7 @@ from fedge_server.sessions import Session
 from fedge_server.settings import ServerSettings
 from fedge_server.spool import Spool
 from fedge_server.store.records import KeptRun, RunRecord
+from fedge_server.summing import Keys
 from fedge_server.uploads import Uploads
 
 log = logging.getLogger(__name__)
@@ -54,11 +54,12 @@ class Submission:
 class Coordinator:
     """Sessions by site and runs by id. All methods belong to the event loop's thread."""
 
-    def __init__(self, settings: ServerSettings, spool: Spool, archive: Archive) -> None:
+    def __init__(self, settings: ServerSettings, spool: Spool, archive: Archive, keys: Keys) -> None:
         self.settings = settings
         self.spool = spool
         self.uploads = Uploads(spool, max_idle_bytes=settings.max_kept_bytes)
         self.archive = archive
+        self._keys = keys
         self.sessions: dict[str, Session] = {}
         self.runs: dict[str, RunDriver] = {}
         self.past: dict[str, PastRun] = {}
@@ -137,13 +138,20 @@ class Coordinator:
         session.joined.discard(run_id)
         driver.leave(session.site)
 
-    def fail(self, session: Session, run_id: str, order: OrderId, refusal: Refusal) -> None:
-        """A site could not do an order."""
+    def fail(
+        self,
+        session: Session,
+        run_id: str,
+        order: OrderId,
+        refusal: Refusal,
+        culprits: tuple[str, ...] = (),
+    ) -> None:
+        """A site could not do an order, by its own words because of the messages of `culprits`."""
         driver = self.runs.get(run_id)
         if driver is None or run_id not in session.joined:
             return
         log.warning("order_failed run=%s site=%s order=%s reason=%s", run_id, session.site, order, refusal)
-        driver.post(Failed(session.site, order, refusal))
+        driver.post(Failed(session.site, order, refusal, culprits))
 
     # Runs.
 
@@ -152,15 +160,11 @@ class Coordinator:
 
         Raises:
             ConfigError: the strategy is unknown or its settings are wrong.
-            RunError: there are as many open runs as the operator allows.
+            RunError: there are as many open runs as the operator allows, or there is no directory of keys for its
+                secure sums.
             StorageError: the run cannot be kept.
         """
         config, model = submission.config, submission.model
-        if config.secure_aggregation.enabled:
-            raise ConfigError(
-                "secure_aggregation.enabled: secure aggregation of a deployed run is not in this version: simulate "
-                "it, or set it to false to run without"
-            )
         if len(self._open_runs()) >= self.settings.max_runs:
             raise RunError(f"this coordinator has its {self.settings.max_runs} open runs; stop one first")
         strategy = load_strategy(config.strategy, config.work, allowed=self.settings.strategies)
@@ -182,6 +186,8 @@ class Coordinator:
             raise ConfigError(
                 f"strategy {config.strategy.name!r} cannot begin this run: {type(error).__name__}: {error}"
             ) from error
+        if config.secure_aggregation.enabled:
+            await self._keys()  # or it says what the operator has to do for there to be any
         self.archive.faults.reach("submit.before")
         await self.archive.call(self.archive.add_run, record, first)
         self.archive.faults.reach("submit.after")
@@ -244,7 +250,7 @@ class Coordinator:
             self.spool.shrink()
 
     def _surroundings(self) -> Surroundings:
-        return Surroundings(self._send, self.archive, self.settings.max_kept_bytes)
+        return Surroundings(self._send, self.archive, self._keys, self.settings.max_kept_bytes)
 
     def all_runs(self) -> list[RunDriver | PastRun]:
         """Those that are over first, then those that are driven here, oldest first."""
@@ -322,21 +328,4 @@ class Coordinator:
 
 
 def _offer(driver: RunDriver) -> pb.ServerMessage:
-    config, terms = driver.config, Terms.of(driver.config)
-    return pb.ServerMessage(
-        offer=pb.Offer(
-            run_id=driver.run_id,
-            name=config.name,
-            task=config.task,
-            strategy=driver.record.strategy,
-            rounds=config.rounds,
-            seed=config.seed,
-            work=encode_work(config.work),
-            layout=encode_layout(driver.layout),
-            clip=config.privacy.clip,
-            privacy=encode_terms(terms) if terms is not None else None,
-            cohort=config.cohort.needed,
-            kind=encode_kind(driver.machine.plan.kind),
-            strategy_name=config.strategy.name,
-        )
-    )
+    return pb.ServerMessage(offer=driver.offer)

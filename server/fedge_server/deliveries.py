@@ -59,7 +59,9 @@ class Deliveries:
                 raise _refused(RefusalCode.WRONG_LENGTH, "expected an update with its vector in it")
             upload = None
             if expected:
-                upload = self._coordinator.spool.upload(size=expected, digest=update.vector.digest)
+                upload = self._coordinator.spool.upload(
+                    size=expected, digest=update.vector.digest, masked=driver.masked
+                )
                 try:
                     upload.write(update.vector.inline)
                     upload.finish()
@@ -98,6 +100,7 @@ class Deliveries:
                     size=expected,
                     digest=update.vector.digest,
                     offset=request.offset,
+                    masked=driver.masked,
                 ) as incoming,
             ):
                 await self._fill(incoming, driver, requests)
@@ -170,7 +173,8 @@ class Deliveries:
             decode_metrics(update.metrics)
         except RemoteProtocolError as error:
             raise _refused(RefusalCode.BAD_METRICS, str(error)) from None
-        expected = 0 if order.kind == "evaluate" else driver.layout.nbytes
+        driver.check_masked(site, order, update)
+        expected = driver.update_bytes(order)
         if update.vector.size != expected:
             raise _refused(
                 RefusalCode.WRONG_LENGTH, f"expected a vector of {expected} bytes, found {update.vector.size}"

@@ -9,57 +9,48 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import numpy as np
 
 from fedge import federation, progress
-from fedge.errors import LinkError, RunError, StorageError
+from fedge.errors import LinkError, RefusedError, RunError, StorageError
 from fedge.events import (
-    Accept,
+    Advertised,
     Arrived,
-    Cancel,
-    Close,
-    DeadlinePassed,
+    Consented,
     Failed,
-    GiveUp,
     Joined,
     Left,
     OrderId,
     Progressed,
     Reject,
-    Send,
-    StartTimer,
+    Revealed,
+    Shared,
 )
 from fedge.history import Row
 from fedge.learning import Learning
-from fedge.pipeline import Aggregate, Update
 from fedge.plan import Plan
 from fedge.privacy.central import Central
-from fedge.privacy.secure import KEY_BYTES, SecureSource
 from fedge.refusal import Refusal, RefusalCode
 from fedge.run import RunConfig
-from fedge.run_state import Finish, Returned, RunEffect, RunEvent
+from fedge.run_state import Returned, RunEffect, RunEvent
+from fedge.secagg.terms import SumTerms
 from fedge.strategy import AnyStrategy
 from fedge.vector import Array, Model
 from fedge.wire import fedge_pb2 as pb
-from fedge.wire.codec import encode_order_id
 from fedge_server.archive import Archive, Moment
+from fedge_server.execution import Execution
 from fedge_server.history import History
 from fedge_server.keeper import Keeper
 from fedge_server.moments import Start, moment_of
-from fedge_server.orders import Orders
+from fedge_server.offers import offer_of
 from fedge_server.receipts import Delivery
 from fedge_server.shelf import Shelf
 from fedge_server.spool import Upload
 from fedge_server.store.records import RunRecord
+from fedge_server.summing import Keys, Outbox, Summing
 from fedge_server.timers import Timers
-from fedge_server.traffic import Traffic
-from fedge_server.waiting import Accepted, Waiting
 
 log = logging.getLogger(__name__)
 
@@ -71,15 +62,14 @@ REJOIN_S = 60.0
 _NO_VECTOR: Array = np.zeros(0, np.float32)
 _ENDED = Refusal(RefusalCode.RUN_ENDED, "the run is over")
 
-Outbox = Callable[[str, pb.ServerMessage], None]
-
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What a run needs of its coordinator: how to reach clients, and where to keep itself."""
+    """What a run needs of its coordinator: how to reach clients, where to keep itself, and whose keys are whose."""
 
     outbox: Outbox
     archive: Archive
+    keys: Keys
     max_kept_bytes: int = 64 << 30
 
 
@@ -97,22 +87,32 @@ class RunDriver:
         self.shelf = Shelf()
         self.machine = start.machine
         self.keeper = Keeper(surroundings.archive, config.checkpoint, committed=start.machine.committed)
+        secure = SumTerms.of(config, start.learning.strategy)
+        kind, strategy = start.machine.plan.kind, record.strategy
+        self.offer = offer_of(record.run_id, config, self.layout, kind=kind, strategy=strategy, secure=secure)
+        self._summing: Summing | None = None
+        if secure is not None:
+            self._summing = Summing(
+                secure, self.offer, self.layout, surroundings.keys, surroundings.outbox, self.post
+            )
         self._first = start.effects
-        self._learning = start.learning
-        # Noise of the coordinator's own, where it is to add some: its key is this process's, and goes with it.
-        self._source = (
-            SecureSource(secrets.token_bytes(KEY_BYTES)) if start.learning.central is not None else None
-        )
         self._outbox = surroundings.outbox
         self._reach = surroundings.archive.faults.reach
-        self._orders = Orders(record.run_id, self.shelf)
         self._queue: asyncio.Queue[tuple[RunEvent | None, Delivery | None]] = asyncio.Queue()
         self._timers = Timers(self.post)
-        self._waiting = Waiting(surroundings.max_kept_bytes)
-        for accepted in start.accepted:
-            self._waiting.add(accepted)
+        self._execution = Execution(
+            self.run_id,
+            start,
+            deadline_s=config.cohort.deadline_s,
+            outbox=surroundings.outbox,
+            timers=self._timers,
+            shelf=self.shelf,
+            history=self.history,
+            summing=self._summing,
+            max_kept_bytes=surroundings.max_kept_bytes,
+            keep_first=self._keep_first,
+        )
         self._expected = set(start.machine.clients)
-        self._traffic = Traffic()
         self._changed = False
         self._kept_revision = self.history.revision
         self._nudge: asyncio.TimerHandle | None = None
@@ -131,18 +131,24 @@ class RunDriver:
         """A new run. It is not kept yet: see `first_moment`."""
         learning = Learning.begin(strategy, model, Central.of(config))
         kind = learning.order(1).kind
-        plan = Plan.of(config, kind=kind, max_staleness=strategy.max_staleness)
+        secure = SumTerms.of(config, strategy)
+        plan = Plan.of(
+            config,
+            kind=kind,
+            max_staleness=strategy.max_staleness,
+            secure=secure.of_round(config.secure_aggregation.exchange_s) if secure is not None else None,
+        )
         machine, effects = federation.begin(plan)
         return cls(record, config, Start(learning, machine, effects), surroundings)
 
     def first_moment(self) -> Moment:
         """The run before its first event, with the initial model."""
-        return moment_of(self.run_id, self.machine, self._learning)
+        return moment_of(self.run_id, self.machine, self._execution.learning)
 
     @property
     def model(self) -> Model:
         """The model of the last committed round."""
-        return self._learning.model
+        return self._execution.learning.model
 
     @property
     def waiting_for(self) -> str:
@@ -192,8 +198,39 @@ class RunDriver:
         """Hand in a checked update; returns None once it counts, or why it does not. The upload is the run's."""
         receipt: asyncio.Future[Refusal | None] = asyncio.get_running_loop().create_future()
         metrics = {metric.name: metric.value for metric in update.metrics}
-        self.post(Arrived(client, order), Delivery(update.num_examples, metrics, upload, receipt))
+        delivery = Delivery(update.num_examples, metrics, upload, receipt, update.proof)
+        self.post(Arrived(client, order), delivery)
         return await receipt
+
+    def hear(self, client: str, message: pb.ClientMessage) -> None:
+        """A client's message in a secure sum. One that nobody waits for is dropped."""
+        if self._summing is None or self._over:
+            return
+        event = self._summing.event(client, message)
+        if event is not None and federation.step(self.machine, event)[0] != self.machine:
+            self._summing.hear(event, message)
+
+    def update_bytes(self, order: OrderId) -> int:
+        """What an update for an order measures."""
+        return self._execution.update_bytes(order)
+
+    @property
+    def masked(self) -> bool:
+        """Whether updates come masked, and are of use in their sum alone."""
+        return self._summing is not None
+
+    def check_masked(self, client: str, order: OrderId, update: pb.Update) -> None:
+        """Check that an update comes masked if all of this run's do.
+
+        Raises:
+            RefusedError: it should, and does not; or it should not, and does.
+        """
+        if self._summing is not None:
+            self._summing.check(client, order, update)
+        elif update.HasField("proof"):
+            raise RefusedError(
+                Refusal(RefusalCode.NOT_ASKED, "expected an update as it is, found a masked one")
+            )
 
     def unwanted(self, client: str, order: OrderId) -> Refusal | None:
         """Why an update would be refused whatever it holds, known before its bytes are read."""
@@ -221,14 +258,14 @@ class RunDriver:
 
     def count(self, *, down: int = 0, up: int = 0) -> None:
         """Account for bytes of vectors on the wire."""
-        self._traffic.down += down
-        self._traffic.up += up
+        self._execution.traffic.down += down
+        self._execution.traffic.up += up
 
     async def run(self) -> None:
         """Drive the run to its end, or until it is drained."""
         rejoin = asyncio.get_running_loop().call_later(REJOIN_S, self._give_up_waiting)
         try:
-            await self._publish(self.machine.committed + 1)
+            await self._execution.publish(self.machine.committed + 1)
             await self._execute(self._first, None)
             while self.machine.status == "running" and not self._draining:
                 self._keep_if_due()
@@ -277,10 +314,10 @@ class RunDriver:
         if self._nudge is not None:
             self._nudge.cancel()
             self._nudge = None
-        unkept, revision = self._waiting.unkept(), self.history.revision
+        unkept, revision = self._execution.waiting.unkept(), self.history.revision
 
         def kept() -> None:
-            self._waiting.were_kept(unkept)
+            self._execution.waiting.were_kept(unkept)
             self._kept_revision = revision
             self._queue.put_nowait((None, None))
 
@@ -289,7 +326,7 @@ class RunDriver:
         if row is not None:
             changed[row.round] = row
         committed = self.machine.committed > self.keeper.committed
-        newest = learning if learning is not None else self._learning
+        newest = learning if learning is not None else self._execution.learning
         moment = moment_of(
             self.run_id,
             self.machine,
@@ -313,7 +350,7 @@ class RunDriver:
     def _wind_up(self) -> None:
         self._timers.clear()
         self.shelf.clear()
-        self._waiting.clear()
+        self._execution.stop()
         self.keeper.stop()
         if self._nudge is not None:
             self._nudge.cancel()
@@ -349,8 +386,11 @@ class RunDriver:
         )
 
     async def _handle(self, event: RunEvent, delivery: Delivery | None) -> None:
+        if isinstance(event, Advertised | Shared | Consented | Revealed):
+            assert self._summing is not None  # else it was not heard
+            event = self._summing.take(event, wanted=federation.step(self.machine, event)[0] != self.machine)
         if isinstance(event, Failed):
-            self._traffic.refused += 1
+            self._execution.traffic.refused += 1
             self.history.refusals[event.client] = event.refusal
         self._reach("event.before")
         waited = self.machine.waiting_for
@@ -369,123 +409,12 @@ class RunDriver:
         for effect in effects:
             name = type(effect).__name__.lower()
             self._reach(f"effect.{name}.before")
-            await self._do(effect, delivery)
+            await self._execution.do(effect, delivery, self.machine)
             self._reach(f"effect.{name}.after")
-
-    async def _do(self, effect: RunEffect, delivery: Delivery | None) -> None:
-        match effect:
-            case Send(client, order):
-                self._send(client, order)
-            case Accept(client, order, staleness):
-                assert delivery is not None  # an Accept answers an Arrived, which carries one
-                await self._take(client, order, staleness, delivery)
-            case Reject(client, order, refusal):
-                self._traffic.refused += 1
-                log.info(
-                    "update_refused run=%s client=%s order=%s reason=%s",
-                    self.run_id,
-                    client,
-                    order,
-                    refusal,
-                )
-                if delivery is not None:
-                    delivery.answer(refusal)
-            case Cancel(client, order):
-                cancel = pb.Cancel(run_id=self.run_id, id=encode_order_id(order))
-                self._outbox(client, pb.ServerMessage(cancel=cancel))
-                self.shelf.withdraw(client, order.kind)
-            case StartTimer(order, phase, seconds):
-                self._timers.start(DeadlinePassed(order, phase), seconds)
-            case Close(order, _):
-                await self._close(order)
-            case GiveUp(order, reason):
-                log.warning("round_given_up run=%s order=%s reason=%s", self.run_id, order, reason)
-                self._waiting.drop(order.kind)
-                self._learning = self._learning.abandon(order)
-                self._timers.drop(order)
-            case Finish():
-                pass  # `run` sees the machine's status
-
-    def _send(self, client: str, order: OrderId) -> None:
-        message = self._orders.message(order, deadline_s=self.config.cohort.deadline_s)
-        self._traffic.begin(order)
-        self._traffic.down += self._orders.inline_bytes
-        self.shelf.grant(client, order.kind)
-        self._outbox(client, message)
-
-    async def _take(self, client: str, order: OrderId, staleness: int, delivery: Delivery) -> None:
-        upload = delivery.upload
-        vector = upload if upload is not None else _NO_VECTOR
-        update = Update(client, vector, delivery.num_examples, delivery.metrics, staleness)
-        full = self._waiting.add(Accepted(order, update, upload))
-        self._traffic.up += upload.size if upload is not None else 0
-        self.shelf.withdraw(client, order.kind)
-        self.history.refusals.pop(client, None)
-        delivery.answer(None)
-        if full:
-            with self._waiting.taken(order.kind) as updates:
-                size = self._bytes_of(order)
-                self._learning = await _off_loop(size, self._learning.fold, order, *updates)
-
-    def _bytes_of(self, order: OrderId) -> int:
-        """What one update for an order measures."""
-        return 0 if order.kind == "evaluate" else self.layout.nbytes
-
-    async def _close(self, order: OrderId) -> None:
-        self._timers.drop(order)
-        with self._waiting.taken(order.kind) as updates:
-            close = partial(self._learning.close, order, *updates, source=self._source)
-            learning, aggregate = await _off_loop(self._bytes_of(order), close)
-        self._waiting.drop(order.kind)
-        row = None
-        if self._source is not None:
-            row = self._row(order, aggregate)
-            await self._keep_first(learning, row)
-        self._learning = learning
-        if order.kind != "evaluate":
-            await self._publish(order.round + 1)
-        self.history.put(row if row is not None else self._row(order, aggregate))
 
     async def _keep_first(self, learning: Learning, row: Row) -> None:
         """Nothing is told of an aggregate with noise before it is certain that it is not made again with other
-        noise: two of them would hide less than one."""
+        noise: two of them would hide less than one. A secure sum cannot be made again at all."""
         await self.keeper.settled()
         self._keep(learning, row)
         await self.keeper.settled()
-
-    def _row(self, order: OrderId, aggregate: Aggregate) -> Row:
-        if order.kind == "evaluate":
-            return self.history.evaluated(order.round, aggregate.metrics)
-        traffic = self._traffic.end(order)
-        log.info(
-            "round_committed run=%s round=%d clients=%d seconds=%.3f",
-            self.run_id,
-            order.round,
-            len(aggregate.clients),
-            traffic.seconds,
-        )
-        return Row(
-            round=order.round,
-            attempt=order.attempt,
-            clients=aggregate.clients,
-            num_examples=aggregate.num_examples,
-            seconds=traffic.seconds,
-            bytes_down=traffic.down,
-            bytes_up=traffic.up,
-            refused=traffic.refused,
-            staleness=aggregate.staleness,
-            metrics=aggregate.metrics,
-        )
-
-    async def _publish(self, round: int) -> None:
-        """Encode and hash the model that `round` begins with once, for all who will fetch it."""
-        order = self._learning.order(round)
-        vector = self._learning.model.vector
-        await _off_loop(vector.nbytes, self._orders.publish, vector, order)
-
-
-async def _off_loop(size: int, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Small work at once (a thread's hand-over would cost more), large work on a thread."""
-    if size <= _ON_THREAD_BYTES:
-        return function(*arguments)
-    return await asyncio.to_thread(function, *arguments)

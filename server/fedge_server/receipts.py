@@ -17,6 +17,8 @@ class Delivery:
     metrics: dict[str, float]
     upload: Upload | None
     receipt: asyncio.Future[Refusal | None]
+    proof: bytes = b""
+    """Of a masked update: its site's signature."""
 
     def answer(self, refusal: Refusal | None) -> None:
         """Tell its sender that it counts (None), or why it does not; the first answer holds."""

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 
-from fedge.errors import RemoteProtocolError
+from fedge.errors import BlamedError, RemoteProtocolError, RunError
+from fedge.events import Broken, Event, Unmasked
 from fedge.pipeline import Aggregate
 from fedge.secagg import server
 from fedge.secagg.directory import Directory
@@ -20,6 +22,9 @@ from fedge.secagg.session import Advertisement, Context, Envelope, InputProof, R
 from fedge.secagg.shards import shard_of
 from fedge.secagg.site import apply_all
 from fedge.secagg.terms import Encoding, mean_of
+
+Due = Literal["roster", "envelopes", "survivors", "consents"]
+"""A message to a member."""
 
 
 class SecureSum:
@@ -79,6 +84,16 @@ class SecureSum:
     def envelopes(self, site: str) -> Mapping[int, Envelope]:
         """What the others have sealed for a member."""
         return self._collecting[self.shard(site)].envelopes(self._number(site))
+
+    def due(self, site: str) -> tuple[Due, ...]:
+        """What a member is told that may have missed it: the latest message, and what has to come before it."""
+        at = self.shard(site)
+        if at in self._consenting:
+            knows = not self.context.consistency or self._number(site) in self._consenting[at].consents
+            return ("survivors", "consents") if at in self._revealing and knows else ("survivors",)
+        if at in self._collecting:
+            return ("envelopes",)
+        return ("roster",) if at in self._sharing else ()
 
     def check(self, site: str, proof: InputProof) -> None:
         """P2: whether a masked vector of this digest may be added.
@@ -142,6 +157,16 @@ class SecureSum:
         if at not in self._revealing:
             raise RemoteProtocolError("expected shares of survivors that were asked for them")
         self._revealing[at] = self._revealing[at].take(self._number(site), reveal)
+
+    def outcome(self, sites: Collection[str]) -> tuple[Event, Aggregate | None]:
+        """`unmask`, and what it means for the round."""
+        order = self.context.order
+        try:
+            return Unmasked(order), self.unmask(sites)
+        except BlamedError as error:
+            return Broken(order, str(error), error.culprits), None
+        except RunError as error:
+            return Broken(order, str(error), final=True), None
 
     def unmask(self, sites: Collection[str]) -> Aggregate:
         """Take the masks off the sums of the shards of `sites`, and make their mean. Heavy: on any thread.

@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 
 FIRST_MESSAGE_S = 30.0
 
+MAX_CULPRITS = 256
+"""Of those whom a site blames, so many are heard: as many as a sum has members."""
+
 ADMIT_S = 1.0
 """After how long a site may come again that came together with too many others."""
 
@@ -141,7 +144,8 @@ class FederationService:
             case "failed":
                 failed = message.failed
                 order, refusal = decode_order_id(failed.id), decode_refusal(failed.refusal)
-                self._coordinator.fail(session, failed.run_id, order, refusal)
+                culprits = tuple(failed.culprits[:MAX_CULPRITS])
+                self._coordinator.fail(session, failed.run_id, order, refusal, culprits)
             case "update":
                 receipt = await self._deliveries.inline(session.site, message.update)
                 session.send(pb.ServerMessage(receipt=receipt), lazily=not receipt.HasField("refusal"))
@@ -150,6 +154,10 @@ class FederationService:
                 driver = self._coordinator.runs.get(progress.run_id)
                 if driver is not None:
                     driver.progressed(session.site, decode_order_id(progress.id), progress.permille)
+            case "advertise" | "share" | "consent" | "reveal" as kind:
+                driver = self._coordinator.runs.get(getattr(message, kind).run_id)
+                if driver is not None:
+                    driver.hear(session.site, message)
             case "witness":
                 self._witnesses.remember(session.site, message.witness.sealed)
             case other:

@@ -45,9 +45,9 @@ class Spool:
         self._in_use: set[str] = set()
         self._numbers = count(1)
 
-    def upload(self, *, size: int, digest: bytes) -> Upload:
+    def upload(self, *, size: int, digest: bytes, masked: bool = False) -> Upload:
         """Room for a vector of so many bytes, which is taken as they arrive."""
-        return Upload(self, size=size, digest=digest)
+        return Upload(self, size=size, digest=digest, masked=masked)
 
     def find(self, name: str, *, size: int, digest: bytes) -> Upload | None:
         """A complete upload of an earlier process; None if its file does not hold those bytes (any more)."""
@@ -110,12 +110,16 @@ class Spool:
 class Upload:
     """One float32 vector of a known size and digest, arriving in chunks of whole elements.
 
-    Complete, it is read as `upload[start:stop]`, on any thread.
+    Complete, it is read as `upload[start:stop]`, on any thread. A `masked` one is bytes that mean nothing by
+    themselves, in chunks of any size, and is read as a whole.
     """
 
-    def __init__(self, spool: Spool, *, size: int, digest: bytes, file: _Lease | None = None) -> None:
+    def __init__(
+        self, spool: Spool, *, size: int, digest: bytes, file: _Lease | None = None, masked: bool = False
+    ) -> None:
         self.size = size
         self.digest = digest
+        self.masked = masked
         self._spool = spool
         self._hash = new_digest()
         self._received = 0
@@ -135,12 +139,8 @@ class Upload:
                 RefusalCode.WRONG_LENGTH,
                 f"expected {self.size} bytes, found at least {self._received + len(data)}",
             )
-        if len(data) % _FLOAT.itemsize:
-            raise _refused(
-                RefusalCode.WRONG_LENGTH, f"expected chunks of whole elements, found {len(data)} bytes"
-            )
-        if not all_finite(np.frombuffer(data, _FLOAT)):
-            raise _refused(RefusalCode.NOT_FINITE, "expected finite numbers, found NaN or infinity")
+        if not self.masked:
+            _check_floats(data)
         self._hash.update(data)
         if self.size <= INLINE_BYTES:
             self._memory += data
@@ -199,21 +199,33 @@ class Upload:
         Raises:
             StorageError: the disk does not give back what it took.
         """
+        start, stop, _ = part.indices(len(self))
+        start, stop = start * _FLOAT.itemsize, max(start, stop) * _FLOAT.itemsize
+        return np.frombuffer(self.read(start, stop), _FLOAT)
+
+    def read(self, start: int, stop: int) -> bytes | memoryview:
+        """Bytes `start` to `stop`, of a complete upload.
+
+        Raises:
+            StorageError: the disk does not give back what it took.
+        """
         if self._closed:
             raise ValueError("expected an upload that is not closed yet")
-        start, stop, _ = part.indices(len(self))
-        stop = max(start, stop)
         file = self._file
         if file is None:
-            return np.frombuffer(self._memory, _FLOAT)[start:stop]
-        count = (stop - start) * _FLOAT.itemsize
+            return memoryview(self._memory)[start:stop]
+        data = bytearray()
         try:
-            data = os.pread(file.file.descriptor, count, start * _FLOAT.itemsize)
+            while len(data) < stop - start:
+                part = os.pread(file.file.descriptor, stop - start - len(data), start + len(data))
+                if not part:
+                    break
+                data += part
         except OSError as error:
             raise StorageError(f"spool: an update cannot be read back: {error.strerror}") from None
-        if len(data) != count:
-            raise StorageError(f"spool: expected {count} bytes of an update back, found {len(data)}")
-        return np.frombuffer(data, _FLOAT)
+        if len(data) != stop - start:
+            raise StorageError(f"spool: expected {stop - start} bytes of an update back, found {len(data)}")
+        return memoryview(data)
 
     def close(self) -> None:
         """Drop the bytes, even while a thread is at them; harmless a second time."""
@@ -266,6 +278,15 @@ class Held:
                 os.fsync(self._file.file.descriptor)
             except OSError as error:
                 raise StorageError(f"spool: an update cannot be kept: {error.strerror}") from None
+
+
+def _check_floats(data: bytes | memoryview) -> None:
+    if len(data) % _FLOAT.itemsize:
+        raise _refused(
+            RefusalCode.WRONG_LENGTH, f"expected chunks of whole elements, found {len(data)} bytes"
+        )
+    if not all_finite(np.frombuffer(data, _FLOAT)):
+        raise _refused(RefusalCode.NOT_FINITE, "expected finite numbers, found NaN or infinity")
 
 
 def _refused(code: RefusalCode, message: str) -> RefusedError:

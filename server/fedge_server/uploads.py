@@ -87,7 +87,15 @@ class Uploads:
 
     @contextmanager
     def receiving(
-        self, site: str, run_id: str, order: OrderId, *, size: int, digest: bytes, offset: int
+        self,
+        site: str,
+        run_id: str,
+        order: OrderId,
+        *,
+        size: int,
+        digest: bytes,
+        offset: int,
+        masked: bool = False,
     ) -> Iterator[Incoming]:
         """Room for an upload, or for the rest of it. If the block fails for the link's sake, its part stays.
 
@@ -96,7 +104,8 @@ class Uploads:
             LinkError: another call has gone on with it meanwhile.
         """
         key = (site, run_id, order)
-        incoming = Incoming(key, self._begin(key, size=size, digest=digest, offset=offset))
+        upload = self._begin(key, size=size, digest=digest, offset=offset, masked=masked)
+        incoming = Incoming(key, upload)
         self._active[key] = incoming
         try:
             yield incoming
@@ -131,7 +140,7 @@ class Uploads:
         for key in [key for key in self._parts if key[1] == run_id]:
             self._forget(key)
 
-    def _begin(self, key: Key, *, size: int, digest: bytes, offset: int) -> Upload:
+    def _begin(self, key: Key, *, size: int, digest: bytes, offset: int, masked: bool) -> Upload:
         if key in self._active:
             self._put_aside(self._active[key])
         part = self._part(key)
@@ -141,7 +150,7 @@ class Uploads:
             del self._parts[key]
             return part.upload
         self._forget(key)
-        return self._spool.upload(size=size, digest=digest)
+        return self._spool.upload(size=size, digest=digest, masked=masked)
 
     def _part(self, key: Key) -> Incoming | None:
         return self._parts[key][1] if key in self._parts else None

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding as KeyEncoding
 from cryptography.hazmat.primitives.serialization import PublicFormat
 
-from fedge.errors import BlamedError
+from fedge.errors import RunError
 from fedge.events import (
     Advertised,
     Broken,
@@ -210,14 +210,16 @@ class SecureSums:
         order = of.context.order
         if of.session is None:
             members = {at: [each for each in clients if of.shard(each) == at] for at in sorted(of.totals)}
-            sums = [of.encoding.decode(of.totals[at], len(names)) for at, names in members.items() if names]
+            try:
+                sums = [
+                    of.encoding.decode(of.totals[at], len(names)) for at, names in members.items() if names
+                ]
+            except RunError as error:
+                return Broken(order, str(error), final=True)
             of.aggregate = mean_of(sums, sorted(clients))
             return Unmasked(order)
-        try:
-            of.aggregate = of.session.unmask(clients)
-        except BlamedError as error:
-            return Broken(order, str(error), error.culprits)
-        return Unmasked(order)
+        event, of.aggregate = of.session.outcome(clients)
+        return event
 
     def _signer(self, client: str) -> Ed25519PrivateKey:
         return Ed25519PrivateKey.from_private_bytes(derive_key(self._seed, "identity", client))

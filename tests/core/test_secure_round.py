@@ -306,8 +306,27 @@ def test_shares_that_rebuild_nothing_are_tried_again_with_one_more_and_then_give
 
 
 def test_the_deadline_does_not_end_a_round_whose_masks_are_coming_off():
+    round, effects = after(unmasking := after(revealing(), *each(Revealed, "abcd"))[0], over(unmasking))
+    assert effects == []
+    assert after(round, Unmasked(ORDER))[0].phase == "closed"
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_behind_the_deadline_nobody_waits_for_more_shares(late: bool):
+    revealed = after(revealing(), *each(Revealed, "abcd" if late else "abc"))[0]
+    round, effects = after(revealed, over(revealed))
+    if late:
+        round, effects = after(round, Broken(ORDER, "wrong shares", ("e",)))
+        assert effects == [GiveUp(ORDER, "wrong shares", ("e",), spent=True)]
+    else:
+        assert isinstance(effects[-1], GiveUp)
+    assert round.phase == "abandoned"
+
+
+def test_a_sum_that_cannot_be_ends_the_round_at_once():
     round = after(revealing(), *each(Revealed, "abcd"))[0]
-    assert after(round, over(round)) == (round, [])
+    effects = after(round, Broken(ORDER, "no such sum", final=True))[1]
+    assert effects == [GiveUp(ORDER, "no such sum", spent=True)]
 
 
 def test_a_coordinator_that_trusts_itself_asks_for_no_consent():

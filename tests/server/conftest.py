@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedge.errors import RunError
 from fedge.events import Failed, Joined, Left, OrderId
 from fedge.refusal import Refusal, RefusalCode
 from fedge.run import RunConfig
 from fedge.run_state import Stop
+from fedge.signing import SignedDirectory
 from fedge.strategy import AnyStrategy
 from fedge.vector import Array, Layout, Model, Tensor, digest_of
 from fedge.wire import fedge_pb2 as pb
@@ -115,6 +117,10 @@ def config_of(**tables: Any) -> RunConfig:
     return RunConfig.from_table(table, source="run.toml")
 
 
+async def no_keys() -> SignedDirectory:
+    raise RunError("no directory of keys here")
+
+
 StartRun = Callable[..., Coroutine[Any, Any, Run]]
 
 
@@ -142,7 +148,7 @@ def start_run(tmp_path: Path, archive: Archive) -> StartRun:
         config = config_of(**tables)
         record = RunRecord(f"a-{next(numbers)}", config.name, "", b"", repr(strategy), 0.0, "admin")
         model = Model(np.zeros(size, np.float32), layout)
-        around = Surroundings(lambda site, message: sent.append((site, message)), archive)
+        around = Surroundings(lambda site, message: sent.append((site, message)), archive, no_keys)
         driver = RunDriver.begin(record, config, strategy, model, around)
         await archive.call(archive.add_run, record, driver.first_moment())
         run = Run(tmp_path, driver, sent)

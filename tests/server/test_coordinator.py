@@ -19,6 +19,7 @@ from fedge.events import OrderId
 from fedge.principal import Principal
 from fedge.refusal import Refusal, RefusalCode
 from fedge.run import RunConfig
+from fedge.signing import SignedDirectory
 from fedge.vector import Layout, Model, Tensor, digest_of
 from fedge.wire import fedge_pb2 as pb
 from fedge_server.archive import Archive
@@ -37,6 +38,10 @@ NO = Refusal(RefusalCode.NO_DATA, "no data")
 Play = Callable[[Coroutine[Any, Any, None]], None]
 
 
+async def no_keys() -> SignedDirectory:
+    raise RunError("no directory of keys here")
+
+
 @pytest.fixture
 def coordinator_of(tmp_path: Path) -> Iterator[Callable[..., Coordinator]]:
     """Makes coordinators, one process after another as it were: all on the same store."""
@@ -47,7 +52,8 @@ def coordinator_of(tmp_path: Path) -> Iterator[Callable[..., Coordinator]]:
 
     def make(**settings: Any) -> Coordinator:
         archives.append(Archive(Store(database), tmp_path / "checkpoints"))
-        return Coordinator(ServerSettings(listen="h:1", **settings), Spool(tmp_path / "spool"), archives[-1])
+        spool = Spool(tmp_path / "spool")
+        return Coordinator(ServerSettings(listen="h:1", **settings), spool, archives[-1], no_keys)
 
     yield make
     for archive in archives:

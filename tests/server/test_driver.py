@@ -369,7 +369,7 @@ def test_what_was_kept_of_a_noised_round_is_the_round_that_was_told(start_run, p
         (kept,) = [each for each in archive.store.runs() if each.record.run_id == run.driver.run_id]
         assert kept.progress.committed == 1
         assert [row.round for row in archive.store.rows(run.driver.run_id)] == [1]
-        begun = Learning.begin(FedAvg(), run.driver.model, run.driver._learning.central)
+        begun = Learning.begin(FedAvg(), run.driver.model, run.driver._execution.learning.central)
         like = Saved(begun.model.vector, begun.kept)
         assert np.array_equal(revive(archive.read(kept), like).model, run.driver.model.vector)
         run.stop()

@@ -105,7 +105,7 @@ def test_no_timer_outlives_its_round_or_its_run(start_run, play):
             await run.deliver("a", OrderId("train", number))
             await run.deliver("a", OrderId("evaluate", number))
             assert len(timers) == 1
-            assert len(run.driver._orders._messages) <= 2
+            assert len(run.driver._execution._orders._messages) <= 2
         (last,) = timers.values()
         run.stop()
         await run.ended()

@@ -171,7 +171,8 @@ def test_a_file_that_gives_back_less_than_it_took_is_said_in_words(tmp_path: Pat
     upload = upload_of(tmp_path, b"", size=LARGE)
     for _ in range(LARGE // MEBI):
         upload.write(bytes(MEBI))
-    monkeypatch.setattr(os, "pread", lambda *arguments: bytes(12))
+    rest = iter([bytes(12)])
+    monkeypatch.setattr(os, "pread", lambda *arguments: next(rest, b""))
     with pytest.raises(StorageError, match="expected 400 bytes of an update back, found 12"):
         upload[0:100]
 

@@ -111,9 +111,15 @@ def test_fewer_bits_cost_accuracy_and_are_fewer_bytes():
         bits: float(np.abs(each.model.vector - plain.model.vector).max()) for bits, each in found.items()
     }
     assert error[32] < error[16] < 0.05
-    tail = 8 * (2 + 2 * 3)
+    tail = 8 * (2 + 2 * 4)  # members, weight, and three metrics beside that of updates beyond the bound
     up = {bits: each.history[-1].bytes_up for bits, each in found.items()}
     assert up == {bits: 8 * (4 * bits // 8 + tail) + 8 * tail for bits in (16, 32)}  # trained, and evaluated
+
+
+def test_updates_that_are_cut_to_the_bound_are_seen_in_the_history():
+    whole, cut = run(secure={"bound": 5.0}), run(secure={"bound": 0.01})
+    assert not any("beyond_bound" in row.metrics for row in whole.history)
+    assert [row.metrics["beyond_bound"] for row in cut.history] == [1.0] * 4
 
 
 def test_a_metric_that_is_not_agreed_on_does_not_ride():

@@ -58,8 +58,8 @@ RUNS = {
         2,
     ),
     "secure aggregation": (
-        HEAD + "[secure_aggregation]\nenabled = true\n",
-        "of a deployed run is not in this version",
+        HEAD + '[strategy]\nname = "sgd"\n[secure_aggregation]\nenabled = true\n',
+        "expected a strategy with rounds, found 'sgd'",
         2,
     ),
     "a task that is not there": (HEAD.replace("tiny:task", "nowhere:task"), "cannot import task", 3),

@@ -1,4 +1,4 @@
-"""`python -m benchmarks [W1 W2 D1 D2 D3 M1 C1 ... C6 P1] [--repeat N] [--json FILE] [--quick]`; see README.md."""
+"""`python -m benchmarks [W1 ... D1 ... M1 C1 ... P1 S1 ... S6] [--repeat N] [--json FILE] [--quick]`; see README.md."""
 
 from __future__ import annotations
 
@@ -21,7 +21,27 @@ from benchmarks.measure import FEDGE, Case, Options, Side, as_json, run_case
 from benchmarks.report import rewrite_readme, show
 
 HERE = Path(__file__).resolve().parent
-WORKLOADS = ("W1", "W2", "D1", "D2", "D3", "M1", "C1", "C2", "C3", "C4", "C5", "C6", "P1")
+WORKLOADS = (
+    "W1",
+    "W2",
+    "D1",
+    "D2",
+    "D3",
+    "M1",
+    "C1",
+    "C2",
+    "C3",
+    "C4",
+    "C5",
+    "C6",
+    "P1",
+    "S1",
+    "S2",
+    "S3",
+    "S4",
+    "S5",
+    "S6",
+)
 _REPEAT, _REPEAT_QUICK = 5, 2
 
 

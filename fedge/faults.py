@@ -63,7 +63,24 @@ LEDGER_POINTS: Final = (
     "ledger.done",
 )
 """A client's, too; apart because a run without privacy may not come to them."""
-POINTS: Final = (*COORDINATOR_POINTS, *CLIENT_POINTS, *LEDGER_POINTS)
+SUM_POINTS: Final = (
+    "sum.begun",
+    "sum.advertised",
+    "sum.shared",
+    "sum.opened",
+    "sum.masked",
+    "sum.consented",
+    "sum.spent",
+    "sum.revealed",
+)
+"""A client's, in a secure sum, in their order."""
+SUMMING_POINTS: Final = tuple(
+    f"effect.{effect}.{when}"
+    for effect in ("enlist", "mask", "survive", "disclose", "unmask")
+    for when in ("before", "after")
+)
+"""A coordinator's, in a secure sum, in their order."""
+POINTS: Final = (*COORDINATOR_POINTS, *CLIENT_POINTS, *LEDGER_POINTS, *SUM_POINTS, *SUMMING_POINTS)
 
 
 class Faults:

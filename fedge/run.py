@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -81,6 +82,11 @@ class Cohort(Config):
     def needed(self) -> int:
         """Updates without which a round does not count; all of `size` unless a quorum is given."""
         return self.quorum if self.quorum is not None else self.size
+
+    @property
+    def asked(self) -> int:
+        """Sites that are asked in each round; see `fedge.cohort.Terms`."""
+        return math.ceil(round(self.size * self.over_select, 6))
 
 
 class Evaluation(Config):
@@ -241,6 +247,16 @@ class RunConfig(Config):
         if self.privacy.unit != "none" and self.privacy.evaluation_noise_multiplier is None:
             return 0
         return self.evaluation.every
+
+    def left_out(self, metrics: Iterable[str]) -> str:
+        """Which of a task's metrics do not ride in the secure sum, in words; empty if they all do, or there is none."""
+        names = sorted(set(metrics) - set(self.secure_aggregation.metrics))
+        if not self.secure_aggregation.enabled or not names:
+            return ""
+        return (
+            f"the task's {', '.join(names)} stay at the sites: name them in secure_aggregation.metrics for them to "
+            "ride in the secure sum"
+        )
 
     def notes(self) -> list[str]:
         """What the owner of this run should know before it starts; printed, never acted upon."""

@@ -86,6 +86,7 @@ class Agent:
             rules=Rules(settings.policy.min_cohort, settings.policy.honest_coordinator),
             send=self._send,
             failed=self._stop_working,
+            faults=self._faults,
         )
         self._jobs = Jobs(
             settings, self._folder, self._supervisor, spending, self._sessions, self._send, self._faults

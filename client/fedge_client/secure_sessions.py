@@ -17,6 +17,7 @@ from functools import partial
 
 from fedge.errors import BlamedError, FedgeError, LinkError, RefusedError, RemoteProtocolError
 from fedge.events import OrderId
+from fedge.faults import Faults
 from fedge.privacy.secure import KEY_BYTES, SecureSource
 from fedge.refusal import Refusal, RefusalCode
 from fedge.secagg.shards import shard_of
@@ -74,6 +75,7 @@ class SecureSessions:
         rules: Rules,
         send: Send,
         failed: Callable[[str, OrderId], None],
+        faults: Faults | None = None,
     ) -> None:
         self._identity = identity
         self._directory = directory
@@ -81,6 +83,7 @@ class SecureSessions:
         self._rules = rules
         self._send = send
         self._failed = failed
+        self._reach = (faults or Faults()).reach
         self._sessions: dict[tuple[str, str], _Session] = {}
         self._waiting: deque[tuple[str, OrderId, Callable[[], Awaitable[None]]]] = deque()
         self._news = asyncio.Event()
@@ -141,7 +144,9 @@ class SecureSessions:
         except TimeoutError:
             raise _over(order) from None
         source = SecureSource(secrets.token_bytes(KEY_BYTES))  # it rounds, which must not be guessed
-        return await asyncio.to_thread(part.mask, released, source)
+        masked = await asyncio.to_thread(part.mask, released, source)
+        self._reach("sum.masked")
+        return masked
 
     def drop(self, run_id: str, order: OrderId | None = None) -> None:
         """An order is called off, or all of a run's are."""
@@ -187,6 +192,7 @@ class SecureSessions:
         member = codec.encode_member(session.part.advertisement)
         advertise = pb.Advertise(run_id=run.run_id, id=message.id, member=member)
         self._send(pb.ClientMessage(advertise=advertise))
+        self._reach("sum.advertised")
 
     async def _part(self, run: Participation, order: OrderId, message: pb.Order, link: Source) -> SecurePart:
         """P0: this site's part, with keys of its own; that it begins is on disk before anybody sees them."""
@@ -214,19 +220,21 @@ class SecureSessions:
             entropy=secrets.token_bytes,
         )
         await asyncio.to_thread(self._spent.begin, run.run_id, order)
+        self._reach("sum.begun")
         return part
 
     async def _share(self, message: pb.Roster, session: _Session, part: SecurePart) -> None:
         roster = codec.decode_roster(message.members)
         shares = await asyncio.to_thread(part.share, roster)
         envelopes = codec.encode_shares(shares)
-        self._send(
-            pb.ClientMessage(share=pb.Share(run_id=message.run_id, id=message.id, envelopes=envelopes))
-        )
+        share = pb.Share(run_id=message.run_id, id=message.id, envelopes=envelopes)
+        self._send(pb.ClientMessage(share=share))
+        self._reach("sum.shared")
 
     async def _open(self, message: pb.Envelopes, session: _Session, part: SecurePart) -> None:
         envelopes = codec.decode_envelopes(message.envelopes)
         await asyncio.to_thread(part.open, envelopes)
+        self._reach("sum.opened")
         if not session.ready.done():
             session.ready.set_result(part)
 
@@ -234,6 +242,7 @@ class SecureSessions:
         signature = part.consent(message.members)
         consent = pb.Consent(run_id=message.run_id, id=message.id, signature=signature)
         self._send(pb.ClientMessage(consent=consent))
+        self._reach("sum.consented")
 
     async def _reveal(self, message: pb.Consents, session: _Session, part: SecurePart) -> None:
         order = session.order
@@ -241,9 +250,12 @@ class SecureSessions:
         if not session.spent:  # on disk before a byte of it leaves
             await asyncio.to_thread(self._spent.spend, message.run_id, order)
             session.spent = True
+            self._reach("sum.spent")
             log.info("shares_revealed run=%s order=%s", message.run_id, order)
         shares = codec.encode_reveal(reveal)
-        self._send(pb.ClientMessage(reveal=pb.Reveal(run_id=message.run_id, id=message.id, shares=shares)))
+        reveal_message = pb.Reveal(run_id=message.run_id, id=message.id, shares=shares)
+        self._send(pb.ClientMessage(reveal=reveal_message))
+        self._reach("sum.revealed")
 
     def _fail(self, run_id: str, order: OrderId, error: FedgeError) -> None:
         log.warning("secure_sum_refused run=%s order=%s reason=%s", run_id, order, error)

@@ -102,11 +102,11 @@ class SumTerms:
                 f"secure_aggregation: expected a strategy with rounds, found {run.strategy.name!r}, which takes each "
                 "update as it comes: there is nothing to hide it among"
             )
-        clients = math.ceil(round(cohort.size * cohort.over_select, 6))
+        clients = cohort.asked
         weighted = reduction.weighting == "examples" and run.privacy.unit == "none"
         try:
             return cls(
-                least=_least(cohort.needed, clients),
+                least=least_of(cohort.needed, clients),
                 clients=clients,
                 bound=config.bound,
                 suite=SUITES[config.suite],
@@ -173,7 +173,7 @@ class SumTerms:
         )
 
 
-def _least(quorum: int, clients: int) -> int:
+def least_of(quorum: int, clients: int) -> int:
     """Of how many each sum is at least where `quorum` are enough in all: a shard that is three deviations below the
     average of shards is left out."""
     average = quorum / shards_for(clients)

@@ -6,6 +6,7 @@ so a seed fixes every bit of the result.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
@@ -66,6 +67,8 @@ from fedge_sim.privacy import Accounts
 from fedge_sim.result import Result
 from fedge_sim.secure import SecureSums
 
+log = logging.getLogger(__name__)
+
 MOST_CRASHES: Final = 1000
 """Of the coordinator in one round: a crash ends an attempt at a secure sum, so that some would never end."""
 
@@ -99,6 +102,8 @@ def simulate(
     run = _with(run, clients=clients, rounds=rounds, seed=seed)
     if task is None:
         task = load_task(run.task, path=folder)
+    if left_out := run.left_out(task.metrics):
+        log.warning("metrics_left_out %s", left_out)
     engine = _Engine(run, task, tuple(callbacks))
     with using_threads(engine.threads):
         try:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import signal
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny
-from harness import Federation, coordinator, run_toml
+from harness import Federation, coordinator, run_toml, until
+from scripted import honest_update
 
 from fedge.config import parse_toml
+from fedge.events import OrderId
+from fedge.faults import SUM_POINTS, SUMMING_POINTS
 from fedge.run import RunConfig
+from fedge.vector import Array, bytes_of
+from fedge.wire import fedge_pb2 as pb
+from fedge.wire.codec import encode_blob, encode_order_id
+from fedge_client.torch.framework import framework
 from fedge_sim import Result, simulate
 
 SITES = [f"client-{n}" for n in range(4)]
@@ -61,3 +70,126 @@ def test_a_secure_run_makes_the_mean_that_there_is_in_clear(federation: Federati
         assert row.num_examples == other.num_examples
         found = {metric.name: metric.value for metric in row.metrics}
         assert found == pytest.approx(dict(other.metrics), abs=1e-3)
+
+
+def mean_of_honest(run: RunConfig, rows: Iterable[pb.HistoryRow]) -> Array:
+    """The model that the means of honest updates of just these cohorts make."""
+    model = framework.initial_model(tiny.task, seed=run.seed).vector.copy()
+    for row in rows:
+        id = encode_order_id(OrderId("train", row.round, row.attempt))
+        order = pb.Order(id=id, model=encode_blob(bytes_of(model)))
+        updates = [honest_update(order, run, site=site) for site in row.clients]
+        if updates:  # else it was skipped
+            weights = [update.num_examples for update in updates]
+            assert row.num_examples == sum(weights)
+            vectors = [np.frombuffer(update.vector.inline, np.float32) for update in updates]
+            model += np.average(vectors, axis=0, weights=weights).astype(np.float32)
+    return model
+
+
+def run_of(text: str) -> RunConfig:
+    return parse_toml(text, RunConfig, source="run.toml")
+
+
+def submitted_and_joined_by(federation: Federation, text: str, names: list[str]) -> str:
+    """A run that goes on to its second round once all of these take part; its id."""
+    with federation.blocked(names[0]):
+        run_id = federation.submit(text)
+        until(
+            lambda: (
+                federation.ready(run_id) | {n for n in names if federation.clients[n].process.poll()}
+                >= {*names}
+            ),
+            "everybody has joined",
+        )
+    return run_id
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", SUM_POINTS)
+def test_a_site_that_is_killed_at_any_phase_of_a_sum_costs_at_most_its_own_part(
+    federation: Federation, point: str
+) -> None:
+    """Among four a sum needs three, of whom each holds shares of the fourth's secrets."""
+    more = SECURE + "[evaluation]\nevery = 0\n"
+    text = run_toml(point.replace(".", "-"), rounds=4, size=4, quorum=3, more=more)
+    federation.clients[SITES[3]].signal(signal.SIGTERM)
+    until(lambda: SITES[3] not in federation.connected(), "the victim is gone")
+    victim = federation.start(SITES[3], fault=f"{point}:1")
+    run_id = submitted_and_joined_by(federation, text, SITES)
+    assert victim.ends() == -signal.SIGKILL, f"{point} was reached"
+    federation.start(SITES[3])
+    assert federation.finish(run_id).status == "done"
+    history = federation.show(run_id).history
+    assert [row.round for row in history] == [1, 2, 3, 4]
+    assert all(len(row.clients) >= 3 for row in history)
+    assert np.allclose(federation.model(run_id), mean_of_honest(run_of(text), history), atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", SUMMING_POINTS)
+def test_a_coordinator_that_is_killed_in_a_sum_begins_anew_or_goes_on_without_that_round(
+    tmp_path: Path, point: str
+) -> None:
+    with coordinator(tmp_path) as federation:
+        names = SITES[:3]
+        for name in names:
+            federation.enrol(name)
+        federation.server.signal(signal.SIGTERM)
+        federation = federation.restarted(fault=f"{point}:2")
+        for name in names:
+            federation.start(name)
+        more = SECURE + "[evaluation]\nevery = 0\n"
+        text = run_toml("killed", rounds=3, size=3, quorum=3, more=more)
+        run_id = federation.submit(text)
+        assert federation.server.ends() == -signal.SIGKILL, f"{point} was reached"
+        federation = federation.restarted()
+        assert federation.finish(run_id).status == "done"
+        history = federation.show(run_id).history
+        assert [row.round for row in history] == [1, 2, 3]
+        skipped = [row.round for row in history if not row.clients]
+        assert skipped == ([2] if "unmask" in point else [])
+        assert all(list(row.clients) == names for row in history if row.round not in skipped)
+        assert np.allclose(federation.model(run_id), mean_of_honest(run_of(text), history), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_of_twenty_sites_six_are_killed_in_all_phases_and_each_round_is_the_sum_of_those_who_came_through(
+    tmp_path: Path,
+) -> None:
+    names = [f"site-{n:02}" for n in range(20)]
+    victims = {
+        "site-03": "sum.advertised:1",  # before the roster
+        "site-06": "sum.shared:1",  # in it, without having shared
+        "site-08": "sum.opened:2",  # has shared: its mask's seed is rebuilt
+        "site-11": "job.trained:2",
+        "site-14": "sum.consented:3",  # has handed in: its self mask's seed is rebuilt
+        "site-17": "sum.spent:3",  # has consented, and reveals nothing
+    }
+    with coordinator(tmp_path) as federation:
+        for name in names:
+            federation.enrol(name)
+            federation.start(name, fault=victims.get(name, ""))
+        more = SECURE + "[evaluation]\nevery = 0\n"
+        text = run_toml("twenty", rounds=5, size=20, quorum=14, more=more)
+        run_id = submitted_and_joined_by(federation, text, names)
+        assert federation.finish(run_id).status == "done"
+        detail = federation.show(run_id)
+        for name in victims:
+            assert federation.clients[name].ends() == -signal.SIGKILL, f"{name} was killed"
+        assert len(detail.history) == 5
+        assert all(14 <= len(row.clients) <= 20 for row in detail.history)
+        # An update that was handed in counts, whatever becomes of its site.
+        assert all(any(name in row.clients for row in detail.history) for name in ("site-14", "site-17"))
+        model = federation.model(run_id)
+        assert np.allclose(model, mean_of_honest(run_of(text), detail.history), atol=1e-4)
+
+        # One more, and every attempt is below what a sum of theirs needs.
+        lonely = run_toml("below", rounds=1, size=14, quorum=14, more=more)
+        run_id = federation.submit(lonely.replace("quorum = 14", "quorum = 14\nattempts = 1"))
+        with federation.blocked("site-00"):
+            federation.at_work("site-00")
+            federation.clients["site-01"].signal(signal.SIGKILL)
+            summary = federation.finish(run_id)
+        assert summary.status == "failed"
+        assert "13 of 14 members of the secure sum are left, which are too few" in summary.reason

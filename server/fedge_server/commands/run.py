@@ -76,6 +76,8 @@ def initial_model(config: RunConfig, *, folder: Path) -> Model:
     if ":" not in config.strategy.name:
         load_strategy(config.strategy, config.work)
     task = load_task(config.task, path=folder)
+    if left_out := config.left_out(task.metrics):
+        Console(stderr=True).print(f"note: {left_out}", highlight=False, markup=False)
     return load_framework().initial_model(task, seed=config.seed, unit=config.privacy.unit)
 
 

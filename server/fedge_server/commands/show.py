@@ -12,20 +12,34 @@ from rich.table import Table
 from fedge.config import parse_toml
 from fedge.history import plain_metrics
 from fedge.run import RunConfig
+from fedge.secagg.terms import least_of
 from fedge.wire import fedge_pb2 as pb
 
 
 def protection(run_toml: str) -> str:
     """What protects a run's updates, in words."""
     run = parse_toml(run_toml, RunConfig, source="run.toml")
+    return f"mutual TLS; {_privacy(run)}; {_aggregation(run)}"
+
+
+def _privacy(run: RunConfig) -> str:
     privacy = run.privacy
     if privacy.unit == "none":
-        return "mutual TLS; no differential privacy, no secure aggregation: the coordinator sees each update"
+        return "no differential privacy"
     epsilon = f"epsilon {privacy.epsilon:g}" if privacy.epsilon is not None else "noise as the run says"
     noise = "noise is in before they leave" if privacy.unit == "example" else "the coordinator adds the noise"
+    return f"{privacy.unit}-level differential privacy, {epsilon} at delta {privacy.delta:g}: {noise}"
+
+
+def _aggregation(run: RunConfig) -> str:
+    secure = run.secure_aggregation
+    if not secure.enabled:
+        return "no secure aggregation: the coordinator sees each update"
+    least = least_of(run.cohort.needed, run.cohort.asked)
+    honest = "" if secure.consistency else " unless it lies"
     return (
-        f"mutual TLS; {privacy.unit}-level differential privacy, {epsilon} at delta {privacy.delta:g}; no secure "
-        f"aggregation: the coordinator sees each update, {noise}"
+        f"secure aggregation ({secure.suite}): the coordinator can read sums of {least} updates or more, and no "
+        f"update{honest}"
     )
 
 

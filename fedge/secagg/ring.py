@@ -87,12 +87,20 @@ class Ring:
         view, step = memoryview(data), _GROUP * self.bits // 8
         for number, start in enumerate(range(0, size, _GROUP)):
             part = out[start : start + _GROUP]
-            packed = np.frombuffer(view[number * step : (number + 1) * step], np.uint8)
-            bits = np.unpackbits(packed, count=len(part) * self.bits, bitorder="little")
-            rows = np.zeros((len(part), 8 * self.dtype.itemsize), np.uint8)
-            rows[:, : self.bits] = bits.reshape(len(part), self.bits)
-            part[:] = np.packbits(rows, axis=1, bitorder="little").reshape(-1).view(self.dtype)
+            part[:] = self._elements_of(view[number * step : (number + 1) * step], len(part))
         return out
+
+    def _elements_of(self, packed: memoryview, size: int) -> Words:
+        """Eight elements are in `bits` bytes: the first, second ... of each eight are read as words that far apart."""
+        eights = -(-size // 8)
+        padded = np.zeros(eights * self.bits + 8, np.uint8)
+        padded[: len(packed)] = np.frombuffer(packed, np.uint8)
+        out = np.empty((eights, 8), self.dtype)
+        for at in range(8):
+            offset, shift = divmod(at * self.bits, 8)
+            words: npt.NDArray[np.uint64] = np.ndarray(eights, "<u8", padded, offset, (self.bits,))
+            out[:, at] = (words >> np.uint64(shift)) & np.uint64(self.modulus - 1)
+        return out.reshape(-1)[:size]
 
     def _bits_of(self, words: Words) -> npt.NDArray[np.uint8]:
         """The low bits of each: words[n] -> uint8[n * bits] of zeros and ones."""

@@ -110,11 +110,14 @@ def too_early(round: Round, event: Arrived) -> Step:
 def _seal(round: Round, sends: tuple[Effect, ...] = ()) -> Step:
     terms = _terms(round)
     members = frozenset((client, shard) for client, shard in round.enlisted if client in round.pending)
-    sizes = Counter(shard for _, shard in members)
+    shown, sizes = len(members), Counter(shard for _, shard in members)
     members = frozenset(pair for pair in members if sizes[pair[1]] >= terms.least)
     names = frozenset(dict(members))
     if len(names) < round.terms.fewest:
-        return given_up(round, f"{len(names)} of at least {round.terms.fewest} clients have shown keys")
+        reason = f"{shown} of at least {round.terms.fewest} clients have shown keys"
+        if shown >= round.terms.fewest:
+            reason += f", which are too few in some shards: {terms.least} are needed in each"
+        return given_up(round, reason)
     out = round.pending - names
     sealed = replace(
         round,

@@ -69,19 +69,19 @@ def test_every_role_has_its_commands_as_an_entry_point():
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_every_command_has_help_with_an_example(monkeypatch, capsys, name):
-    assert run(monkeypatch, name, "--help") == 0
-    shown = capsys.readouterr().out
-    group = "Commands" in shown
-    if not group:
-        assert f"Example: fedge {name}" in shown
-        return
-    subcommands = [
-        line.split()[1] for line in shown.splitlines() if line.startswith("│ ") and line[2].isalpha()
-    ]
-    assert subcommands
-    for subcommand in subcommands:
-        assert run(monkeypatch, name, subcommand, "--help") == 0
-        assert f"Example: fedge {name} {subcommand}" in capsys.readouterr().out
+    groups = [(name,)]
+    while groups:
+        command = groups.pop()
+        assert run(monkeypatch, *command, "--help") == 0
+        shown = capsys.readouterr().out
+        if "Commands" not in shown:
+            assert f"Example: fedge {' '.join(command)}" in shown
+            continue
+        subcommands = [
+            line.split()[1] for line in shown.splitlines() if line.startswith("│ ") and line[2].isalpha()
+        ]
+        assert subcommands
+        groups += [(*command, subcommand) for subcommand in subcommands]
 
 
 def test_an_unknown_command_is_a_usage_error(monkeypatch, capsys):

@@ -17,7 +17,7 @@ from fedge.wire.status import error_of, status_of
 KINDS = [
     kind
     for kind in vars(errors).values()
-    if isinstance(kind, type) and issubclass(kind, FedgeError) and kind is not errors.RefusedError
+    if isinstance(kind, type) and issubclass(kind, FedgeError) and not issubclass(kind, errors.RefusedError)
 ]
 
 

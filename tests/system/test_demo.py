@@ -22,5 +22,8 @@ def test_the_demo_trains_privately_and_says_what_each_hospital_has_spent(tmp_pat
         assert 0 < first <= 4
         assert 0 < second <= 4
         assert max(first, second) < both <= allowed == 8
+    seen = " ".join(done.stdout.split())
+    assert re.search(r"could read \d+ sums of [45] updates or more, and who took part", seen)
+    assert "could not read any single update" in seen
     for name in ("fedavg", "mirrored_sgd"):
         model().load_state_dict(load_file(tmp_path / f"{name}.safetensors"))

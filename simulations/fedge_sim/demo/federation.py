@@ -35,8 +35,11 @@ POLICY = {
     "units": ["example"],
     "max_epsilon": 8.0,
     "delta": 1e-4,
+    "require_secure_aggregation": True,
+    "min_cohort": 4,
 }
-"""What each hospital allows, for ever: no run without privacy, and no more than this of them all together."""
+"""What each hospital allows, for ever: no run without privacy, no more than this of them all together, and no sum of
+fewer than four."""
 
 
 @dataclass(frozen=True, slots=True)

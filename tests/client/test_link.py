@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from grpc import aio
 
-from fedge.errors import IdentityError, LimitError, LinkError, RemoteProtocolError
+from fedge.errors import FedgeError, IdentityError, LimitError, LinkError, RemoteProtocolError
 from fedge.vector import Array, bytes_of
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire import fedge_pb2_grpc as services
@@ -203,14 +203,18 @@ def test_any_other_greeting_is_refused(talk, greeting):
 )
 def test_what_grpc_says_becomes_an_error_of_ours_in_printable_words(talk, status, kind):
     async def scenario(link: Link) -> None:
-        calls: list[Awaitable[object]] = [
-            link.fetch("run", Download(BLOB, np.empty_like(VECTOR))),
-            link.deliver(pb.Update(), bytes_of(VECTOR)),
-            link.open_session(),
+        calls: list[Callable[[], Awaitable[object]]] = [
+            lambda: link.fetch("run", Download(BLOB, np.empty_like(VECTOR))),
+            lambda: link.deliver(pb.Update(), bytes_of(VECTOR)),
+            lambda: link.open_session(),
         ]
         for call in calls:
-            with pytest.raises(kind) as error:
-                await call
+            for _ in range(3):
+                with pytest.raises(FedgeError) as error:
+                    await call()
+                if "Internal error from Core" not in str(error.value):  # gRPC's own, once in a while
+                    break
+            assert isinstance(error.value, kind)
             assert str(error.value).isprintable()
 
     talk(Coordinator(status=status), scenario)

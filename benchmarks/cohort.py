@@ -22,19 +22,19 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding as KeyEncoding
 from cryptography.hazmat.primitives.serialization import PublicFormat
 
-from benchmarks.secure_session import Ending, Session
-from fedge.events import OrderId
+from benchmarks.secure_session import FEDERATION, Ending, Session, context_of
+from benchmarks.session_file import save
 from fedge.privacy.secure import SecureSource
 from fedge.secagg import site as member
 from fedge.secagg.directory import Directory, Statement
+from fedge.secagg.encoding import Encoding, mean_of
 from fedge.secagg.keys import Suite
 from fedge.secagg.ring import Words
 from fedge.secagg.site import Rules
-from fedge.secagg.terms import Encoding, SumTerms, least_of, mean_of
+from fedge.secagg.terms import SumTerms, least_of
 from fedge.vector import digest_of
 from fedge_server.secure_sum import SecureSum
 
-FEDERATION = "0123456789abcdef"
 METRICS = {"loss": 0.5, "accuracy": 0.75}
 
 
@@ -68,20 +68,12 @@ def play(sites: int, size: int, *, suite: Suite, bits: int, drops: Iterable[int]
     terms = SumTerms(
         least_of(2 * sites // 3, sites), sites, 1.0, suite=suite, bits=bits, metrics=tuple(METRICS)
     )
-    context = terms.context(
-        federation=FEDERATION,
-        run_id="0123456789abcdef",
-        order=OrderId("train", 1),
-        offer=b"o" * 32,
-        model=b"m" * 32,
-        epoch=1,
-    )
     numbers = {name_of(number): number for number in range(1, sites + 1)}
     raw = KeyEncoding.Raw, PublicFormat.Raw
     statements = [
         Statement(name, signer(n).public_key().public_bytes(*raw), 0, 2**33) for name, n in numbers.items()
     ]
-    session = Session(terms, size, context, Directory.of(FEDERATION, 1, statements), {}, {}, {}, {})
+    session = Session(terms, size, context_of(terms), Directory.of(FEDERATION, 1, statements), {}, {}, {}, {})
     return _played(session, numbers, drops)
 
 
@@ -167,7 +159,7 @@ def main() -> None:
     parser.add_argument("--drops", type=int, nargs="+", default=[0])
     given = parser.parse_args()
     session = play(given.sites, given.size, suite=Suite(given.suite), bits=given.bits, drops=given.drops)
-    session.save(given.file)
+    save(session, given.file)
     counts = {
         drop: {"survivors": len(end.survivors), "masks": end.masks, "agreements": end.agreements}
         for drop, end in session.endings.items()

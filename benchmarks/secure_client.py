@@ -23,6 +23,7 @@ import numpy as np
 from benchmarks.cohort import Entropy, name_of, signer, vectors_of
 from benchmarks.floors.secure import only_cores
 from benchmarks.secure_session import Session
+from benchmarks.session_file import load
 from fedge.secagg import site
 from fedge.secagg.ring import Words
 from fedge.secagg.session import Advertisement, InputProof, Reveal, Shares
@@ -137,7 +138,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=1)
     given = parser.parse_args()
     only_cores(1)
-    session = Session.load(given.file)
+    session = load(given.file)
     found = list(parts(session, len(session.advertisements) // 2, given.size, given.repeat))
     (first,) = parts(session, 1, given.size, 1)
     timed = {name: [part.seconds[name] for part in found] for name in found[0].seconds}

@@ -8,14 +8,12 @@ Prints {"seconds": [...]}, of one core.
 from __future__ import annotations
 
 import argparse
-import json
 import secrets
-import time
 from collections.abc import Callable
 
 import numpy as np
 
-from benchmarks.floors.secure import only_cores
+from benchmarks.floors.secure import only_cores, print_seconds
 from fedge.privacy.secure import SecureSource
 from fedge.secagg import shamir
 from fedge.secagg.masks import apply_masks
@@ -46,13 +44,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=1)
     given = parser.parse_args()
     only_cores(1)
-    once = {"mask": mask, "shamir": sharing}[given.what](given)
-    seconds = []
-    for _ in range(given.repeat):
-        began = time.perf_counter()
-        once()
-        seconds.append(time.perf_counter() - began)
-    print(json.dumps({"seconds": seconds}))
+    print_seconds({"mask": mask, "shamir": sharing}[given.what](given), given.repeat)
 
 
 if __name__ == "__main__":

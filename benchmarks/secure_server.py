@@ -17,6 +17,7 @@ import numpy as np
 
 from benchmarks.floors.secure import only_cores
 from benchmarks.secure_session import Session
+from benchmarks.session_file import load
 
 
 def measured(session: Session, drop: int) -> dict[str, float]:
@@ -57,7 +58,7 @@ def main() -> None:
     parser.add_argument("--cores", type=int, default=1)
     given = parser.parse_args()
     only_cores(given.cores)
-    print(json.dumps(measured(Session.load(given.file), given.drop)))
+    print(json.dumps(measured(load(given.file), given.drop)))
 
 
 if __name__ == "__main__":

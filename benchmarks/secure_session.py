@@ -1,19 +1,33 @@
-"""What the sites of a secure sum have sent, kept in a file by `cohort`: what a coordinator or a site works on."""
+"""What the sites of a secure sum have sent: what a coordinator or a site works on. `session_file` keeps it."""
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from fedge.events import OrderId
 from fedge.secagg.directory import Directory
+from fedge.secagg.encoding import Encoding
 from fedge.secagg.session import Advertisement, Context, InputProof, Reveal, Shares
-from fedge.secagg.terms import Encoding, SumTerms
+from fedge.secagg.terms import SumTerms
 from fedge_server.secure_sum import SecureSum
+
+FEDERATION = "0123456789abcdef"
+
+
+def context_of(terms: SumTerms) -> Context:
+    """What the session is about, in all of its shards."""
+    return terms.context(
+        federation=FEDERATION,
+        run_id="0123456789abcdef",
+        order=OrderId("train", 1),
+        offer=b"o" * 32,
+        model=b"m" * 32,
+        epoch=1,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +58,6 @@ class Session:
     shares: Mapping[str, Shares] = field(repr=False)
     inputs: Mapping[str, tuple[InputProof, bytes]] = field(repr=False)
     endings: Mapping[int, Ending] = field(repr=False)
-
-    @classmethod
-    def load(cls, path: Path) -> Session:
-        """One that was played before on this machine."""
-        with path.open("rb") as file:
-            found = pickle.load(file)
-        assert isinstance(found, cls)
-        return found
-
-    def save(self, path: Path) -> None:
-        with path.open("wb") as file:
-            pickle.dump(self, file, protocol=5)
 
     @property
     def encoding(self) -> Encoding:

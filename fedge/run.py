@@ -83,11 +83,6 @@ class Cohort(Config):
         """Updates without which a round does not count; all of `size` unless a quorum is given."""
         return self.quorum if self.quorum is not None else self.size
 
-    @property
-    def asked(self) -> int:
-        """Sites that are asked in each round; see `fedge.cohort.Terms`."""
-        return math.ceil(round(self.size * self.over_select, 6))
-
 
 class Evaluation(Config):
     """`[evaluation]`: the model is judged on the sites' own test sets every `every` rounds (0: never)."""

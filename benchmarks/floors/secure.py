@@ -130,6 +130,16 @@ def work(given: argparse.Namespace) -> Callable[[], object]:
     return once
 
 
+def print_seconds(once: Callable[[], object], repeat: int) -> None:
+    """Do it so often; prints {"seconds": [...]}."""
+    seconds = []
+    for _ in range(repeat):
+        began = time.perf_counter()
+        once()
+        seconds.append(time.perf_counter() - began)
+    print(json.dumps({"seconds": seconds}))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("what", choices=("mask", "shamir", "work"))
@@ -142,13 +152,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=1)
     given = parser.parse_args()
     only_cores(1)
-    once = {"mask": mask, "shamir": shamir, "work": work}[given.what](given)
-    seconds = []
-    for _ in range(given.repeat):
-        began = time.perf_counter()
-        once()
-        seconds.append(time.perf_counter() - began)
-    print(json.dumps({"seconds": seconds}))
+    print_seconds({"mask": mask, "shamir": shamir, "work": work}[given.what](given), given.repeat)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from fedge.errors import FedgeError, LinkError, RefusedError, RemoteProtocolError, StorageError
@@ -259,9 +260,10 @@ class Jobs:
         await self._transfers.insist(link, lambda: run.holding.reach(message, link))
         self._reach("job.fetched")
         self._transfers.check_wanted()
-        run.released.pop(order.kind, None)  # the worker writes over it
+        run.released.pop(order.kind, None)
         released = await self._performer.perform(run, message)
-        if run.secure is not None:
+        if run.secure is not None:  # masked later, when the worker may have written over it
+            released = replace(released, vector=released.vector.copy())
             run.released[order.kind] = order.round, asked, released
         return released
 

@@ -18,9 +18,9 @@ from fedge.refusal import Refusal, RefusalCode
 from fedge.secagg import site
 from fedge.secagg.canonical import members_of
 from fedge.secagg.directory import Directory
-from fedge.secagg.session import Advertisement, Context, Envelope, InputProof, Reveal, Roster, Shares
+from fedge.secagg.encoding import Encoding
+from fedge.secagg.session import Context, Envelope, InputProof, Reveal, Roster, Shares
 from fedge.secagg.site import Advertised, Consented, Entropy, Masked, Opened, Rules, Shared
-from fedge.secagg.terms import Encoding
 from fedge.vector import digest_of
 from fedge_client.gate import Released
 
@@ -67,11 +67,6 @@ class SecurePart:
     def __repr__(self) -> str:
         return f"SecurePart({self.context.order}, {type(self._state).__name__})"
 
-    @property
-    def said(self) -> Advertisement | Shares | bytes | Reveal:
-        """The newest message, but for the masked update."""
-        return self._reveal or self._consent or self._shares or self.advertisement
-
     def share(self, roster: Roster) -> Shares:
         """P1.
 
@@ -99,11 +94,6 @@ class SecurePart:
         if not isinstance(state, Shared):
             raise _again("envelopes", RefusalCode.ROSTER_INVALID)
         self._state, self._envelopes = state.open(envelopes), envelopes
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether an update can be masked."""
-        return isinstance(self._state, Opened)
 
     def mask(self, released: Released, source: SecureSource) -> MaskedUpdate:
         """P2: encode what the gate has released, and mask it; `source` decides how numbers are rounded. Heavy: on

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Protocol
 
 from fedge.errors import BlamedError, FedgeError, LinkError, RefusedError, RemoteProtocolError
 from fedge.events import OrderId
@@ -33,6 +34,7 @@ from fedge_client.identity import Identity
 from fedge_client.participation import Participation
 from fedge_client.secure_part import MaskedUpdate, SecurePart
 from fedge_client.spent import SpentRounds
+from fedge_client.transfer import Closable, pause_s
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +42,10 @@ MAX_WAITING = 1024
 """Messages that wait to be handled, at most."""
 
 Send = Callable[[pb.ClientMessage], None]
+
+
+class Link(Source, Closable, Protocol):
+    """Where the directory comes from, as long as it is there."""
 
 
 @dataclass(eq=False)
@@ -51,6 +57,8 @@ class _Session:
     asked: bytes
     ready: asyncio.Future[SecurePart] = field(repr=False)
     part: SecurePart | None = None
+    failures: int = 0
+    """How often the directory could not be had."""
     spent: bool = False
     """Whether it is on disk that this site reveals its shares."""
 
@@ -88,7 +96,7 @@ class SecureSessions:
         self._waiting: deque[tuple[str, OrderId, Callable[[], Awaitable[None]]]] = deque()
         self._news = asyncio.Event()
 
-    def order(self, run: Participation, message: pb.Order, link: Source) -> None:
+    def order(self, run: Participation, message: pb.Order, link: Link) -> None:
         """An order came: show keys for it."""
         order, asked = decode_order_id(message.id), order_digest(message)
         session = self._session(run.run_id, order)
@@ -184,17 +192,32 @@ class SecureSessions:
         session = self._sessions.get((run_id, order.kind))
         return session if session is not None and session.order == order else None
 
-    async def _begin(self, run: Participation, session: _Session, message: pb.Order, link: Source) -> None:
+    async def _begin(self, run: Participation, session: _Session, message: pb.Order, link: Link) -> None:
         if self._session(run.run_id, session.order) is not session:
             return  # called off meanwhile
         if session.part is None:
-            session.part = await self._part(run, session.order, message, link)
+            try:
+                session.part = await self._part(run, session.order, message, link)
+            except LinkError as error:
+                if link.closed:
+                    raise
+                self._begin_later(run, session, message, link, wait_s=pause_s(error, session.failures))
+                session.failures += 1
+                return
         member = codec.encode_member(session.part.advertisement)
         advertise = pb.Advertise(run_id=run.run_id, id=message.id, member=member)
         self._send(pb.ClientMessage(advertise=advertise))
         self._reach("sum.advertised")
 
-    async def _part(self, run: Participation, order: OrderId, message: pb.Order, link: Source) -> SecurePart:
+    def _begin_later(
+        self, run: Participation, session: _Session, message: pb.Order, link: Link, *, wait_s: float
+    ) -> None:
+        """The directory could not be had, but the link is there."""
+        log.info("directory_not_fetched run=%s again_in_s=%.1f", run.run_id, wait_s)
+        begin = partial(self._begin, run, session, message, link)
+        asyncio.get_running_loop().call_later(wait_s, self._enqueue, run.run_id, session.order, begin)
+
+    async def _part(self, run: Participation, order: OrderId, message: pb.Order, link: Link) -> SecurePart:
         """P0: this site's part, with keys of its own; that it begins is on disk before anybody sees them."""
         assert run.secure is not None  # only such orders come here
         directory = await self._directory.at(message.secure.epoch, link)

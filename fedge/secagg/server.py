@@ -101,10 +101,6 @@ class Sharing:
     shares: Mapping[int, Shares] = field(default_factory=dict)
 
     @property
-    def complete(self) -> bool:
-        return len(self.shares) == len(self.roster)
-
-    @property
     def needed(self) -> int:
         return self.context.needed(len(self.roster))
 

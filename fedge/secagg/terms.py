@@ -1,4 +1,4 @@
-"""What a run asks for in secure aggregation, in numbers that everybody knows, and the encoding that follows from them.
+"""What a run asks for in secure aggregation, in numbers that everybody knows.
 
 Nothing here is secret; all of it is in the context that every member signs.
 """
@@ -6,38 +6,28 @@ Nothing here is secret; all of it is in the context that every member signs.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-import numpy as np
-import numpy.typing as npt
-
-from fedge.cohort import SecureTerms
-from fedge.errors import ConfigError, RunError
+from fedge.cohort import SecureTerms, Terms
+from fedge.errors import ConfigError
 from fedge.events import OrderId
-from fedge.pipeline import Aggregate, Mean
-from fedge.privacy.secure import SecureSource
-from fedge.run import RunConfig
+from fedge.pipeline import Mean
+from fedge.run import Cohort, RunConfig
 from fedge.secagg.canonical import digest
+from fedge.secagg.encoding import BEYOND_BOUND, Encoding
 from fedge.secagg.fixed_point import FixedPoint
 from fedge.secagg.keys import Suite
-from fedge.secagg.ring import Ring, Words
 from fedge.secagg.rotation import Rotation
 from fedge.secagg.session import MAX_MEMBERS, MILLION, MIN_MEMBERS, Context
 from fedge.secagg.shards import shards_for
-from fedge.secagg.tail import RING, Summary, Tail
+from fedge.secagg.tail import Tail
 from fedge.strategy import AnyStrategy
-from fedge.vector import Array
 
 MAX_CLIENTS: Final = 1 << 20
 MAX_NAMES: Final = 64
 
 SUITES: Final = {"x25519": Suite.X25519, "x25519-mlkem768": Suite.X25519_MLKEM768}
-
-
-BEYOND_BOUND: Final = "beyond_bound"
-"""A metric that rides in every sum of updates: the share of them, by weight, that were cut to the bound."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +92,7 @@ class SumTerms:
                 f"secure_aggregation: expected a strategy with rounds, found {run.strategy.name!r}, which takes each "
                 "update as it comes: there is nothing to hide it among"
             )
-        clients = cohort.asked
+        clients = asked_of(cohort)
         weighted = reduction.weighting == "examples" and run.privacy.unit == "none"
         try:
             return cls(
@@ -173,102 +163,13 @@ class SumTerms:
         )
 
 
+def asked_of(cohort: Cohort) -> int:
+    """How many sites a run asks in each round."""
+    return Terms(cohort.size, cohort.needed, cohort.over_select).asked
+
+
 def least_of(quorum: int, clients: int) -> int:
     """Of how many each sum is at least where `quorum` are enough in all: a shard that is three deviations below the
     average of shards is left out."""
     average = quorum / shards_for(clients)
     return quorum if average == quorum else max(MIN_MEMBERS, math.floor(average - 3 * math.sqrt(average)))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Summed:
-    """What a secure sum says: the weighted sum of vectors, float64[size] (empty for an evaluation), and the rest."""
-
-    vector: npt.NDArray[np.float64]
-    summary: Summary
-
-
-def mean_of(sums: Sequence[Summed], clients: Sequence[str]) -> Aggregate:
-    """The weighted mean of all that is in these sums, which are of different members: two sums make a mean."""
-    vector, summary = sums[0].vector, sums[0].summary
-    for each in sums[1:]:
-        vector, summary = vector + each.vector, summary.plus(each.summary)
-    mean = (vector / summary.weight).astype(np.float32)
-    metrics = {name: value for name, value in summary.means.items() if name != BEYOND_BOUND or value > 0}
-    return Aggregate(mean, tuple(sorted(clients)), summary.weight, metrics)
-
-
-@dataclass(frozen=True, slots=True)
-class Encoding:
-    """An update as two vectors of rings: its elements, and what rides beside. `body` None: it has no elements."""
-
-    body: FixedPoint | None
-    tail: Tail
-    rotation: Rotation | None
-
-    @property
-    def rings(self) -> list[tuple[Ring, int]]:
-        """The rings, and how many elements each vector has."""
-        body = [(self.body.ring, self.body.size)] if self.body is not None else []
-        return [*body, (RING, self.tail.size)]
-
-    @property
-    def packed_bytes(self) -> int:
-        """Bytes of an encoded update on the wire."""
-        return sum(ring.packed_bytes(size) for ring, size in self.rings)
-
-    def encode(
-        self, vector: Array, weight: int, metrics: Mapping[str, float], source: SecureSource
-    ) -> list[Words]:
-        """One member's part; `vector` is float32[size], the weight is cut to the largest.
-
-        Raises:
-            ValueError: the vector is not finite, or of another size, or the weight is below 1.
-        """
-        weight = min(weight, self.tail.max_weight)
-        if self.body is None:
-            return [self.tail.encode(weight, metrics)]
-        if not np.isfinite(vector).all():  # before the rotation, which would make NaN of all of it
-            raise ValueError("expected a finite vector to encode, found NaN or infinity in it")
-        rotated = self.rotation.apply(vector) if self.rotation is not None else vector
-        metrics = {**metrics, BEYOND_BOUND: float(self.body.cuts(rotated))}
-        return [self.body.encode(rotated, weight, source), self.tail.encode(weight, metrics)]
-
-    def zeros(self) -> list[Words]:
-        """The sum of nothing."""
-        return [ring.zeros(size) for ring, size in self.rings]
-
-    def decode(self, total: Sequence[Words], members: int) -> Summed:
-        """What the sum of so many members' parts says.
-
-        Raises:
-            RunError: they cannot have made it.
-        """
-        summary = self.tail.decode(total[-1], members)
-        if self.body is None:
-            return Summed(np.zeros(0), summary)
-        found = self.body.decode(total[0], members)
-        if self.rotation is not None:
-            found = self.rotation.undo(found.astype(np.float32)).astype(np.float64)
-        if not np.isfinite(found).all():
-            raise RunError("the secure sum has infinity in it: choose a smaller bound")
-        return Summed(found, summary)
-
-    def pack(self, vectors: Sequence[Words]) -> bytes:
-        """As they are sent, one after the other."""
-        return b"".join(ring.pack(words) for (ring, _), words in zip(self.rings, vectors, strict=True))
-
-    def unpack(self, data: bytes | memoryview) -> list[Words]:
-        """What `pack` was given.
-
-        Raises:
-            ValueError: it is of another length.
-        """
-        if len(data) != self.packed_bytes:
-            raise ValueError(f"expected {self.packed_bytes} bytes, found {len(data)}")
-        view, out = memoryview(data), []
-        for ring, size in self.rings:
-            length = ring.packed_bytes(size)
-            out.append(ring.unpack(view[:length], size))
-            view = view[length:]
-        return out

@@ -17,11 +17,11 @@ from fedge.events import Broken, Event, Unmasked
 from fedge.pipeline import Aggregate
 from fedge.secagg import server
 from fedge.secagg.directory import Directory
+from fedge.secagg.encoding import Encoding, mean_of
 from fedge.secagg.ring import Words
 from fedge.secagg.session import Advertisement, Context, Envelope, InputProof, Reveal, Roster, Shares
 from fedge.secagg.shards import shard_of
 from fedge.secagg.site import apply_all
-from fedge.secagg.terms import Encoding, mean_of
 
 Due = Literal["roster", "envelopes", "survivors", "consents"]
 """A message to a member."""

@@ -214,18 +214,16 @@ class Upload:
         file = self._file
         if file is None:
             return memoryview(self._memory)[start:stop]
-        data = bytearray()
+        parts, at = [], start
         try:
-            while len(data) < stop - start:
-                part = os.pread(file.file.descriptor, stop - start - len(data), start + len(data))
-                if not part:
-                    break
-                data += part
+            while at < stop and (part := os.pread(file.file.descriptor, stop - at, at)):
+                parts.append(part)
+                at += len(part)
         except OSError as error:
             raise StorageError(f"spool: an update cannot be read back: {error.strerror}") from None
-        if len(data) != stop - start:
-            raise StorageError(f"spool: expected {stop - start} bytes of an update back, found {len(data)}")
-        return memoryview(data)
+        if at != stop:
+            raise StorageError(f"spool: expected {stop - start} bytes of an update back, found {at - start}")
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def close(self) -> None:
         """Drop the bytes, even while a thread is at them; harmless a second time."""

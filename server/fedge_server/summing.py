@@ -223,9 +223,8 @@ class Summing:
         self._heard.clear()
 
     def _tell(self, order: OrderId, sites: Collection[str], *what: Due) -> None:
-        known: dict[
-            tuple[Due, int], pb.ServerMessage
-        ] = {}  # all of a shard are told the same, but for envelopes
+        # But for envelopes, all members of a shard are told the same.
+        known: dict[tuple[Due, int], pb.ServerMessage] = {}
         for site in sites:
             shard = self._sums[order].shard(site)
             for each in what:

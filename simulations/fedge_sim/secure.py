@@ -35,11 +35,12 @@ from fedge.events import (
 from fedge.pipeline import Aggregate
 from fedge.privacy.secure import SecureSource
 from fedge.secagg.directory import Directory, Statement
+from fedge.secagg.encoding import Encoding, mean_of
 from fedge.secagg.ring import Words
 from fedge.secagg.session import Context
 from fedge.secagg.shards import shard_of
 from fedge.secagg.site import Rules
-from fedge.secagg.terms import Encoding, SumTerms, mean_of
+from fedge.secagg.terms import SumTerms
 from fedge.seeds import derive_key
 from fedge_client.gate import Released
 from fedge_client.secure_part import SecurePart

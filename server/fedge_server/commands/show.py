@@ -12,7 +12,7 @@ from rich.table import Table
 from fedge.config import parse_toml
 from fedge.history import plain_metrics
 from fedge.run import RunConfig
-from fedge.secagg.terms import least_of
+from fedge.secagg.terms import asked_of, least_of
 from fedge.wire import fedge_pb2 as pb
 
 
@@ -35,7 +35,7 @@ def _aggregation(run: RunConfig) -> str:
     secure = run.secure_aggregation
     if not secure.enabled:
         return "no secure aggregation: the coordinator sees each update"
-    least = least_of(run.cohort.needed, run.cohort.asked)
+    least = least_of(run.cohort.needed, asked_of(run.cohort))
     honest = "" if secure.consistency else " unless it lies"
     return (
         f"secure aggregation ({secure.suite}): the coordinator can read sums of {least} updates or more, and no "

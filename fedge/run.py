@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from fedge.config import Config, build, parse_toml, read_toml, shown
 from fedge.privacy.config import Privacy
@@ -125,13 +125,13 @@ class SecureAggregation(Config):
         "accuracy",
     )
 
-    @model_validator(mode="before")
+    @field_validator("metrics", mode="before")
     @classmethod
-    def _names(cls, value: Any) -> Any:
+    def _names(cls, value: object) -> object:
         """A list of names, as TOML has it, is a tuple."""
-        if isinstance(value, dict) and isinstance(value.get("metrics"), list):
-            return {**value, "metrics": tuple(value["metrics"])}
-        return value
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"expected a list of names, found {shown(value)}")
+        return tuple(value)
 
 
 class Compression(Config):

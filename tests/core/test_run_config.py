@@ -308,6 +308,7 @@ BOUNDS = {
     "simulation.faults.dropout = 1.01": "simulation.faults.dropout: input should be less than or equal to 1",
     "simulation.faults = 0.1": "simulation.faults: input should be a valid dictionary",
     "secure_aggregation.enabled = 1": "secure_aggregation.enabled: input should be a valid boolean",
+    "secure_aggregation.metrics = 'loss'": "secure_aggregation.metrics: expected a list of names, found 'loss'",
     "secure_aggregation.threshold = 0.5": "secure_aggregation.threshold: input should be greater than or equal to 0.67",
 }
 

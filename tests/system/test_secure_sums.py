@@ -95,18 +95,23 @@ def run_of(text: str) -> RunConfig:
     return parse_toml(text, RunConfig, source="run.toml")
 
 
-def submitted_and_joined_by(federation: Federation, text: str, names: list[str]) -> str:
-    """A run that goes on to its second round once all of these take part; its id."""
-    with federation.blocked(names[0]):
-        run_id = federation.submit(text)
-        until(
-            lambda: (
-                federation.ready(run_id) | {n for n in names if federation.clients[n].process.poll()}
-                >= {*names}
-            ),
-            "everybody has joined",
-        )
-    return run_id
+@contextlib.contextmanager
+def all_blocked(federation: Federation, names: list[str]) -> Iterator[None]:
+    """Within the block no round ends, whoever of these takes part in it."""
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            stack.enter_context(federation.blocked(name))
+        yield
+
+
+def all_joined(federation: Federation, run_id: str, names: list[str]) -> None:
+    """Wait until all of these take part, or have been killed."""
+
+    def joined() -> bool:
+        killed = {name for name in names if federation.clients[name].process.poll() is not None}
+        return federation.ready(run_id) | killed >= {*names}
+
+    until(joined, "everybody has joined")
 
 
 @pytest.mark.slow
@@ -119,8 +124,12 @@ def test_a_site_that_is_killed_at_any_phase_of_a_sum_costs_at_most_its_own_part(
     text = run_toml(point.replace(".", "-"), rounds=4, size=4, quorum=3, more=more)
     federation.clients[SITES[3]].signal(signal.SIGTERM)
     until(lambda: SITES[3] not in federation.connected(), "the victim is gone")
-    victim = federation.start(SITES[3], fault=f"{point}:1")
-    run_id = submitted_and_joined_by(federation, text, SITES)
+    with all_blocked(federation, SITES[:3]):
+        run_id = federation.submit(text)
+        for name in SITES[:3]:  # of three, none could be spared
+            federation.at_work(name)
+        victim = federation.start(SITES[3], fault=f"{point}:1")
+        all_joined(federation, run_id, SITES)
     assert victim.ends() == -signal.SIGKILL, f"{point} was reached"
     federation.start(SITES[3])
     assert federation.finish(run_id).status == "done"
@@ -178,7 +187,9 @@ def test_of_twenty_sites_six_are_killed_in_all_phases_and_each_round_is_the_sum_
             federation.start(name, fault=victims.get(name, ""))
         more = SECURE + "[evaluation]\nevery = 0\n"
         text = run_toml("twenty", rounds=5, size=20, quorum=14, more=more)
-        run_id = submitted_and_joined_by(federation, text, names)
+        with all_blocked(federation, names):
+            run_id = federation.submit(text)
+            all_joined(federation, run_id, names)
         assert federation.finish(run_id).status == "done"
         detail = federation.show(run_id)
         for name in victims:

@@ -112,7 +112,9 @@ def _seal(round: Round, sends: tuple[Effect, ...] = ()) -> Step:
     members = frozenset((client, shard) for client, shard in round.enlisted if client in round.pending)
     shown, sizes = len(members), Counter(shard for _, shard in members)
     members = frozenset(pair for pair in members if sizes[pair[1]] >= terms.least)
-    names = frozenset(dict(members))
+    # More than were asked for are here when somebody is back who was replaced: sums are made for no more than those.
+    names = frozenset(sorted(dict(members))[: round.terms.asked])
+    members = frozenset(pair for pair in members if pair[0] in names)
     if len(names) < round.terms.fewest:
         reason = f"{shown} of at least {round.terms.fewest} clients have shown keys"
         if shown >= round.terms.fewest:

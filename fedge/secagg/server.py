@@ -33,6 +33,7 @@ from fedge.secagg.session import (
     Shares,
     commitment_of,
     consent_signed,
+    encapsulates,
     input_signed,
     pair_label,
 )
@@ -80,11 +81,15 @@ class Gathering:
         """Nobody else takes part.
 
         Raises:
-            RunError: they are too few.
+            RunError: they are too few, or too many.
         """
         if len(self.advertisements) < self.context.least:
             raise RunError(
                 f"expected {self.context.least} members of a session or more, found {len(self.advertisements)}"
+            )
+        if len(self.advertisements) > self.context.most:
+            raise RunError(
+                f"expected {self.context.most} members of a session at most, found {len(self.advertisements)}"
             )
         roster = Roster.of(self.advertisements.values())
         return Sharing(self.context, self.directory, roster, roster.sid(self.context.digest))
@@ -115,13 +120,13 @@ class Sharing:
             raise RemoteProtocolError(f"expected one message of shares of member {number}, found two")
         if set(shares.envelopes) != others:
             raise RemoteProtocolError("expected shares for every other member of the session")
-        above = {other for other in others if other > number} if suite.has_kem else set()
-        if set(shares.recovery) != above or any(
+        chosen = {other for other in others if suite.has_kem and encapsulates(number, other)}
+        if set(shares.recovery) != chosen or any(
             len(each) != _RECOVERY_BYTES for each in shares.recovery.values()
         ):
             raise RemoteProtocolError("expected what it takes to recover each secret that was sent")
         for other, envelope in shares.envelopes.items():
-            pair = suite.ciphertext_bytes if other > number else 0
+            pair = suite.ciphertext_bytes if encapsulates(number, other) else 0
             found = (len(envelope.sealed), len(envelope.channel), len(envelope.mask))
             if found != (_SEAL_BYTES, suite.ciphertext_bytes, pair):
                 raise RemoteProtocolError(f"expected an envelope of {_SEAL_BYTES} bytes, found {found}")
@@ -331,7 +336,7 @@ class Revealing:
         """The KEM's part of the secret of a pair, of which `number` has dropped out."""
         if not self.context.suite.has_kem:
             return b""
-        if number > other:
+        if encapsulates(other, number):
             return pair.decapsulate(self.shares[other].envelopes[number].mask)
         sealed = self.shares[number].recovery[other]
         return open_seal(recovery_key(seed, self.sid, other), sealed, self.sid, other)

@@ -40,8 +40,9 @@ class Context:
     """What a session is about; every member must mean the same.
 
     `vectors` says how numbers are encoded, `privacy` which noise is inside, `offer` what was agreed for the run; all
-    three and the model are digests. `least` is the fewest whose sum it may be, `threshold_ppm` how many of a million
-    members must come to the end; `epoch` that of the directory with their keys. `shard` of `shards` sums apart.
+    three and the model are digests. `least` is the fewest whose sum it may be and `most` the most who may take part,
+    `threshold_ppm` how many of a million members must come to the end; `epoch` that of the directory with their keys.
+    `shard` of `shards` sums apart.
     """
 
     federation: str
@@ -53,6 +54,7 @@ class Context:
     offer: bytes
     model: bytes
     least: int
+    most: int
     threshold_ppm: int
     epoch: int
     consistency: bool = True
@@ -66,7 +68,15 @@ class Context:
             "context",
             *(self.federation, self.run_id, self.order.kind, self.order.round, self.order.attempt),
             *(int(self.suite), self.vectors, self.privacy, self.offer, self.model),
-            *(self.least, self.threshold_ppm, self.epoch, int(self.consistency), self.shard, self.shards),
+            *(
+                self.least,
+                self.most,
+                self.threshold_ppm,
+                self.epoch,
+                int(self.consistency),
+                self.shard,
+                self.shards,
+            ),
         )
 
     def needed(self, members: int) -> int:
@@ -135,7 +145,7 @@ class Roster:
 @dataclass(frozen=True, slots=True)
 class Envelope:
     """P1: one member's shares for another, sealed. `channel` and `mask` are ciphertexts of suite 2's KEM, for the
-    key of this envelope and for the pair's mask; `mask` is there from the lower to the higher number alone."""
+    key of this envelope and for the pair's mask; of a pair, one member alone sends the latter: see `encapsulates`."""
 
     sealed: bytes
     channel: bytes = b""
@@ -144,8 +154,8 @@ class Envelope:
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """P1: an envelope for each other member, by number. `recovery` (suite 2) has for each higher number the secret
-    that was encapsulated for it, sealed under a key that follows from the mask key's seed."""
+    """P1: an envelope for each other member, by number. `recovery` (suite 2) has for each whose mask's secret this
+    member has encapsulated that secret, sealed under a key that follows from the mask key's seed."""
 
     envelopes: Mapping[int, Envelope]
     recovery: Mapping[int, bytes]
@@ -165,6 +175,12 @@ class Reveal:
     of its self mask's seed if it survived, else of its mask key's. uint32[sharers, LIMBS]. There is room for one."""
 
     shares: ShareArray
+
+
+def encapsulates(member: int, other: int) -> bool:
+    """Whether of a pair it is this member that encapsulates the secret of their mask (suite 2). Neighbours in number
+    take turns, so that everybody does so for half of the others."""
+    return (member < other) == ((member + other) % 2 == 1)
 
 
 def input_signed(sid: bytes, number: int, vector: bytes) -> bytes:

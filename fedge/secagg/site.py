@@ -25,7 +25,6 @@ from fedge.secagg.keys import SEED_BYTES, BadKeyError, BadSealError, KeyPair, de
 from fedge.secagg.masks import KEY_BYTES, apply_masks, blocks_of
 from fedge.secagg.ring import Words
 from fedge.secagg.session import (
-    MAX_MEMBERS,
     MIN_MEMBERS,
     Advertisement,
     Context,
@@ -36,6 +35,7 @@ from fedge.secagg.session import (
     Shares,
     commitment_of,
     consent_signed,
+    encapsulates,
     input_signed,
     pair_label,
 )
@@ -141,7 +141,7 @@ class Advertised:
                 channel_secret, channel_cipher = secrets.channel.encapsulate(peer.channel)
                 key = _channel_key(secrets.channel.agree(peer.channel) + channel_secret, sid, number, other)
                 pair_secret, pair_cipher = b"", b""
-                if number < other:
+                if encapsulates(number, other):
                     pair_secret, pair_cipher = secrets.mask.encapsulate(peer.mask)
                     if pair_secret:
                         recovery[other] = _seal_recovery(secrets.mask_seed, sid, other, pair_secret)
@@ -199,7 +199,7 @@ class Shared:
             try:
                 held[other] = self._opened(other, envelope)
                 pair = self._pairs[other]
-                if other < self.number:
+                if encapsulates(other, self.number):
                     pair += self._secrets.mask.decapsulate(envelope.mask)
             except BadSealError:
                 culprits.append(self.roster.member(other).site)
@@ -364,8 +364,8 @@ def verified(key: bytes, signature: bytes, signed: bytes) -> bool:
 
 
 def _check_roster(context: Context, own: Advertisement, roster: Roster, directory: Directory) -> None:
-    if not context.least <= len(roster) <= MAX_MEMBERS:
-        raise _bad_roster(f"{len(roster)} members, where {context.least} to {MAX_MEMBERS} may be")
+    if not context.least <= len(roster) <= context.most:
+        raise _bad_roster(f"{len(roster)} members, where {context.least} to {context.most} may be")
     names = [member.site for member in roster.members]
     if names != sorted(set(names)):
         raise _bad_roster("members that are not in order, or there twice")

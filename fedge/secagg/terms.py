@@ -134,6 +134,7 @@ class SumTerms:
             offer=offer,
             model=model,
             least=self.least,
+            most=self.members,
             threshold_ppm=self.threshold_ppm,
             epoch=epoch,
             consistency=self.consistency,

@@ -114,6 +114,12 @@ def test_a_roster_of_more_than_a_session_holds_is_refused(play, adverts):
     )
 
 
+def test_a_roster_of_more_than_the_noise_and_the_ring_were_made_for_is_refused():
+    play = Play(5, context(most=4))
+    roster = Roster.of(play.advertise().values())
+    refused(RefusalCode.ROSTER_INVALID, lambda: share_of_one(play, roster), "5 members, where 3 to 4 may be")
+
+
 @pytest.mark.parametrize("part", ["channel", "mask", "commitment"])
 def test_substituted_keys_are_refused(play, adverts, part):
     other = KeyPair.of(b"z" * 32, Suite.X25519, "mask").public

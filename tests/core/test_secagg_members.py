@@ -19,7 +19,7 @@ from secagg_sessions import (
 from fedge.errors import BlamedError, RemoteProtocolError, RunError
 from fedge.secagg import server, site
 from fedge.secagg.keys import Suite
-from fedge.secagg.session import Advertisement, Envelope, InputProof, Reveal, Shares
+from fedge.secagg.session import Advertisement, Envelope, InputProof, Reveal, Shares, encapsulates
 from fedge.secagg.site import Rules
 
 
@@ -153,6 +153,23 @@ def test_a_dealer_of_wrong_shares_that_drops_out_is_blamed(monkeypatch):
     with pytest.raises(BlamedError) as caught:
         revealing.recover()
     assert caught.value.culprits == (name(5),)
+
+
+def test_members_take_turns_in_sending_what_a_pair_is_sealed_with():
+    for count in (4, 7, 10):
+        sent = [
+            sum(encapsulates(member, other) for other in range(1, count + 1) if other != member)
+            for member in range(1, count + 1)
+        ]
+        assert max(sent) - min(sent) <= 1
+    for one, other in ((1, 2), (1, 3), (4, 9), (6, 8)):
+        assert encapsulates(one, other) != encapsulates(other, one)
+
+
+def test_a_session_of_more_members_than_were_agreed_is_not_begun():
+    play = Play(5, context(most=4))
+    with pytest.raises(RunError, match="4 members of a session at most, found 5"):
+        play.gather(play.advertise())
 
 
 def test_a_member_whose_recovery_was_a_lie_is_blamed():

@@ -117,11 +117,11 @@ def test_every_field_of_the_context_is_in_its_digest():
 
 TRANSCRIPTS = {
     # Of four sites with fixed seeds, one of which drops out before each phase; three are enough.
-    "nobody": "dbaed0122609abbdb47911f76853780c9d2623513f0714cde9bafc7005cd0403",
-    "share": "31d11e1a15ccffc74b91712fcc7f14d7f25eb758f7af96830e88b6082c27e5ec",
-    "input": "3f05fdb69bf3dbe966ef6783aab2aad9caba735999403f3552934711745bb739",
-    "consent": "0cadd426d5e342c57943ea7294306083d984a3fab4695c751d472d2500f65d88",
-    "reveal": "a46d8c177b9052934d06e16349c2b20209b9303c0acd21a292c1987ebdb1e061",
+    "nobody": "6e0918126db20dcba9ed62f3a504905d6a070e5ae86f6e1c5b77331c22c70163",
+    "share": "ce9ddaca9f1a4ee77f8354d5b0f7e02667c3f7172df03a1c76ea0f51d2fd5707",
+    "input": "70718b8789f27aa6a4b8976bfd34527aba29c367d121fb40f31444df89890cc1",
+    "consent": "4dfa333e3e58cc1ea17a97834f3fde1938db81dfff8437dd35df24be8cb1c2f7",
+    "reveal": "6f0114ad9f624a05846d7f7487342b8d3290dad7f130c448cc08b47ecd0b06f7",
 }
 
 

@@ -130,6 +130,17 @@ def test_nobody_is_asked_once_the_roster_is_fixed():
     assert "z" not in round.candidates
 
 
+def test_a_sum_has_no_more_members_than_were_asked_for_though_one_is_back_that_was_replaced():
+    round = begun(clients=(*SITES, "f"))
+    first = min(round.pending)
+    round, _ = after(round, Left(first), Joined(first))
+    assert len(round.pending) == 6
+    round, effects = after(round, *each(Advertised, tuple(sorted(round.pending))))
+    (enlist,) = of(Enlist, effects)
+    assert len(enlist.clients) == TERMS.asked == 5  # type: ignore[attr-defined]
+    assert len(of(Cancel, effects)) == 1
+
+
 def test_whoever_has_no_keys_to_show_in_time_is_left_out():
     round, effects = after(begun(), *each(Advertised, "abcd"), over(begun()))
     assert effects == [

@@ -16,7 +16,7 @@ from fedge.secagg import server, site
 from fedge.secagg.directory import Directory, Statement
 from fedge.secagg.keys import Suite
 from fedge.secagg.ring import Ring, Words
-from fedge.secagg.session import Advertisement, Context, Reveal
+from fedge.secagg.session import MAX_MEMBERS, Advertisement, Context, Reveal
 from fedge.secagg.site import Rules, apply_all
 
 FEDERATION = "0123456789abcdef"
@@ -60,6 +60,7 @@ def context(**changes: Any) -> Context:
         offer=b"o" * 32,
         model=b"m" * 32,
         least=3,
+        most=MAX_MEMBERS,
         threshold_ppm=666_667,
         epoch=1,
     )

@@ -208,15 +208,27 @@ class RunConfig(Config):
                 "two, each of them knows the other's part"
             )
         if self.privacy.unit == "client":
-            raise ValueError(
-                'privacy.unit: "client" with secure aggregation is not in this version; use "example", or leave one out'
-            )
-        if self.privacy.unit != "none" and self.evaluation_every:
-            raise ValueError(
-                "privacy.evaluation_noise_multiplier: evaluations with noise and secure aggregation are not in this "
-                "version; set evaluation.every = 0"
-            )
+            self._private_sums()
         return self
+
+    def _private_sums(self) -> None:
+        """Whether noise that sites add to a secure sum can be what is asked for."""
+        if self.evaluation_every:
+            raise ValueError(
+                'privacy.evaluation_noise_multiplier: with unit = "client" and secure aggregation the sites add noise '
+                "to updates alone; set evaluation.every = 0, and judge the model on data that is public"
+            )
+        if self.privacy.separation > 1 or self.privacy.adaptive_clip is not None:
+            raise ValueError(
+                "privacy: separation and adaptive_clip are for noise that the coordinator adds; with secure "
+                "aggregation the sites add it, each for itself: leave them out"
+            )
+        given = {"bound", "max_weight", "metrics"} & self.secure_aggregation.model_fields_set
+        if given:
+            raise ValueError(
+                f'secure_aggregation: {" and ".join(sorted(given))} say what privacy.unit = "client" decides: '
+                "privacy.clip bounds updates, which weigh the same, and no metrics ride beside them"
+            )
 
     @model_validator(mode="after")
     def _compatible(self) -> RunConfig:
@@ -246,8 +258,8 @@ class RunConfig(Config):
     def left_out(self, metrics: Iterable[str]) -> str:
         """Which of a task's metrics do not ride in the secure sum, in words; empty if they all do, or there is none."""
         names = sorted(set(metrics) - set(self.secure_aggregation.metrics))
-        if not self.secure_aggregation.enabled or not names:
-            return ""
+        if not self.secure_aggregation.enabled or not names or self.privacy.unit == "client":
+            return ""  # without a sum they travel on their own; of a private one everybody knows that none do
         return (
             f"the task's {', '.join(names)} stay at the sites: name them in secure_aggregation.metrics for them to "
             "ride in the secure sum"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from fedge.errors import RefusedError, RemoteProtocolError
+from fedge.privacy.mechanism import Skellam
 from fedge.privacy.terms import Price, Terms
 from fedge.refusal import Refusal, RefusalCode
 from fedge.run import Work
@@ -62,6 +63,9 @@ class Request:
             raise RemoteProtocolError(f"expected one clip, found {clip} and {terms.clip}")
         if clip is not None and not 0 < clip < float("inf"):
             raise RemoteProtocolError(f"expected a finite clip above 0, found {clip}")
+        layout = decode_layout(offer.layout)
+        secure = decode_sum_terms(offer.secure_aggregation) if offer.HasField("secure_aggregation") else None
+        _check_noise(secure, terms, layout)
         return cls(
             run_id=check_text("a run's id", offer.run_id),
             task=check_text("a task's name", offer.task),
@@ -70,13 +74,11 @@ class Request:
             rounds=offer.rounds,
             seed=offer.seed,
             work=decode_work(offer.work),
-            layout=decode_layout(offer.layout),
+            layout=layout,
             clip=terms.clip if terms is not None else clip,
             terms=terms,
             cohort=offer.cohort,
-            secure=decode_sum_terms(offer.secure_aggregation)
-            if offer.HasField("secure_aggregation")
-            else None,
+            secure=secure,
             digest=offer_digest(offer),
         )
 
@@ -89,6 +91,11 @@ class Request:
     def clip_of_updates(self) -> float | None:
         """What the gate clips whole updates to; at example level the clip is for gradients of examples."""
         return None if self.example_level else self.clip
+
+    @property
+    def noise_of_sums(self) -> Skellam | None:
+        """What an order costs whose update gets its noise from the members of a secure sum."""
+        return self.secure.mechanism if self.secure is not None else None
 
     def in_words(self) -> str:
         """What was asked, for the site's owner."""
@@ -106,6 +113,29 @@ class Request:
         return (
             f"task {self.task}, strategy {self.strategy}, {self.rounds} rounds of {length} at learning rate "
             f"{work.learning_rate:g}; {privacy}; {secure}, among {self.cohort} sites or more"
+        )
+
+
+def _check_noise(secure: SumTerms | None, terms: Terms | None, layout: Layout) -> None:
+    """Noise inside a secure sum is client-level privacy, of just what the layout trains and the clip bounds."""
+    noise = secure.noise if secure is not None else None
+    expected = secure is not None and terms is not None and terms.unit == "client"
+    if (noise is not None) != expected:
+        raise RemoteProtocolError(
+            "expected noise in secure sums for client-level privacy and for nothing else, found otherwise"
+        )
+    if noise is None:
+        return
+    assert secure is not None  # the noise is a part of it
+    assert terms is not None  # just checked
+    if noise.size != layout.trainable_size or secure.bound != terms.clip:
+        raise RemoteProtocolError(
+            f"expected noise for {layout.trainable_size} elements of norm {terms.clip:g}, found it for {noise.size} "
+            f"of norm {secure.bound:g}"
+        )
+    if terms.evaluations or terms.separation > 1:
+        raise RemoteProtocolError(
+            "expected neither evaluations nor rests between rounds where the members of secure sums add the noise"
         )
 
 
@@ -216,7 +246,7 @@ def _check_protection(policy: Policy, request: Request) -> None:
             f"{policy.min_cohort}",
         )
     _check_secure_sum(policy, request.secure)
-    if unit == "client" and not policy.trust_coordinator:
+    if unit == "client" and request.noise_of_sums is None and not policy.trust_coordinator:
         raise _no(
             RefusalCode.PROTECTION_TOO_WEAK,
             "asked for client-level privacy whose noise the coordinator adds; this site's [policy] does not set "

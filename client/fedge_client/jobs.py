@@ -242,6 +242,8 @@ class Jobs:
         prepared = await self._pack(run, message, await self._released(run, message, link))
         if lost is not None and prepared.update.vector.digest != lost.digest:
             raise self._loss(run, lost)
+        if run.secure is not None and run.secure.noise is not None:
+            run.released.pop(order.kind, None)  # fresh noise was added: another attempt is another release
         # What was masked is of no use to another process, which cannot go on with its session.
         run.kept = run.secure is not None
         if run.secure is None:
@@ -249,8 +251,8 @@ class Jobs:
         return prepared
 
     async def _released(self, run: Participation, message: pb.Order, link: Link) -> Released:
-        """What the gate releases for an order. Of secure sums the same for each attempt at a round: nobody has seen
-        it in an attempt that was given up, and no other noise needs to be paid for."""
+        """What the gate releases for an order. Of secure sums the same for each attempt at a round, until it was
+        masked with noise of its own: nobody has seen it before, and no other noise needs to be paid for."""
         order, asked = decode_order_id(message.id), order_digest(message)
         if run.secure is not None and order.kind in run.released:
             round, was_asked, released = run.released[order.kind]

@@ -40,7 +40,8 @@ class Participation:
     kept: bool = False
     """Whether its vector is on disk."""
     released: dict[WorkKind, tuple[int, bytes, Released]] = field(default_factory=dict)
-    """Of secure sums: what the gate released last, for which round and what its order asked."""
+    """Of secure sums: what the gate released last, for which round and what its order asked. Gone once it was masked
+    with noise, which pays for one attempt."""
     unsettled: tuple[int, Mechanism] | None = None
     """The ledger's entry that pays for `prepared`, and its price, until it was handed in."""
 

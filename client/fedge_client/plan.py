@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,7 +18,7 @@ from fedge.privacy.terms import Terms, price
 from fedge.run import RunConfig
 from fedge.secagg.terms import SumTerms
 from fedge.strategy import load_strategy, work_kind
-from fedge.task import Site, load_task
+from fedge.task import Site, load_framework, load_task
 from fedge.vector import Layout, Tensor
 from fedge_client.admission import Request, admit, check_price, check_task
 from fedge_client.ledger_file import read_only
@@ -46,11 +46,12 @@ class Cost:
         return asdict(self)
 
 
-def cost_of(run: RunConfig, examples: int) -> Cost:
-    """The price of a run at a site of so many training examples.
+def cost_of(run: RunConfig, examples: int, *, folder: Path) -> Cost:
+    """The price of a run at a site of so many training examples; `folder` is where its task's code is.
 
     Raises:
         ConfigError: the run has no privacy, or no noise keeps its epsilon there.
+        TaskError: its noise depends on its model, which cannot be made.
     """
     terms = Terms.of(run)
     if terms is None:
@@ -62,8 +63,10 @@ def cost_of(run: RunConfig, examples: int) -> Cost:
         central.check(strategy)
     kind = work_kind(strategy)
     assert kind != "evaluate"  # no strategy orders that
+    secure = SumTerms.of(run, strategy, _layout(run, folder) if _needs_model(run) else NO_MODEL)
+    summed = secure.mechanism if secure is not None else None
     try:
-        found = price(terms, run.work, kind, examples)
+        found = price(terms, run.work, kind, examples, summed=summed)
     except ValueError as error:
         raise ConfigError(f"run {run.name!r} at a site of {examples} examples: {error}") from None
     schedule = Schedule.of(run.work, examples, kind) if terms.unit == "example" else ONE_RELEASE
@@ -129,12 +132,14 @@ def at_site(run: RunConfig, client_toml: Path) -> AtSite:
         check_task(policy, request.task, folder=task_folder)
         size = _examples(run, settings, task_folder)
         admit(policy, request, folder=task_folder)
-        if request.terms is not None:
-            found = cost_of(run, size)
-            priced = price(request.terms, run.work, request.kind, size)
+        if (terms := request.terms) is not None:
+            if _needs_model(run):
+                request = replace(request, secure=_sums(run, _layout(run, task_folder)))
+            found = cost_of(run, size, folder=task_folder)
+            priced = price(terms, run.work, request.kind, size, summed=request.noise_of_sums)
             run_epsilon = epsilon_of(priced.run, policy.delta)
             check_price(policy, priced, run_epsilon)
-            unit = request.terms.unit
+            unit = terms.unit
             for release in priced.run:
                 before = before.charged(unit, release)
             after = before.epsilon(policy.delta)
@@ -155,6 +160,21 @@ def at_site(run: RunConfig, client_toml: Path) -> AtSite:
 NO_MODEL = Layout((Tensor("none", ()),))
 
 
+def _needs_model(run: RunConfig) -> bool:
+    """Whether what a run costs depends on how long its updates are."""
+    return run.privacy.unit == "client" and run.secure_aggregation.enabled
+
+
+def _layout(run: RunConfig, folder: Path) -> Layout:
+    """That of a run's model. This runs the task's code."""
+    task = load_task(run.task, path=folder)
+    return load_framework().initial_model(task, seed=run.seed, unit=run.privacy.unit).layout
+
+
+def _sums(run: RunConfig, layout: Layout) -> SumTerms | None:
+    return SumTerms.of(run, load_strategy(run.strategy, run.work), layout)
+
+
 def _request(run: RunConfig) -> Request:
     """The run as its coordinator would offer it, but for the model."""
     strategy = load_strategy(run.strategy, run.work)
@@ -173,7 +193,7 @@ def _request(run: RunConfig) -> Request:
         clip=run.privacy.clip,
         terms=terms,
         cohort=run.cohort.needed,
-        secure=SumTerms.of(run, strategy),
+        secure=_sums(run, NO_MODEL),
     )
 
 

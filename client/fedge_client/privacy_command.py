@@ -55,7 +55,8 @@ def plan(
         return
     if run.privacy.unit == "client":
         examples = [1]  # a round is one release of all that a site has, however much that is
-    costs = [cost_of(run, size) for size in examples or _SIZES]
+    folder = path.resolve().parent
+    costs = [cost_of(run, size, folder=folder) for size in examples or _SIZES]
     typer.echo(json.dumps([cost.as_dict() for cost in costs])) if as_json else _print_costs(run, costs)
 
 

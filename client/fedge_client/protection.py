@@ -36,11 +36,14 @@ class Protection:
         if request.terms is None:
             return cls()
         try:
-            return cls(request.terms, price(request.terms, request.work, request.kind, train_examples))
+            found = price(
+                request.terms, request.work, request.kind, train_examples, summed=request.noise_of_sums
+            )
         except ValueError as error:
             raise RefusedError(
                 Refusal(RefusalCode.PROTECTION_UNAVAILABLE, "no noise keeps the run's terms of privacy here")
             ) from error
+        return cls(request.terms, found)
 
     @property
     def is_on(self) -> bool:

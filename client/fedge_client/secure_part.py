@@ -31,6 +31,8 @@ class MaskedUpdate:
 
     data: bytes
     proof: InputProof
+    cut: bool = False
+    """Whether elements of it were cut to the run's bound."""
 
 
 class SecurePart:
@@ -111,10 +113,11 @@ class SecurePart:
             vectors = self._encoding.encode(released.vector, released.num_examples, released.metrics, source)
         except ValueError as error:
             raise RefusedError(Refusal(RefusalCode.NOT_FINITE, str(error))) from None
+        cut = self._encoding.was_cut(vectors)
         masked = state.mask(vectors)
         data = self._encoding.pack(vectors)
         self._state = masked
-        self.masked = MaskedUpdate(data, masked.prove(digest_of(data)))
+        self.masked = MaskedUpdate(data, masked.prove(digest_of(data)), cut)
         return self.masked
 
     def consent(self, survivors: bytes) -> bytes:

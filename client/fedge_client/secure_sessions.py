@@ -153,6 +153,12 @@ class SecureSessions:
             raise _over(order) from None
         source = SecureSource(secrets.token_bytes(KEY_BYTES))  # it rounds, which must not be guessed
         masked = await asyncio.to_thread(part.mask, released, source)
+        if masked.cut:
+            log.warning(
+                "update_cut run=%s order=%s reason=elements beyond the run's bound were cut to it, so that the sum has "
+                "less of what was learned here; the run's owner may raise secure_aggregation.bound",
+                *(message.run_id, order),
+            )
         self._reach("sum.masked")
         return masked
 

@@ -43,12 +43,21 @@ def noise_multiplier_for(
             f"epsilon {before:.4g} at delta {delta:g} is spent already, which is more than {target:g}; no noise "
             "makes that less"
         )
-    low, high = _bracket(cost, target)
-    if high is None:
+    found = least_noise(cost, target)
+    if found is None:
         raise ValueError(
             f"no noise buys epsilon {target:g} at delta {delta:g} for {count} releases; ask for fewer "
             "rounds or steps, or for a larger epsilon"
         )
+    return found
+
+
+def least_noise(cost: Callable[[float], float], target: float) -> float | None:
+    """The smallest noise multiplier (to 0.1 %, never too small; 0.05 at least) that costs at most `target`; None if
+    not even 10,000 does. `cost` falls as noise grows."""
+    low, high = _bracket(cost, target)
+    if high is None:
+        return None
     return high[0] if low is None else _narrowed(cost, target, low, high)
 
 

@@ -23,6 +23,8 @@ from fedge.privacy.mechanism import merged, scaled
 from fedge.privacy.pld import statement
 from fedge.privacy.terms import Terms, price
 from fedge.run import RunConfig
+from fedge.secagg.terms import SumTerms
+from fedge.vector import Layout
 
 DOMAIN: Final = b"fedge-dp-statement/1\n"
 MAX_STATEMENT_BYTES: Final = 1 << 22
@@ -37,6 +39,10 @@ TRUST: Final[Mapping[Unit, str]] = {
     "example": "nobody: a site adds the noise before anything leaves it",
     "client": "the coordinator, which sees each clipped update and adds the noise to their sum",
 }
+TRUST_IN_SUMS: Final = (
+    "no single party: the sites add the noise before their updates are summed in secret, and it is enough though a "
+    "third of a sum's sites are in league with the coordinator"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +73,10 @@ class Statement:
         return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
-def state(run: RunConfig, run_id: str, status: str, cohorts: Sequence[Sequence[str]]) -> Statement:
-    """The statement of a run whose committed rounds had these `cohorts`.
+def state(
+    run: RunConfig, run_id: str, status: str, cohorts: Sequence[Sequence[str]], layout: Layout
+) -> Statement:
+    """The statement of a run of a model of this layout, whose committed rounds had these `cohorts`.
 
     Raises:
         ConfigError: dp-accounting, by which epsilon is stated, is not installed.
@@ -80,7 +88,7 @@ def state(run: RunConfig, run_id: str, status: str, cohorts: Sequence[Sequence[s
     terms = Terms.of(run)
     unit = run.privacy.unit
     most = max(sites.values(), default=0)
-    epsilon, accountant, mechanism, reason = None, "", "none", ""
+    epsilon, accountant, mechanism, reason, trust = None, "", "none", "", TRUST[unit]
     if terms is None:
         reason = (
             "the run has no differential privacy: whoever saw its updates or its model is bounded by nothing"
@@ -95,8 +103,17 @@ def state(run: RunConfig, run_id: str, status: str, cohorts: Sequence[Sequence[s
         if epsilon is None:
             reason = "the run fixes the noise, and not epsilon: each site's own ledger knows what it spent"
     else:
-        found = price(terms, run.work, "train", 1)
+        sums = None
+        if run.secure_aggregation.enabled:
+            sums = SumTerms.for_updates(run, layout, weighted=False)
+            trust = TRUST_IN_SUMS
+        found = price(terms, run.work, "train", 1, summed=sums.mechanism if sums is not None else None)
         mechanism = str(Central.of(run))
+        if sums is not None:
+            mechanism = (
+                f"Skellam noise of {found.noise_multiplier:.6g} x the L2 sensitivity on each secure sum of updates, "
+                f"which {sums.honest} of its members or more have added"
+            )
         releases = [scaled(found.order, most)] if most else []
         if found.evaluation is not None and terms.evaluations:
             releases.append(scaled(found.evaluation, terms.evaluations))
@@ -107,7 +124,7 @@ def state(run: RunConfig, run_id: str, status: str, cohorts: Sequence[Sequence[s
         status=status,
         unit=unit,
         adjacency=ADJACENCY[unit],
-        trust=TRUST[unit],
+        trust=trust,
         mechanism=mechanism,
         epsilon=epsilon,
         delta=terms.delta if terms is not None else None,

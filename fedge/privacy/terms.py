@@ -5,13 +5,14 @@ The same functions price a run for its owner before it starts, for a site's gate
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from fedge.privacy.calibration import noise_multiplier_for
 from fedge.privacy.config import LARGEST, SMALLEST, Protected
 from fedge.privacy.example import ONE_RELEASE, Schedule, evaluation_mechanism
-from fedge.privacy.mechanism import Gaussian, Mechanism, merged, scaled
+from fedge.privacy.mechanism import Gaussian, Mechanism, Skellam, merged, scaled
 from fedge.privacy.rdp import epsilon_of, total
 from fedge.run import RunConfig, Work
 
@@ -84,6 +85,10 @@ class Terms:
         return evaluation_mechanism(self.evaluation_noise_multiplier)
 
 
+_ALMOST = 1 - 1e-9
+"""Numbers that went through a square root and back are not the same to the last bit."""
+
+
 @dataclass(frozen=True, slots=True)
 class Price:
     """A run at one site: its noise, what each order costs, and what all of them cost."""
@@ -94,12 +99,19 @@ class Price:
     run: tuple[Mechanism, ...]
 
 
-def price(terms: Terms, work: Work, kind: Literal["train", "gradient"], size: int) -> Price:
+def price(
+    terms: Terms,
+    work: Work,
+    kind: Literal["train", "gradient"],
+    size: int,
+    *,
+    summed: Skellam | None = None,
+) -> Price:
     """A run at a site of `size` training examples (which matters to example-level privacy alone).
 
     The noise is as given, or the least with which the whole run stays within the terms' epsilon, its
     evaluations included. At client level a round is one release of everything the site has: whom the
-    coordinator asks amplifies nothing.
+    coordinator asks amplifies nothing. `summed` is what an order costs where secure sums have their members' noise.
 
     Raises:
         ValueError: no noise is enough, what is given is too little, or the evaluations alone cost more.
@@ -108,7 +120,12 @@ def price(terms: Terms, work: Work, kind: Literal["train", "gradient"], size: in
     evaluation = terms.evaluation()
     evaluations = (scaled(evaluation, terms.evaluations),) if evaluation and terms.evaluations else ()
     noise_multiplier = terms.noise_multiplier
-    if noise_multiplier is None:
+    if summed is not None:
+        found = math.sqrt(summed.variance) / summed.l2
+        if found < (noise_multiplier or 0) * _ALMOST:
+            raise ValueError(f"expected sums with noise multiplier {noise_multiplier:g}, found {found:g}")
+        noise_multiplier = found
+    elif noise_multiplier is None:
         assert terms.epsilon is not None  # one of the two is given
         noise_multiplier = noise_multiplier_for(
             terms.epsilon,
@@ -117,7 +134,7 @@ def price(terms: Terms, work: Work, kind: Literal["train", "gradient"], size: in
             count=schedule.steps * terms.participations,
             spent=total(evaluations),
         )
-    order = schedule.mechanism(noise_multiplier)
+    order = schedule.mechanism(noise_multiplier) if summed is None else summed
     whole = scaled(order, order.count * terms.participations)
     run = merged((whole, *evaluations))
     if terms.epsilon is not None and epsilon_of(run, terms.delta) > terms.epsilon:

@@ -16,6 +16,7 @@ from fedge.errors import RunError
 from fedge.pipeline import Aggregate
 from fedge.privacy.secure import SecureSource
 from fedge.secagg.fixed_point import FixedPoint
+from fedge.secagg.grid import Grid
 from fedge.secagg.ring import Ring, Words
 from fedge.secagg.rotation import Rotation
 from fedge.secagg.tail import RING, Summary, Tail
@@ -33,21 +34,28 @@ class Summed:
     summary: Summary
 
 
-def mean_of(sums: Sequence[Summed], clients: Sequence[str]) -> Aggregate:
-    """The weighted mean of all that is in these sums, which are of different members: two sums make a mean."""
+def mean_of(sums: Sequence[Summed], clients: Sequence[str], divisor: int | None = None) -> Aggregate:
+    """The weighted mean of all that is in these sums, which are of different members: two sums make a mean.
+
+    With a `divisor` the sum is divided by that instead, however many there are (see `fedge.privacy.central`).
+    """
     vector, summary = sums[0].vector, sums[0].summary
     for each in sums[1:]:
         vector, summary = vector + each.vector, summary.plus(each.summary)
-    mean = (vector / summary.weight).astype(np.float32)
+    mean = (vector / (divisor or summary.weight)).astype(np.float32)
     metrics = {name: value for name, value in summary.means.items() if name != BEYOND_BOUND or value > 0}
     return Aggregate(mean, tuple(sorted(clients)), summary.weight, metrics)
 
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """An update as two vectors of rings: its elements, and what rides beside. `body` None: it has no elements."""
+    """An update of `size` elements as two vectors of rings: its elements, and what rides beside.
 
-    body: FixedPoint | None
+    `body` None: it has no elements. On a `Grid` only the first of them are summed, and the rest is zero.
+    """
+
+    size: int
+    body: FixedPoint | Grid | None
     tail: Tail
     rotation: Rotation | None
 
@@ -68,16 +76,26 @@ class Encoding:
         """One member's part; `vector` is float32[size], the weight is cut to the largest.
 
         Raises:
-            ValueError: the vector is not finite, or of another size, or the weight is below 1.
+            ValueError: the vector is not finite, or of another size, or not zero where nothing of it is summed, or the
+                weight is below 1.
         """
         weight = min(weight, self.tail.max_weight)
         if self.body is None:
             return [self.tail.encode(weight, metrics)]
         if not np.isfinite(vector).all():  # before the rotation, which would make NaN of all of it
             raise ValueError("expected a finite vector to encode, found NaN or infinity in it")
+        vector, rest = vector[: self.body.size], vector[self.body.size :]
+        if rest.any():
+            raise ValueError("expected zeros where no noise is added, found something else")
         rotated = self.rotation.apply(vector) if self.rotation is not None else vector
-        metrics = {**metrics, BEYOND_BOUND: float(self.body.cuts(rotated))}
+        if isinstance(self.body, FixedPoint):  # whether a clipped update was cut is nobody's business
+            metrics = {**metrics, BEYOND_BOUND: float(self.body.cuts(rotated))}
         return [self.body.encode(rotated, weight, source), self.tail.encode(weight, metrics)]
+
+    def was_cut(self, vectors: Sequence[Words]) -> bool:
+        """Whether a part that is not masked yet is of an update that went beyond the bound."""
+        value, _ = self.tail.decode(vectors[-1], 1).totals.get(BEYOND_BOUND, (0.0, 0))
+        return value > 0
 
     def zeros(self) -> list[Words]:
         """The sum of nothing."""
@@ -97,6 +115,8 @@ class Encoding:
             found = self.rotation.undo(found.astype(np.float32)).astype(np.float64)
         if not np.isfinite(found).all():
             raise RunError("the secure sum has infinity in it: choose a smaller bound")
+        if len(found) < self.size:
+            found = np.pad(found, (0, self.size - len(found)))
         return Summed(found, summary)
 
     def pack(self, vectors: Sequence[Words]) -> bytes:

@@ -641,7 +641,7 @@ class SecureAggregation(_message.Message):
     MAX_WEIGHT_FIELD_NUMBER: _builtins.int
     ROTATE_FIELD_NUMBER: _builtins.int
     METRICS_FIELD_NUMBER: _builtins.int
-    SURVIVORS_FIELD_NUMBER: _builtins.int
+    NOISE_FIELD_NUMBER: _builtins.int
     suite: _builtins.int
     bits: _builtins.int
     """of an element of a masked vector"""
@@ -657,11 +657,13 @@ class SecureAggregation(_message.Message):
     """of an element of an update, before rotation"""
     max_weight: _builtins.int
     rotate: _builtins.bool
-    survivors: _builtins.float
-    """client-level privacy: the share of members whose noise is counted on"""
     @_builtins.property
     def metrics(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """which ride in the sum"""
+
+    @_builtins.property
+    def noise(self) -> Global___Noise:
+        """client-level privacy: what each member adds, so that the sum is private"""
 
     def __init__(
         self,
@@ -676,17 +678,47 @@ class SecureAggregation(_message.Message):
         max_weight: _builtins.int = ...,
         rotate: _builtins.bool = ...,
         metrics: _abc.Iterable[_builtins.str] | None = ...,
-        survivors: _builtins.float | None = ...,
+        noise: Global___Noise | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_survivors", b"_survivors", "survivors", b"survivors"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_noise", b"_noise", "noise", b"noise"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_survivors", b"_survivors", "bits", b"bits", "bound", b"bound", "clients", b"clients", "consistency", b"consistency", "least", b"least", "max_weight", b"max_weight", "metrics", b"metrics", "rotate", b"rotate", "suite", b"suite", "survivors", b"survivors", "threshold_ppm", b"threshold_ppm"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_noise", b"_noise", "bits", b"bits", "bound", b"bound", "clients", b"clients", "consistency", b"consistency", "least", b"least", "max_weight", b"max_weight", "metrics", b"metrics", "noise", b"noise", "rotate", b"rotate", "suite", b"suite", "threshold_ppm", b"threshold_ppm"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__survivors: _TypeAlias = _typing.Literal["survivors"]  # noqa: Y015
-    _WhichOneofArgType__survivors: _TypeAlias = _typing.Literal["_survivors", b"_survivors"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__survivors) -> _WhichOneofReturnType__survivors | None: ...
+    _WhichOneofReturnType__noise: _TypeAlias = _typing.Literal["noise"]  # noqa: Y015
+    _WhichOneofArgType__noise: _TypeAlias = _typing.Literal["_noise", b"_noise"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__noise) -> _WhichOneofReturnType__noise | None: ...
 
 Global___SecureAggregation: _TypeAlias = SecureAggregation  # noqa: Y015
+
+@_typing.final
+class Noise(_message.Message):
+    """A member's share of the noise in a secure sum; see fedge.secagg.grid."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SIZE_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    VARIANCE_FIELD_NUMBER: _builtins.int
+    size: _builtins.int
+    """elements that are summed, the first of an update; the others are zero"""
+    steps: _builtins.float
+    """of the integer grid, in one unit of an update"""
+    variance: _builtins.float
+    """in steps^2"""
+    def __init__(
+        self,
+        *,
+        size: _builtins.int = ...,
+        steps: _builtins.float = ...,
+        variance: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["size", b"size", "steps", b"steps", "variance", b"variance"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Noise: _TypeAlias = Noise  # noqa: Y015
 
 @_typing.final
 class Privacy(_message.Message):

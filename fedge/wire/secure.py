@@ -10,6 +10,7 @@ from fedge.errors import ConfigError, LimitError, RemoteProtocolError
 from fedge.principal import check_name
 from fedge.secagg import shamir
 from fedge.secagg.keys import Suite
+from fedge.secagg.noise import Noise
 from fedge.secagg.session import MAX_MEMBERS, Advertisement, Envelope, Reveal, Roster, Shares
 from fedge.secagg.terms import SumTerms
 from fedge.wire import fedge_pb2 as pb
@@ -19,6 +20,7 @@ _SHARE_BYTES = shamir.LIMBS * _WORD.itemsize
 
 
 def encode_sum_terms(terms: SumTerms) -> pb.SecureAggregation:
+    noise = terms.noise
     return pb.SecureAggregation(
         suite=terms.suite,
         bits=terms.bits,
@@ -30,6 +32,7 @@ def encode_sum_terms(terms: SumTerms) -> pb.SecureAggregation:
         max_weight=terms.max_weight,
         rotate=terms.rotate,
         metrics=terms.metrics,
+        noise=pb.Noise(size=noise.size, steps=noise.steps, variance=noise.variance) if noise else None,
     )
 
 
@@ -39,6 +42,7 @@ def decode_sum_terms(message: pb.SecureAggregation) -> SumTerms:
     Raises:
         RemoteProtocolError: they are not.
     """
+    noise = message.noise
     try:
         return SumTerms(
             least=message.least,
@@ -51,6 +55,7 @@ def decode_sum_terms(message: pb.SecureAggregation) -> SumTerms:
             max_weight=message.max_weight,
             rotate=message.rotate,
             metrics=tuple(message.metrics),
+            noise=Noise(noise.size, noise.steps, noise.variance) if message.HasField("noise") else None,
         )
     except ValueError as error:
         raise RemoteProtocolError(f"not terms of secure aggregation: {error}") from None

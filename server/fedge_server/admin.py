@@ -141,7 +141,7 @@ class AdminService(services.AdminServicer):
         run = self._coordinator.find(request.run_id)
         cohorts = [row.clients for row in run.history.rows]
         # Its accountant takes a second, and a library to be imported.
-        said = await asyncio.to_thread(state, run.config, run.run_id, run.machine.status, cohorts)
+        said = await asyncio.to_thread(state, run.config, run.run_id, run.machine.status, cohorts, run.layout)
         encoded = said.encode()
         return pb.StatementReply(
             statement=encoded,

@@ -87,13 +87,19 @@ class RunDriver:
         self.shelf = Shelf()
         self.machine = start.machine
         self.keeper = Keeper(surroundings.archive, config.checkpoint, committed=start.machine.committed)
-        secure = SumTerms.of(config, start.learning.strategy)
+        secure = SumTerms.of(config, start.learning.strategy, start.learning.layout)
         kind, strategy = start.machine.plan.kind, record.strategy
         self.offer = offer_of(record.run_id, config, self.layout, kind=kind, strategy=strategy, secure=secure)
         self._summing: Summing | None = None
         if secure is not None:
             self._summing = Summing(
-                secure, self.offer, self.layout, surroundings.keys, surroundings.outbox, self.post
+                secure,
+                self.offer,
+                self.layout,
+                surroundings.keys,
+                surroundings.outbox,
+                self.post,
+                divisor=config.cohort.size if secure.noise is not None else None,
             )
         self._first = start.effects
         self._outbox = surroundings.outbox
@@ -131,7 +137,7 @@ class RunDriver:
         """A new run. It is not kept yet: see `first_moment`."""
         learning = Learning.begin(strategy, model, Central.of(config))
         kind = learning.order(1).kind
-        secure = SumTerms.of(config, strategy)
+        secure = SumTerms.of(config, strategy, model.layout)
         plan = Plan.of(
             config,
             kind=kind,

@@ -28,11 +28,14 @@ Due = Literal["roster", "envelopes", "survivors", "consents"]
 
 
 class SecureSum:
-    """One order's. `context` is that of its first shard."""
+    """One order's. `context` is that of its first shard; `divisor` see `mean_of`."""
 
-    def __init__(self, context: Context, directory: Directory, encoding: Encoding) -> None:
+    def __init__(
+        self, context: Context, directory: Directory, encoding: Encoding, divisor: int | None = None
+    ) -> None:
         self.context = context
         self._encoding = encoding
+        self._divisor = divisor
         shards = {at: replace(context, shard=at) for at in range(context.shards)}
         self._gathering = {at: server.Gathering(each, directory) for at, each in shards.items()}
         self._sharing: dict[int, server.Sharing] = {}
@@ -182,7 +185,7 @@ class SecureSum:
             total = self._totals[at]
             apply_all(total, add=recovered[at].add, subtract=recovered[at].subtract)
             sums.append(self._encoding.decode(total, len(self._revealing[at].survivors)))
-        return mean_of(sums, sorted(sites))
+        return mean_of(sums, sorted(sites), self._divisor)
 
     def _with(self, site: str, proof: InputProof) -> server.Collecting:
         collecting = self._collecting.get(self.shard(site))

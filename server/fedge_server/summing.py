@@ -70,8 +70,10 @@ class Summing:
         keys: Keys,
         outbox: Outbox,
         post: Callable[[Event], None],
+        *,
+        divisor: int | None = None,
     ) -> None:
-        """`post` tells the run's machine what has happened."""
+        """`post` tells the run's machine what has happened; sums are divided by `divisor`, or by their weight."""
         self._terms = terms
         self._run_id = offer.run_id
         self._offer = offer_digest(offer)
@@ -79,6 +81,7 @@ class Summing:
         self._keys = keys
         self._outbox = outbox
         self._post = post
+        self._divisor = divisor
         self._unmasking: set[asyncio.Task[None]] = set()
         self._sums: dict[OrderId, SecureSum] = {}
         self._aggregates: dict[OrderId, Aggregate] = {}
@@ -106,7 +109,7 @@ class Summing:
                 epoch=directory.epoch,
             )
             encoding = self._terms.encoding(self._size_of(order), context.digest)
-            self._sums[order] = SecureSum(context, directory, encoding)
+            self._sums[order] = SecureSum(context, directory, encoding, self._divisor)
         message.secure.epoch = self._sums[order].context.epoch
 
     def hear(self, event: Heard, message: pb.ClientMessage) -> None:

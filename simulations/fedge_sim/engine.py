@@ -51,7 +51,7 @@ from fedge.run_state import Finish, Returned, RunEffect, RunEvent, Stop
 from fedge.secagg.terms import SumTerms
 from fedge.seeds import derive_key, work_seed
 from fedge.snapshot import revive, take
-from fedge.strategy import AnyStrategy, WorkKind, load_strategy
+from fedge.strategy import WorkKind, load_strategy
 from fedge.task import Task, load_task
 from fedge.vector import Array, Model
 from fedge_client.gate import Released, layers_of, release
@@ -130,10 +130,9 @@ def _with(run: RunConfig, *, clients: int | None, rounds: int | None, seed: int 
 
 
 def _secure_sums(
-    run: RunConfig, strategy: AnyStrategy, size: int, clients: Collection[str]
+    run: RunConfig, terms: SumTerms | None, size: int, clients: Collection[str]
 ) -> SecureSums | None:
     """What sums the run's updates securely; None where nothing does."""
-    terms = SumTerms.of(run, strategy)
     if terms is None:
         return None
     return SecureSums(
@@ -143,6 +142,7 @@ def _secure_sums(
         clients=clients,
         exchange_s=run.secure_aggregation.exchange_s,
         protocol=run.simulation.secure_aggregation == "protocol",
+        divisor=run.cohort.size if terms.noise is not None else None,
     )
 
 
@@ -164,12 +164,13 @@ class _Engine:
         self._trainer = Trainer(task, seed=run.seed)
         self.threads = suitable_threads(self._trainer.layout.size)
         kind = self._learning.order(1).kind
-        self._accounts = Accounts(run, kind)
+        sums = SumTerms.of(run, strategy, self._learning.layout)
+        self._accounts = Accounts(run, kind, sums.mechanism if sums is not None else None)
         terms = self._accounts.terms
         # At example level the clip is for the gradients of examples, not for updates.
         self._clip = None if terms and terms.unit == "example" else run.privacy.clip
         self._stuck = 0  # crashes since a round was committed
-        self._secure = _secure_sums(run, strategy, self._learning.layout.size, self._population.names)
+        self._secure = _secure_sums(run, sums, self._learning.layout.size, self._population.names)
         secure = self._secure.of_round if self._secure is not None else None
         plan = Plan.of(run, kind=kind, max_staleness=strategy.max_staleness, secure=secure)
         plan.check_population(len(self._population.names))

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from fedge.errors import ConfigError, RefusedError
 from fedge.privacy.config import Unit
 from fedge.privacy.example import ExampleLevel
-from fedge.privacy.mechanism import Mechanism, merged, scaled
+from fedge.privacy.mechanism import Mechanism, Skellam, merged, scaled
 from fedge.privacy.pld import statement
 from fedge.privacy.rdp import epsilon_of
 from fedge.privacy.terms import Price, Terms, price
@@ -62,7 +62,9 @@ class Spent:
 class Accounts:
     """Prices and counts what the clients do. Without privacy it has nothing to do."""
 
-    def __init__(self, run: RunConfig, kind: WorkKind) -> None:
+    def __init__(self, run: RunConfig, kind: WorkKind, summed: Skellam | None = None) -> None:
+        """`summed` is what an order costs where the members of a secure sum add the noise."""
+        self._summed = summed
         self.terms = Terms.of(run)
         self._run = run
         self._kind: Literal["train", "gradient"] = "gradient" if kind == "gradient" else "train"
@@ -78,7 +80,7 @@ class Accounts:
         assert self.terms is not None  # asked only under terms
         if size not in self._prices:
             try:
-                self._prices[size] = price(self.terms, self._run.work, self._kind, size)
+                self._prices[size] = price(self.terms, self._run.work, self._kind, size, summed=self._summed)
             except ValueError as error:
                 raise ConfigError(f"run {self._run.name!r} at a client of {size} examples: {error}") from None
         return self._prices[size]

@@ -77,8 +77,10 @@ class SecureSums:
         clients: Collection[str],
         exchange_s: float,
         protocol: bool,
+        divisor: int | None = None,
     ) -> None:
         self._terms, self._seed, self._size, self._protocol = terms, seed, size, protocol
+        self._divisor = divisor
         self._orders: dict[OrderId, _Order] = {}
         self._directory = Directory(_FEDERATION, 1, ())
         if protocol:
@@ -161,7 +163,7 @@ class SecureSums:
         )
         seed = context.digest  # of the rotation, which is the same in all shards
         encoding = terms.encoding(0 if order.kind == "evaluate" else self._size, seed)
-        session = SecureSum(context, self._directory, encoding) if self._protocol else None
+        session = SecureSum(context, self._directory, encoding, self._divisor) if self._protocol else None
         return _Order(context, encoding, session=session)
 
     def _part(self, client: str, of: _Order) -> SecurePart:
@@ -217,7 +219,7 @@ class SecureSums:
                 ]
             except RunError as error:
                 return Broken(order, str(error), final=True)
-            of.aggregate = mean_of(sums, sorted(clients))
+            of.aggregate = mean_of(sums, sorted(clients), self._divisor)
             return Unmasked(order)
         event, of.aggregate = of.session.outcome(clients)
         return event

@@ -330,9 +330,9 @@ def test_a_run_is_priced_by_a_clients_turns():
 
 def test_a_statement_of_a_run_counts_the_turns_that_were_taken():
     run = run_of(noise_multiplier=10.0, epsilon=None)
-    one = state(run, "a-1", "stopped", [["x", "y"]])
-    four = state(run, "a-1", "stopped", [["x", "y"]] * 4)
+    one = state(run, "a-1", "stopped", [["x", "y"]], Layout((Tensor("w", (2,)),)))
+    four = state(run, "a-1", "stopped", [["x", "y"]] * 4, Layout((Tensor("w", (2,)),)))
     assert four.epsilon > one.epsilon > 0
     assert (one.unit, one.participations, one.accountant) == ("client", 1, "PLD")
     assert "the coordinator" in one.trust
-    assert state(run, "a-1", "failed", []).epsilon == 0
+    assert state(run, "a-1", "failed", [], Layout((Tensor("w", (2,)),))).epsilon == 0

@@ -7,12 +7,15 @@ import json
 from fedge.privacy.population import Spend, population
 from fedge.privacy.statement import state
 from fedge.run import RunConfig
+from fedge.vector import Layout, Tensor
+
+LAYOUT = Layout((Tensor("w", (2,)),))
 
 
 def said(cohorts: list[list[str]], **privacy: object) -> dict[str, object]:
     table = {"name": "a", "task": "app:task", "rounds": 4, "evaluation": {"every": 0}, "privacy": privacy}
     run = RunConfig.from_table(table, source="run.toml")
-    return json.loads(state(run, "a-1", "done", cohorts).encode())
+    return json.loads(state(run, "a-1", "done", cohorts, LAYOUT).encode())
 
 
 EXAMPLE = {"unit": "example", "epsilon": 2.0, "delta": 1e-5, "clip": 1.0}

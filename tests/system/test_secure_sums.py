@@ -76,6 +76,15 @@ def test_a_secure_run_makes_the_mean_that_there_is_in_clear(
         assert found == pytest.approx(dict(other.metrics), abs=1e-3)
 
 
+def test_a_site_whose_update_was_cut_to_the_bound_is_told_in_its_own_log(federation: Federation) -> None:
+    narrow = SECURE.replace("bound = 50.0", "bound = 1e-4")
+    detail = federation.run(run_toml("narrow", rounds=1, size=4, quorum=4, more=narrow))
+    metrics = {metric.name: metric.value for metric in detail.history[0].metrics}
+    assert metrics["beyond_bound"] == 1.0
+    for name in SITES:
+        federation.clients[name].says(f"update_cut run={detail.summary.run_id}")
+
+
 def mean_of_honest(run: RunConfig, rows: Iterable[pb.HistoryRow]) -> Array:
     """The model that the means of honest updates of just these cohorts make."""
     model = framework.initial_model(tiny.task, seed=run.seed).vector.copy()

@@ -123,8 +123,6 @@ def _solve(matrix: Elements, target: Elements) -> Elements | None:
         rows = (rows + (_P - others[:, None]) % _P * rows[row][None, :] % _P) % _P
         pivots.append(column)
         row += 1
-        if row == len(rows):
-            break
     if rows[row:, -1].any():
         return None
     solution: Elements = np.zeros(unknowns, np.uint64)

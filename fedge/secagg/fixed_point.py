@@ -96,7 +96,7 @@ class FixedPoint:
         """
         signed = self.ring.signed(total)
         most = math.ceil(members * (self.levels + 1))
-        if len(signed) and max(int(signed.max()), -int(signed.min())) > most:
+        if max(int(signed.max()), -int(signed.min())) > most:
             raise RunError(
                 "the secure sum is beyond what its members may add to it: one of them has sent something else"
             )

@@ -159,7 +159,7 @@ class Grid:
             RunError: it is beyond what they can have encoded.
         """
         signed = self.ring.signed(total)
-        if len(signed) and max(int(signed.max()), -int(signed.min())) > self.largest_sum(members):
+        if max(int(signed.max()), -int(signed.min())) > self.largest_sum(members):
             raise RunError(
                 "the secure sum is beyond what its members may add to it: one of them has sent something else"
             )

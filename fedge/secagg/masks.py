@@ -50,8 +50,7 @@ def apply_masks(
                 apply(part, words[: len(part)], out=part)
 
     blocks = -(-len(vector) // step)
-    if keys and blocks:
-        in_shares(share, blocks=blocks, elements=len(vector) * len(keys))
+    in_shares(share, blocks=blocks, elements=len(vector) * len(keys))
 
 
 def blocks_of(vector: Words) -> int:

@@ -19,11 +19,10 @@ from fedge.refusal import Refusal, RefusalCode
 from fedge.secagg import decoding, shamir
 from fedge.secagg.canonical import bitmap
 from fedge.secagg.directory import Directory
-from fedge.secagg.keys import BadKeyError, BadSealError, KeyPair, derive, open_seal
+from fedge.secagg.keys import SEED_BYTES, BadKeyError, BadSealError, KeyPair, derive, open_seal
 from fedge.secagg.masks import KEY_BYTES
 from fedge.secagg.session import (
     MAX_MEMBERS,
-    SIGNATURE_BYTES,
     Advertisement,
     Context,
     Envelope,
@@ -55,7 +54,8 @@ class Gathering:
         """Add a site's.
 
         Raises:
-            RemoteProtocolError: it is for another session, malformed, or not signed by the site; or there is one.
+            RemoteProtocolError: it is for another session, or not signed by the site, or its keys are of no use to
+                the others; or there is one.
         """
         site, context = advertisement.site, self.context
         if site in self.advertisements:
@@ -64,13 +64,24 @@ class Gathering:
             raise RemoteProtocolError(f"expected at most {MAX_MEMBERS} members of a session")
         if advertisement.context != context.digest:
             raise RemoteProtocolError("expected keys for this session, found some for another")
-        sizes = {len(advertisement.channel), len(advertisement.mask)}
-        if sizes != {context.suite.public_bytes}:
-            raise RemoteProtocolError(f"expected keys of {context.suite.public_bytes} bytes, found {sizes}")
-        key = self.directory.key(site)
-        if key is None or not verified(key, advertisement.signature, advertisement.signed()):
+        if not verified(self.directory.key(site), advertisement.signature, advertisement.signed()):
             raise RemoteProtocolError(f"expected keys that {site} has signed with its identity")
+        self._check_keys(advertisement)
         return replace(self, advertisements={**self.advertisements, site: advertisement})
+
+    def _check_keys(self, advertisement: Advertisement) -> None:
+        """One whose keys nobody can use would have every member refuse the roster."""
+        anybody = KeyPair.of(bytes(SEED_BYTES), self.context.suite, "check")
+        try:
+            for public in (advertisement.channel, advertisement.mask):
+                anybody.agree(public)
+                anybody.encapsulate(public)
+        except BadKeyError as error:
+            raise RemoteProtocolError(f"the key of {advertisement.site}: {error}") from None
+        everybody = (*self.advertisements.values(), advertisement)
+        keys = [key for each in everybody for key in (each.channel, each.mask, each.commitment)]
+        if len(set(keys)) != len(keys):
+            raise RemoteProtocolError(f"expected keys of {advertisement.site} alone, each for one purpose")
 
     def only(self, sites: Collection[str]) -> Gathering:
         """Without those that are not wanted any more."""
@@ -170,7 +181,7 @@ class Collecting:
         if number not in self.shares or number in self.arrived:
             raise RemoteProtocolError(f"expected one input of each member that shared, found one of {number}")
         key = self.directory.key(self.roster.member(number).site)
-        if key is None or not verified(key, proof.signature, input_signed(self.sid, number, proof.digest)):
+        if not verified(key, proof.signature, input_signed(self.sid, number, proof.digest)):
             raise RemoteProtocolError(f"expected an input that member {number} has signed with its identity")
         return replace(self, arrived=self.arrived | {number})
 
@@ -202,10 +213,6 @@ class Consenting:
         """The survivors, a bit for each of the roster."""
         return bitmap([number in self.survivors for number in self.roster.numbers])
 
-    @property
-    def enough(self) -> bool:
-        return not self.context.consistency or len(self.consents) >= self.context.needed(len(self.roster))
-
     def take(self, number: int, signature: bytes) -> Consenting:
         """Add a survivor's consent.
 
@@ -214,8 +221,7 @@ class Consenting:
         """
         key = self.directory.key(self.roster.member(number).site)
         signed = consent_signed(self.sid, number, self.roster, self.survivors)
-        good = number in self.survivors and len(signature) == SIGNATURE_BYTES
-        if not good or key is None or not verified(key, signature, signed):
+        if number not in self.survivors or not verified(key, signature, signed):
             raise RemoteProtocolError(f"expected a survivor's consent, found something else from {number}")
         return replace(self, consents={**self.consents, number: signature})
 
@@ -225,7 +231,7 @@ class Consenting:
         Raises:
             RunError: too few have.
         """
-        if not self.enough:
+        if self.context.consistency:
             _check_enough("have consented", len(self.consents), self.context.needed(len(self.roster)))
         return Revealing(self.context, self.roster, self.sid, self.shares, self.survivors)
 
@@ -252,10 +258,6 @@ class Revealing:
     @property
     def needed(self) -> int:
         return self.context.needed(len(self.roster))
-
-    @property
-    def enough(self) -> bool:
-        return len(self.revealed) >= self.needed
 
     def take(self, number: int, reveal: Reveal) -> Revealing:
         """Add what a survivor reveals.
@@ -321,7 +323,7 @@ class Revealing:
                 secret = pair.agree(self.roster.member(other).mask) + self._encapsulated(
                     number, other, pair, seed
                 )
-            except (BadKeyError, BadSealError) as error:
+            except BadSealError as error:
                 site = self.roster.member(number).site
                 refusal = Refusal(
                     RefusalCode.SHARES_INVALID, f"the masks of {site} cannot be recovered: {error}"

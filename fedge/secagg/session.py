@@ -30,8 +30,6 @@ MAX_MEMBERS: Final = 256
 MIN_MEMBERS: Final = 3
 """Of a sum of two, each of them knows the other's part."""
 
-SIGNATURE_BYTES: Final = 64
-
 MILLION: Final = 1_000_000
 
 

@@ -332,8 +332,7 @@ class Consented:
 
     def _has_consented(self, number: int, signature: bytes) -> bool:
         key = self._directory.key(self.roster.member(number).site)
-        signed = consent_signed(self.sid, number, self.roster, self.survivors)
-        return key is not None and verified(key, signature, signed)
+        return verified(key, signature, consent_signed(self.sid, number, self.roster, self.survivors))
 
 
 def apply_all(vectors: Sequence[Words], *, add: Sequence[bytes] = (), subtract: Sequence[bytes] = ()) -> None:
@@ -354,8 +353,10 @@ def recovery_key(mask_seed: bytes, sid: bytes, other: int) -> bytes:
     return derive(mask_seed, KEY_BYTES, "recovery", other, salt=sid)
 
 
-def verified(key: bytes, signature: bytes, signed: bytes) -> bool:
-    """Whether this is an Ed25519 signature under a public key of 32 bytes."""
+def verified(key: bytes | None, signature: bytes, signed: bytes) -> bool:
+    """Whether this is an Ed25519 signature under a public key; none is under no key, or under what is none."""
+    if key is None:
+        return False
     try:
         Ed25519PublicKey.from_public_bytes(key).verify(signature, signed)
     except (InvalidSignature, ValueError):
@@ -387,7 +388,7 @@ def _check_roster(context: Context, own: Advertisement, roster: Roster, director
             raise _bad_roster(f"{member.site}, which is not in the signed directory of sites")
         if not verified(key, member.signature, member.signed()):
             raise _bad_roster(f"keys of {member.site} that it has not signed")
-        if context.shards > 1 and shard_of(context, member.site) != context.shard:
+        if shard_of(context, member.site) != context.shard:
             raise _bad_roster(f"{member.site}, which belongs to another shard")
 
 

@@ -101,7 +101,7 @@ class Tail:
         totals = {}
         possible = count == members and members <= weight <= members * self.max_weight
         for name, value, reported in zip(self.metrics, numbers[2::2], numbers[3::2], strict=True):
-            possible &= 0 <= reported <= weight and abs(value) <= (reported * BOUND + members) * self.steps
+            possible &= reported <= weight and abs(value) <= (reported * BOUND + members) * self.steps
             totals[name] = value / self.steps, reported
         if not possible:
             raise RunError(

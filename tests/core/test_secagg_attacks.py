@@ -29,6 +29,7 @@ from fedge.refusal import RefusalCode
 from fedge.secagg import server, site
 from fedge.secagg.keys import KeyPair, Suite
 from fedge.secagg.session import Advertisement, Roster, consent_signed
+from fedge.secagg.shamir import PRIME
 from fedge.secagg.shards import shard_of, shards_for
 from fedge.secagg.site import Rules
 
@@ -293,14 +294,29 @@ def test_envelopes_of_nobody_are_refused(play, number):
     refused(RefusalCode.ROSTER_INVALID, lambda: play.sites[1].open(envelopes | {number: envelopes[2]}))
 
 
-def test_shares_beyond_the_field_are_refused(play, monkeypatch):
-    adverts = play.advertise()
-    monkeypatch.setattr(
-        "fedge.secagg.shamir.split", lambda *_, shares, **__: np.full((shares, 2, 9), 2**32 - 1, np.uint32)
-    )
-    sharing = play.gather(adverts)
-    collecting = play.share(sharing)
-    refused(RefusalCode.SHARES_INVALID, lambda: play.sites[1].open(collecting.envelopes(1)))
+@pytest.mark.parametrize(
+    "dealt",
+    [
+        np.full((2, 9), 2**32 - 1, np.uint32),
+        np.full((2, 9), PRIME, np.uint32),
+        np.ones((2, 8), np.uint32),
+        np.ones((4, 9), np.uint32),
+    ],
+    ids=["beyond the field", "no element of it", "too short", "too long"],
+)
+def test_shares_that_are_none_are_blamed_on_their_dealer(play, monkeypatch, dealt):
+    roster = play.gather(play.advertise()).roster
+    envelopes = {}
+    for n in range(1, 6):
+        with monkeypatch.context() as patch:
+            if n == 3:
+                patch.setattr("fedge.secagg.shamir.split", lambda *_, **__: np.stack([dealt] * 5))
+            play.sites[n], shares = play.sites[n].share(roster, play.directory, play.entropy[n])
+        envelopes[n] = shares.envelopes.get(1)
+    del envelopes[1]
+    error = refused(RefusalCode.SHARES_INVALID, lambda: play.sites[1].open(envelopes))
+    assert isinstance(error, BlamedError)
+    assert error.culprits == (name(3),)
 
 
 # P3: the survivors.

@@ -19,7 +19,18 @@ from secagg_sessions import (
 from fedge.errors import BlamedError, RemoteProtocolError, RunError
 from fedge.secagg import server, site
 from fedge.secagg.keys import Suite
-from fedge.secagg.session import Advertisement, Envelope, InputProof, Reveal, Shares, encapsulates
+from fedge.secagg.session import (
+    MAX_MEMBERS,
+    Advertisement,
+    Envelope,
+    InputProof,
+    Reveal,
+    Shares,
+    consent_signed,
+    encapsulates,
+    input_signed,
+)
+from fedge.secagg.shamir import PRIME
 from fedge.secagg.site import Rules
 
 
@@ -52,20 +63,55 @@ def consented(play: Play) -> tuple[dict[int, bytes], server.Consenting]:
     return dict(consenting.consents), consenting
 
 
-def test_the_coordinator_refuses_advertisements_that_sites_would_refuse(play, adverts):
-    gathering = server.Gathering(play.context, play.directory)
-    wrong = [
-        replace(adverts[1], context=b"x" * 32),
-        replace(adverts[1], mask=b"x" * 32),
-        sign_again(adverts[1], 1, mask=b"short"),
-        sign_again(replace(adverts[1], site="unknown"), 1),
-        replace(adverts[1], signature=b""),
-    ]
-    for each in wrong:
-        with pytest.raises(RemoteProtocolError):
-            gathering.take(each)
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"context": b"x" * 32}, "for another"),
+        ({"mask": b"short"}, "public key of 32 bytes, found 5"),
+        ({"channel": b"k" * 33}, "public key of 32 bytes, found 33"),
+        ({"mask": bytes(32)}, "low order"),
+        ({"channel": b"\x01" + bytes(31)}, "low order"),
+        ({"site": "unknown"}, "has signed"),
+    ],
+)
+def test_the_coordinator_refuses_advertisements_that_sites_would_refuse(play, adverts, changes, found):
+    """Else one member could have every other refuse the roster, and nobody would know which."""
+    with pytest.raises(RemoteProtocolError, match=found):
+        server.Gathering(play.context, play.directory).take(sign_again(adverts[1], 1, **changes))
+
+
+@pytest.mark.parametrize("changes", [{"mask": b"x" * 32}, {"signature": b""}, {"site": name(2)}])
+def test_the_coordinator_refuses_advertisements_that_were_changed(play, adverts, changes):
+    with pytest.raises(RemoteProtocolError, match="has signed"):
+        server.Gathering(play.context, play.directory).take(replace(adverts[1], **changes))
+
+
+@pytest.mark.parametrize("part", ["channel", "mask", "commitment"])
+def test_the_coordinator_refuses_a_key_that_is_there_twice(play, adverts, part):
+    gathering = server.Gathering(play.context, play.directory).take(adverts[1])
+    for other in {adverts[1].channel, adverts[1].mask, adverts[2].channel, adverts[2].mask} - {
+        getattr(adverts[2], part)
+    }:
+        with pytest.raises(RemoteProtocolError, match="each for one purpose"):
+            gathering.take(sign_again(adverts[2], 2, **{part: other}))
     with pytest.raises(RemoteProtocolError, match="found two"):
-        gathering.take(adverts[1]).take(adverts[1])
+        gathering.take(adverts[1])
+
+
+@pytest.mark.parametrize("part", ["channel", "mask"])
+def test_the_coordinator_refuses_a_kem_key_that_is_none(part):
+    play = Play(3, context(suite=Suite.X25519_MLKEM768))
+    advert = play.advertise()[3]
+    wrong = sign_again(advert, 3, **{part: getattr(advert, part)[:32] + b"\xff" * 1184})
+    with pytest.raises(RemoteProtocolError, match="ML-KEM"):
+        server.Gathering(play.context, play.directory).take(wrong)
+
+
+def test_whoever_comes_when_a_session_is_full_is_refused_and_the_session_is_not(play, adverts):
+    others = {f"x{n}": replace(adverts[2], site=f"x{n}") for n in range(MAX_MEMBERS)}
+    full = server.Gathering(play.context, play.directory, others)
+    with pytest.raises(RemoteProtocolError, match="at most 256 members"):
+        full.take(adverts[1])
 
 
 def test_the_coordinator_begins_nothing_with_too_few(play, adverts):
@@ -93,6 +139,37 @@ def test_the_coordinator_refuses_shares_that_are_not_for_everybody(play, adverts
         sharing.take(1, shares).take(1, shares)
 
 
+@pytest.mark.parametrize("size", [0, 47, 49])
+def test_the_coordinator_refuses_what_no_secret_can_be_recovered_from(size: int):
+    play = Play(5, context(suite=Suite.X25519_MLKEM768))
+    sharing = play.gather(play.advertise())
+    _, shares = play.sites[1].share(sharing.roster, play.directory, play.entropy[1])
+    first = min(shares.recovery)
+    with pytest.raises(RemoteProtocolError, match="to recover each secret"):
+        sharing.take(1, replace(shares, recovery={**shares.recovery, first: bytes(size)}))
+    sharing.take(1, shares)
+
+
+def test_the_coordinator_goes_on_with_no_fewer_than_are_needed_to_rebuild_a_seed(play, adverts):
+    with pytest.raises(RunError, match="3 of at least 4 members of the session have shared their seeds"):
+        play.share(play.gather(adverts), without=[4, 5])
+
+
+def test_the_coordinator_sums_no_fewer_than_the_sites_agreed_on_though_they_could_be_unmasked():
+    play = Play(6, context(least=6))
+    collecting = play.share(play.gather(play.advertise()))
+    with pytest.raises(RunError, match="5 of at least 6 members of the session have handed in"):
+        play.input(collecting, vectors_for(6, size=4, bits=32), without=[6])
+
+
+def test_the_coordinator_takes_no_input_of_a_member_that_has_not_shared():
+    play = Play(6)
+    collecting = play.share(play.gather(play.advertise()), without=[6])
+    signature = signer(6).sign(input_signed(collecting.sid, 6, b"d" * 32))
+    with pytest.raises(RemoteProtocolError, match="each member that shared, found one of 6"):
+        collecting.take(6, InputProof(b"d" * 32, signature))
+
+
 def test_the_coordinator_takes_each_input_once_and_signed(play):
     collecting = shared(play)
     play.sites[1] = play.sites[1].open(collecting.envelopes(1)).mask([])
@@ -110,7 +187,8 @@ def test_the_coordinator_takes_each_input_once_and_signed(play):
 def test_the_coordinator_takes_consents_of_survivors_alone(play):
     consenting = masked(play, without=(5,))
     play.sites[1], signature = play.sites[1].consent(consenting.survivors)
-    for number, wrong in ((2, signature), (5, signature), (1, b"")):
+    late = signer(5).sign(consent_signed(consenting.sid, 5, consenting.roster, consenting.survivors))
+    for number, wrong in ((2, signature), (5, signature), (5, late), (1, b""), (1, signature + b"x")):
         with pytest.raises(RemoteProtocolError):
             consenting.take(number, wrong)
     with pytest.raises(RunError, match="1 of at least 4"):
@@ -124,6 +202,7 @@ def test_the_coordinator_takes_reveals_of_survivors_once_and_of_the_right_shape(
         (6, reveal),
         (1, Reveal(reveal.shares[:-1])),
         (1, Reveal(np.full_like(reveal.shares, 2**32 - 1))),
+        (1, Reveal(np.full_like(reveal.shares, PRIME))),
     ):
         with pytest.raises(RemoteProtocolError):
             revealing.take(number, wrong)

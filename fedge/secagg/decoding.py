@@ -59,7 +59,7 @@ def _liars(points: Sequence[int], shares: shamir.Shares, threshold: int, right: 
     """Which shares of one secret (uint32[m, LIMBS]) are not on the polynomials that give the right one; none if no
     such polynomials are found."""
     spare = len(points) - threshold
-    candidates = [found] if (found := _common_errors(points, shares, threshold)) is not None else []
+    candidates = [found] if len(found := _common_errors(points, shares, threshold)) <= spare else []
     subsets = (set(each) for count in range(1, spare + 1) for each in combinations(range(len(points)), count))
     for left_out in chain(candidates, islice(subsets, _MAX_TRIES)):
         base = [at for at in range(len(points)) if at not in left_out][:threshold]
@@ -71,19 +71,15 @@ def _liars(points: Sequence[int], shares: shamir.Shares, threshold: int, right: 
     return set()
 
 
-def _common_errors(points: Sequence[int], shares: shamir.Shares, threshold: int) -> set[int] | None:
-    """The positions of wrong shares, over all limbs, if they are few enough for most to decide."""
-    found: set[int] = set()
-    for limb in range(shamir.LIMBS):
-        errors = _errors(np.array(points, np.uint64), shares[:, limb].astype(np.uint64), threshold)
-        if errors is None:
-            return None
-        found |= errors
-    return found if len(points) - len(found) >= threshold else None
+def _common_errors(points: Sequence[int], shares: shamir.Shares, threshold: int) -> set[int]:
+    """The positions of wrong shares, over all limbs; any positions if they are too many for the rest to decide."""
+    x = np.array(points, np.uint64)
+    limbs = (shares[:, limb].astype(np.uint64) for limb in range(shamir.LIMBS))
+    return set().union(*(_errors(x, y, threshold) for y in limbs))
 
 
-def _errors(x: Elements, y: Elements, threshold: int) -> set[int] | None:
-    """The positions at which y is not what one polynomial of degree below `threshold` is at x; None if too many.
+def _errors(x: Elements, y: Elements, threshold: int) -> set[int]:
+    """The positions at which y is not what one polynomial of degree below `threshold` is at x; any if too many.
 
     With e errors there are E (degree e, leading coefficient 1) and Q (degree below e + threshold) such that
     Q(x) = y E(x) at all points, and the polynomial is Q / E: y is wrong only where E is 0.
@@ -94,8 +90,6 @@ def _errors(x: Elements, y: Elements, threshold: int) -> set[int] | None:
         powers[:, at] = powers[:, at - 1] * x % _P
     left = np.concatenate([powers, (_P - y[:, None] * powers[:, :count] % _P) % _P], axis=1)
     solution = _solve(left, y * powers[:, count] % _P)
-    if solution is None:
-        return None
     locator = np.append(solution[threshold + count :], np.uint64(1))
     return {int(at) for at in np.flatnonzero(_dot(powers[:, : count + 1], locator) == 0)}
 
@@ -107,8 +101,8 @@ def _dot(matrix: Elements, vector: Elements) -> Elements:
     return total
 
 
-def _solve(matrix: Elements, target: Elements) -> Elements | None:
-    """Some solution of a linear system modulo PRIME, by elimination; None if there is none."""
+def _solve(matrix: Elements, target: Elements) -> Elements:
+    """Some solution of a linear system modulo PRIME, by elimination; anything if there is none."""
     rows = np.concatenate([matrix, target[:, None]], axis=1)
     unknowns, pivots, row = matrix.shape[1], [], 0
     for column in range(unknowns):
@@ -123,8 +117,6 @@ def _solve(matrix: Elements, target: Elements) -> Elements | None:
         rows = (rows + (_P - others[:, None]) % _P * rows[row][None, :] % _P) % _P
         pivots.append(column)
         row += 1
-    if rows[row:, -1].any():
-        return None
     solution: Elements = np.zeros(unknowns, np.uint64)
     for at, column in enumerate(pivots):
         solution[column] = rows[at, -1]

@@ -75,6 +75,31 @@ def test_an_older_directory_than_was_seen_is_refused():
         check(directory_of(4, epoch=7), seen=seen)
 
 
+def test_the_first_directory_may_be_of_any_epoch():
+    assert check(directory_of(3, epoch=0)).epoch == 0
+    assert check(directory_of(3, epoch=5), seen=(5, b"")).epoch == 5
+
+
+@pytest.mark.parametrize(
+    "directory",
+    [
+        replace(directory_of(3), epoch=-1),
+        replace(directory_of(3), epoch=2**64),
+        Directory.of(FEDERATION, 1, [Statement("a", b"a" * 32, -1, 2**33)]),
+    ],
+)
+def test_numbers_that_nobody_can_have_signed_are_refused_like_any_others(directory: Directory):
+    with pytest.raises(IdentityError, match="CA has signed"):
+        check(directory, b"x" * 70)
+
+
+def test_a_directory_of_more_sites_than_one_holds_is_refused(monkeypatch):
+    monkeypatch.setattr("fedge.secagg.directory.MAX_STATEMENTS", 3)
+    check(directory_of(3))
+    with pytest.raises(IdentityError, match="at most 3 sites"):
+        check(directory_of(4))
+
+
 def test_another_federations_directory_is_refused():
     with pytest.raises(IdentityError, match="of federation"):
         check(directory_of(3), federation="f" * 16)
@@ -82,10 +107,10 @@ def test_another_federations_directory_is_refused():
 
 def test_statements_count_while_they_are_valid_with_a_clocks_error_before():
     lines = [
-        Statement("early", b"a" * 32, int(NOW) + 200, int(NOW) + 1000),
+        Statement("early", b"a" * 32, int(NOW) + 300, int(NOW) + 1000),
         Statement("future", b"b" * 32, int(NOW) + 600, int(NOW) + 1000),
         Statement("over", b"c" * 32, 0, int(NOW) - 1),
-        Statement("now", b"d" * 32, 0, int(NOW) + 1),
+        Statement("now", b"d" * 32, 0, int(NOW)),
     ]
     directory = check(Directory.of(FEDERATION, 1, lines))
     assert [site for site in ("early", "future", "over", "now") if directory.key(site)] == ["early", "now"]

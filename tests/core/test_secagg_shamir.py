@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from hashlib import sha256
 from itertools import combinations, product
 
 import numpy as np
@@ -98,6 +100,25 @@ def test_what_cannot_be_shared_is_refused(secrets, shares, threshold):
         shamir.split(secrets, shares=shares, threshold=threshold, source=source())
 
 
+def test_there_are_no_more_shares_than_the_field_has_points_beside_the_secrets(monkeypatch):
+    monkeypatch.setattr(shamir, "PRIME", 5)
+    assert shamir.split([b"s" * 32], shares=4, threshold=2, source=source()).shape == (4, 1, 9)
+    with pytest.raises(ValueError, match="found 2 of 5"):
+        shamir.split([b"s" * 32], shares=5, threshold=2, source=source())
+
+
+def test_of_a_threshold_of_one_each_share_is_the_secret():
+    shares = shamir.split([b"s" * 32], shares=3, threshold=1, source=source())
+    assert [shamir.rebuild([at + 1], shares[at : at + 1]) for at in range(3)] == [[b"s" * 32]] * 3
+
+
+def test_a_polynomials_values_at_some_points_give_those_at_others_the_secret_among_them():
+    polynomial = [7 + 3 * x + 5 * x * x for x in range(6)]
+    for points in ([0, 1, 2], [1, 4, 5], [5, 0, 3]):
+        values = np.array([polynomial[point] for point in points], np.uint32)
+        assert [int(shamir.combine(points, values, at=at)) for at in range(6)] == polynomial
+
+
 @pytest.mark.parametrize("points", [[1, 1], [shamir.PRIME], [-1]])
 def test_points_that_are_not_different_elements_are_refused(points: list[int]):
     with pytest.raises(ValueError, match="different points"):
@@ -107,6 +128,10 @@ def test_points_that_are_not_different_elements_are_refused(points: list[int]):
 def test_shares_of_no_secret_rebuild_to_nothing():
     limbs = np.full((1, 1, shamir.LIMBS), 2**31, np.uint32)  # 32 bits, where limbs have 31
     assert shamir.rebuild([1], limbs) == [None]
+    for limb, too_much in ((0, 2**31), (3, 2**31 + 10), (8, 2**8)):  # the ninth has what is left of 256 bits
+        limbs = np.zeros((1, 1, shamir.LIMBS), np.uint32)
+        limbs[0, 0, limb] = too_much
+        assert shamir.rebuild([1], limbs) == [None]
 
 
 # Wrong shares.
@@ -118,8 +143,23 @@ def rebuilt(secrets: list[bytes], shares: np.ndarray, threshold: int, points: li
         points,
         shares,
         threshold=threshold,
-        right=[lambda found, each=each: found == each for each in secrets],
+        right=[lambda found, each=each: sha256(found).digest() == sha256(each).digest() for each in secrets],
     )
+
+
+def test_fewer_shares_than_the_threshold_rebuild_nothing():
+    secrets = [b"a" * 32, b"b" * 32]
+    shares = shamir.split(secrets, shares=5, threshold=4, source=source(1))
+    assert rebuilt(secrets, shares[:3], 4)[1] == [0, 1]
+    assert rebuilt(secrets, shares[:1], 4)[1] == [0, 1]
+
+
+def test_in_a_large_session_liars_are_found_whose_every_subset_cannot_be_tried():
+    secrets = [b"a" * 32, b"b" * 32]
+    shares = shamir.split(secrets, shares=40, threshold=22, source=source(1))
+    shares[:9] ^= 5
+    assert math.comb(40, 9) > 1e8
+    assert rebuilt(secrets, shares, 22) == (secrets, [])
 
 
 @given(data=st.data())
@@ -162,5 +202,15 @@ def test_one_liar_among_one_more_than_the_threshold_is_found_by_leaving_each_out
 def test_a_dealer_whose_shares_are_of_another_secret_is_told_from_those_who_hold_them():
     secrets = [b"a" * 32, b"b" * 32]
     shares = shamir.split([b"a" * 32, b"z" * 32], shares=7, threshold=5, source=source(1))
+    found, missing = rebuilt(secrets, shares, 5)
+    assert (found[0], missing) == (secrets[0], [1])
+
+
+def test_a_dealer_of_shares_of_no_secret_hides_no_liar():
+    """What the one has dealt cannot be rebuilt, and says nothing of the others: the liar shows by the other secret."""
+    secrets = [b"a" * 32, b"b" * 32]
+    shares = shamir.split(secrets, shares=7, threshold=5, source=source(1))
+    shares[:, 1] = 2**31
+    shares[0, 0] ^= 1
     found, missing = rebuilt(secrets, shares, 5)
     assert (found[0], missing) == (secrets[0], [1])

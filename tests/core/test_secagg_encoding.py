@@ -12,14 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedge.errors import RunError
+from fedge.pipeline import Aggregate
 from fedge.privacy.secure import SecureSource
 from fedge.secagg import tail
-from fedge.secagg.encoding import BEYOND_BOUND
+from fedge.secagg.encoding import BEYOND_BOUND, Summed, mean_of
 from fedge.secagg.fixed_point import FixedPoint
 from fedge.secagg.ring import Ring
 from fedge.secagg.rotation import Rotation
 from fedge.secagg.session import MAX_MEMBERS
-from fedge.secagg.tail import Tail
+from fedge.secagg.tail import Summary, Tail
 from fedge.secagg.terms import SumTerms
 
 
@@ -103,6 +104,15 @@ def test_a_sum_that_its_members_cannot_have_made_is_refused():
     grid.decode(total, 2)
     with pytest.raises(RunError, match="beyond what its members"):
         grid.decode(total, 1)
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_a_sum_may_be_as_large_as_its_members_can_make_it_and_no_larger(sign: int):
+    grid = FixedPoint(size=2, bound=1.0, clients=4, bits=16)
+    most = int(grid.levels) + 1  # rounded up
+    assert grid.decode(grid.ring.of(np.array([0, sign * 3 * most])), 3)[1] == sign * 3 * most / grid.steps
+    with pytest.raises(RunError, match="beyond what its members"):
+        grid.decode(grid.ring.of(np.array([0, sign * (3 * most + 1)])), 3)
 
 
 @pytest.mark.parametrize(
@@ -209,6 +219,72 @@ def test_with_rotation_eight_bits_carry_what_otherwise_needs_more():
 # What rides beside the vector.
 
 
+def test_an_update_and_what_rides_beside_it_come_back_packed_and_unpacked():
+    encoding = SumTerms(least=3, clients=4, bound=1.0, bits=12, metrics=("loss",)).encoding(5, b"")
+    words = encoding.encode(vector(5), 1, {"loss": 0.5}, source())
+    data = encoding.pack(words)
+    unpacked = encoding.unpack(data)
+    assert [each.size for each in unpacked] == [5, 4]
+    assert [each.tolist() for each in encoding.unpack(encoding.pack(unpacked))] == [
+        each.tolist() for each in unpacked
+    ]
+    assert (encoding.decode(unpacked, 1).vector == encoding.decode(words, 1).vector).all()
+    for wrong in (data[:-1], data + b"x", b""):
+        with pytest.raises(ValueError, match=f"expected {len(data)} bytes, found {len(wrong)}"):
+            encoding.unpack(wrong)
+
+
+@pytest.mark.parametrize("rotate", [False, True])
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_not_encoded_as_the_largest_there_is(wrong: float, rotate: bool):
+    encoding = SumTerms(least=3, clients=4, bound=1.0, rotate=rotate).encoding(2, b"")
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        encoding.encode(np.array([0.5, wrong], np.float32), 1, {}, source())
+
+
+@pytest.mark.parametrize(("weight", "counted"), [(1, 1), (7, 7), (50, 50), (51, 50), (10**9, 50)])
+def test_a_weight_is_cut_to_the_largest_there_is(weight: int, counted: int):
+    encoding = SumTerms(least=3, clients=4, bound=1.0, max_weight=50).encoding(2, b"")
+    found = encoding.decode(encoding.encode(np.array([0.5, -1.0], np.float32), weight, {}, source()), 1)
+    assert found.summary.weight == counted
+    assert found.vector == pytest.approx([0.5 * counted, -counted], abs=1e-4)
+
+
+def test_a_sum_that_is_too_large_to_be_turned_back_is_refused():
+    encoding = SumTerms(least=3, clients=4, bound=1e38, rotate=True).encoding(4, b"")
+    one = encoding.encode(np.array([1e38, 0, 0, 0], np.float32), 1, {}, source())
+    four = [words * words.dtype.type(4) for words in one]
+    assert np.isfinite(encoding.decode(one, 1).vector).all()
+    with np.errstate(all="ignore"), pytest.raises(RunError, match="choose a smaller bound"):
+        encoding.decode(four, 4)
+
+
+def test_that_updates_were_cut_is_said_where_it_has_happened():
+    def mean(*shares: float) -> Aggregate:
+        sums = [
+            Summed(np.array([6.0]), Summary(2, 3, {BEYOND_BOUND: (3 * share, 3), "loss": (0.0, 3)}))
+            for share in shares
+        ]
+        return mean_of(sums, ["b", "a"])
+
+    assert mean(0.0).metrics == {"loss": 0.0}
+    assert mean(0.0, 0.5).metrics == {"loss": 0.0, BEYOND_BOUND: 0.25}
+    assert (mean(0.0).vector.tolist(), mean(0.0).clients) == ([2.0], ("a", "b"))
+
+
+@pytest.mark.parametrize("weight", [0, -1, 101])
+def test_a_weight_out_of_range_is_not_counted(weight: int):
+    with pytest.raises(ValueError, match=f"a weight of 1 to 100, found {weight}"):
+        Tail((), clients=3, max_weight=100).encode(weight, {})
+
+
+@pytest.mark.parametrize(("clients", "max_weight"), [(0, 1), (1, 0), (-1, 1)])
+def test_sums_of_nobody_or_of_no_weight_are_none(clients: int, max_weight: int):
+    with pytest.raises(ValueError, match="clients and weights of 1 or more"):
+        Tail((), clients=clients, max_weight=max_weight)
+    Tail((), clients=1, max_weight=1)
+
+
 def test_weights_and_metrics_are_the_weighted_means():
     beside = Tail(("accuracy", "loss"), clients=3, max_weight=100)
     total = beside.encode(10, {"accuracy": 0.5, "loss": 2.0})
@@ -234,10 +310,20 @@ def test_absurd_metrics_are_cut_and_nothing_wraps():
         (beside.encode(1000, {"loss": -1e300}) for _ in range(99)), start=beside.encode(1000, {"loss": -1e9})
     )
     assert beside.decode(total, 100).means["loss"] == -tail.BOUND
+    assert beside.decode(beside.encode(1000, {"loss": 1e300}), 1).means["loss"] == tail.BOUND
 
 
 @pytest.mark.parametrize(
-    "numbers", [[2, 3, 0, 0], [3, 2, 0, 0], [3, 301, 0, 0], [3, 5, 0, 6], [3, 5, 2**62, 1], [3, -5, 0, 0]]
+    "numbers",
+    [
+        [2, 3, 0, 0],
+        [3, 2, 0, 0],
+        [3, 301, 0, 0],
+        [3, 5, 0, 6],
+        [3, 5, 2**62, 1],
+        [3, -5, 0, 0],
+        [3, 5, 0, -1],
+    ],
 )
 def test_sums_beside_the_vector_that_its_members_cannot_have_made_are_refused(numbers: list[int]):
     beside = Tail(("loss",), clients=3, max_weight=100)
@@ -248,3 +334,7 @@ def test_sums_beside_the_vector_that_its_members_cannot_have_made_are_refused(nu
 def test_weights_too_large_for_sums_of_metrics_are_refused():
     with pytest.raises(ValueError, match="max_weight"):
         Tail(("loss",), clients=2**20, max_weight=2**29)
+    largest = Tail(("loss",), clients=2**20, max_weight=2**22)  # of whose metrics a step is 1.0
+    assert largest.decode(largest.encode(2**22, {"loss": 3.0}), 1).means == {"loss": 3.0}
+    with pytest.raises(ValueError, match="max_weight"):
+        Tail(("loss",), clients=2**20, max_weight=2**22 + 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -238,6 +239,47 @@ def test_a_grid_whose_sums_could_wrap_cannot_be_made():
     fine = grid(bits=16)
     with pytest.raises(ValueError, match="use fewer steps or more bits"):
         Grid(fine.size, fine.clip, fine.bound, fine.steps, fine.variance, 50, fine.bits)
+
+
+@pytest.mark.parametrize("name", ["size", "clip", "bound", "steps", "variance", "clients"])
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+def test_a_grid_of_numbers_out_of_range_is_none(name: str, value: float):
+    with pytest.raises(ValueError, match=f"{name}: expected a finite number above 0"):
+        replace(grid(), **{name: value})
+
+
+def test_a_grid_may_be_as_narrow_and_as_noisy_as_its_sums_and_a_table_of_its_noise_allow():
+    narrow = Grid(size=1, clip=1.0, bound=1.0, steps=22.0, variance=1.0, clients=1, bits=8)
+    assert narrow.largest_sum(1) == 127
+    with pytest.raises(ValueError, match="use fewer steps or more bits"):
+        replace(narrow, steps=23.0)  # 128
+    for bits in (7, 33):
+        with pytest.raises(ValueError, match=f"bits: expected 8 to 32, found {bits}"):
+            replace(narrow, bits=bits)
+    noisy = replace(narrow, variance=2.0**30, bits=32)
+    with pytest.raises(ValueError, match="variance: expected at most 2\\^30"):
+        replace(noisy, variance=math.nextafter(2.0**30, math.inf))
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_a_noisy_sum_may_be_as_large_as_its_members_can_make_it_and_no_larger(sign: int):
+    wide = Grid(size=2, clip=1.0, bound=1.0, steps=22.0, variance=1.0, clients=4, bits=16)
+    assert wide.largest_sum(1) == 127
+    assert wide.decode(wide.ring.of(np.array([0, sign * 127])), 1)[1] == sign * 127 / 22
+    with pytest.raises(RunError, match="beyond what its members may add"):
+        wide.decode(wide.ring.of(np.array([0, sign * 128])), 1)
+
+
+def test_the_sum_of_absolute_values_is_bounded_by_what_is_less_of_two():
+    coarse = Grid(size=10_000, clip=1.0, bound=1.0, steps=0.01, variance=1.0, clients=4)
+    assert coarse.l1 == coarse.l2**2 < math.sqrt(coarse.size) * coarse.l2
+    fine = Grid(size=4, clip=1.0, bound=1.0, steps=100.0, variance=1.0, clients=4)
+    assert fine.l1 == 2 * fine.l2 < fine.l2**2
+
+
+def test_one_honest_site_is_enough_and_has_all_of_the_noise_to_add():
+    alone = grid(honest=1)
+    assert alone.variance == pytest.approx((0.5 * alone.l2) ** 2)
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ class SumTerms:
             raise ValueError(
                 "expected private sums of updates alone that weigh the same, found metrics or weights"
             )
-        self.encoding(1 if self.noise is None else self.noise.size, b"")
+        self.encoding(1, b"")  # raises
 
     @classmethod
     def of(cls, run: RunConfig, strategy: AnyStrategy, layout: Layout) -> SumTerms | None:

@@ -235,6 +235,24 @@ def test_an_update_and_what_rides_beside_it_come_back_packed_and_unpacked():
 
 
 @pytest.mark.parametrize("rotate", [False, True])
+def test_the_sum_of_what_sites_send_is_that_of_their_updates_rotated_or_not(rotate: bool):
+    encoding = SumTerms(least=3, clients=3, bound=20.0, rotate=rotate).encoding(100, b"seed")
+    updates = [vector(100, n) for n in range(3)]
+    parts = [encoding.encode(update, 1, {}, source(n)) for n, update in enumerate(updates)]
+    total = [sum(words[1:], start=words[0]) for words in zip(*parts, strict=True)]
+    assert np.allclose(encoding.decode(total, 3).vector, sum(updates), atol=1e-5)
+
+
+def test_of_an_evaluation_there_is_only_what_rides_beside():
+    encoding = SumTerms(least=3, clients=3, bound=1.0, metrics=("loss",)).encoding(0, b"")
+    words = encoding.encode(np.zeros(0, np.float32), 1, {"loss": 0.5}, source())
+    assert [(ring.bits, size) for ring, size in encoding.rings] == [(64, 4)]
+    assert [each.size for each in words] == [4] == [each.size for each in encoding.zeros()]
+    found = encoding.decode(encoding.unpack(encoding.pack(words)), 1)
+    assert (found.vector.size, found.summary.means) == (0, {"loss": 0.5})
+
+
+@pytest.mark.parametrize("rotate", [False, True])
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_not_encoded_as_the_largest_there_is(wrong: float, rotate: bool):
     encoding = SumTerms(least=3, clients=4, bound=1.0, rotate=rotate).encoding(2, b"")

@@ -114,6 +114,14 @@ def test_whoever_comes_when_a_session_is_full_is_refused_and_the_session_is_not(
         full.take(adverts[1])
 
 
+def test_whoever_is_not_wanted_any_more_is_not_in_the_roster(play, adverts):
+    gathering = server.Gathering(play.context, play.directory)
+    for advert in adverts.values():
+        gathering = gathering.take(advert)
+    roster = gathering.only([name(1), name(3), name(4), "somebody"]).close().roster
+    assert [member.site for member in roster.members] == [name(1), name(3), name(4)]
+
+
 def test_the_coordinator_begins_nothing_with_too_few(play, adverts):
     gathering = server.Gathering(play.context, play.directory).take(adverts[1]).take(adverts[2])
     with pytest.raises(RunError, match="expected 3 members"):

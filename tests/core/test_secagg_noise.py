@@ -99,6 +99,20 @@ def test_the_noise_keeps_a_runs_epsilon_and_is_hardly_more_than_that_takes(epsil
     assert 0.99 * epsilon <= epsilon_of([scaled(terms.mechanism, 12)], 1e-5) <= epsilon
 
 
+def test_with_rotation_few_bits_have_room_for_finer_steps_of_long_updates():
+    layout = Layout((Tensor("w", (40_000,)),))
+
+    def steps(bits: int, rotate: bool) -> float:
+        run = run_of(epsilon=None, noise_multiplier=0.5, secure={"rotate": rotate, "bits": bits})
+        terms = SumTerms.of(run, FedAvg(), layout)
+        assert terms is not None
+        assert terms.noise is not None
+        return terms.noise.steps
+
+    assert steps(16, rotate=True) > 1.9 * steps(16, rotate=False)
+    assert steps(32, rotate=True) == steps(32, rotate=False)
+
+
 def test_a_fixed_noise_multiplier_is_that_of_the_noise_of_the_honest():
     terms = terms_of(epsilon=None, noise_multiplier=2.5, cohort={"size": 12, "quorum": 9})
     mechanism = terms.mechanism

@@ -169,13 +169,17 @@ class Simulation(Config):
     """`[simulation]`: how `fedge simulate` makes clients; a deployment ignores it.
 
     `partition = "task"` lets the task's `data(site)` divide the data by `site.index` of `site.count`;
-    "iid" and "dirichlet" divide the one data set that the task gives for index 0 of 1. Secure aggregation is
-    "ideal", the sum in the ring without any keys, or the "protocol" itself; both give the same bits.
+    the others divide the one data set that the task gives for index 0 of 1 (see `fedge_sim.partition`). `feature_skew`
+    and `label_noise` change what each client has. Secure aggregation is "ideal", the sum in the ring without any keys,
+    or the "protocol" itself; both give the same bits.
     """
 
     clients: Count = 10
-    partition: Literal["task", "iid", "dirichlet"] = "task"
+    partition: Literal["task", "iid", "dirichlet", "shards", "quantity", "groups", "time"] = "task"
     alpha: Positive = 0.5
+    shards_per_client: Count = 2
+    feature_skew: Annotated[float, Field(ge=0, le=10)] = 0.0
+    label_noise: Fraction = 0.0
     secure_aggregation: Literal["ideal", "protocol"] = "ideal"
     faults: FaultsConfig = FaultsConfig()
 

@@ -44,6 +44,74 @@ def dirichlet(
     return [np.sort(np.asarray(part, np.int64)) for part in parts]
 
 
+def shards(
+    labels: npt.NDArray[np.int64], clients: int, *, each: int, generator: np.random.Generator
+) -> list[Index]:
+    """The pathological partition of McMahan et al. 2017, section 3: the examples, sorted by class, are cut into
+    `clients * each` shards of (nearly) one size, of which each client is dealt `each`, so that it has few classes.
+
+    Raises:
+        ConfigError: there are fewer examples than shards.
+    """
+    count = clients * each
+    if len(labels) < count:
+        raise ConfigError(
+            f"simulation.shards_per_client: expected at least one example for each of {clients} x {each} shards, found "
+            f"{len(labels)}: lower it, or [simulation] clients"
+        )
+    shuffled = generator.permutation(
+        len(labels)
+    )  # so that equal classes are not cut in the data set's own order
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    cut = np.array_split(by_class, count)
+    dealt = generator.permutation(count).reshape(clients, each)
+    return [np.sort(np.concatenate([cut[shard] for shard in hand])) for hand in dealt]
+
+
+def quantity(size: int, clients: int, *, alpha: float, generator: np.random.Generator) -> list[Index]:
+    """A random partition whose sizes are in proportions drawn from Dirichlet(alpha), at least one each: clients
+    that differ in how much they have, and not in what.
+
+    Raises:
+        ConfigError: there are fewer examples than clients.
+    """
+    _check(size, clients)
+    shares = generator.dirichlet(np.full(clients, alpha))
+    if not np.isfinite(shares).all():  # an alpha so small that all proportions underflowed
+        shares = np.eye(clients)[generator.integers(clients)]
+    cuts = np.floor(np.cumsum(shares)[:-1] * (size - clients) + 0.5).astype(int)
+    sizes = np.diff(np.concatenate([[0], np.clip(cuts, 0, size - clients), [size - clients]])) + 1
+    return [np.sort(part) for part in np.split(generator.permutation(size), np.cumsum(sizes)[:-1])]
+
+
+def groups(ids: npt.NDArray[np.int64], clients: int, *, generator: np.random.Generator) -> list[Index]:
+    """Natural clients: the examples of one id, a person or a machine, stay together. With as many ids as clients each
+    client is one of them, in a random order; with more, each has several.
+
+    Raises:
+        ConfigError: there are fewer ids than clients.
+    """
+    known = np.unique(ids)
+    if len(known) < clients:
+        raise ConfigError(
+            f"simulation.partition: expected at least one natural id for each of {clients} clients, found "
+            f"{len(known)}: lower [simulation] clients"
+        )
+    dealt = np.array_split(generator.permutation(known), clients)
+    return [np.flatnonzero(np.isin(ids, hand)) for hand in dealt]
+
+
+def time(size: int, clients: int) -> list[Index]:
+    """Consecutive parts, nearly equal, of a data set that is in the order of time: each client has a period of its
+    own.
+
+    Raises:
+        ConfigError: there are fewer examples than clients.
+    """
+    _check(size, clients)
+    return list(np.array_split(np.arange(size), clients))
+
+
 def _draw(
     labels: npt.NDArray[np.int64], clients: int, alpha: float, generator: np.random.Generator
 ) -> list[list[int]]:

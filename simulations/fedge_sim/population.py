@@ -11,11 +11,12 @@ import numpy.typing as npt
 from torch.utils.data import Subset, TensorDataset
 
 from fedge.errors import ConfigError, TaskError
-from fedge.run import RunConfig
+from fedge.run import RunConfig, Simulation
 from fedge.seeds import derive_seed
 from fedge.task import Site, Task
 from fedge_client.torch.batches import examples
 from fedge_sim import partition
+from fedge_sim.skew import Skew
 
 KEPT_CLIENTS = 4096
 """Clients whose data is kept between rounds; the least recently used is dropped and made again."""
@@ -39,25 +40,28 @@ class Population:
         Raises:
             ConfigError, TaskError: the data cannot be divided so, or the task cannot give it.
         """
-        if run.simulation.partition == "task":
-            return cls(count, lambda index: _data(task, client_name(index, count), index, count))
+        settings = run.simulation
+        skew = Skew(settings.feature_skew, settings.label_noise, run.seed)
+        if settings.partition == "task":
+            return cls(
+                count, lambda index: skew.of(index, _data(task, client_name(index, count), index, count))
+            )
         train, test = _data(task, "population", 0, 1)
         generator = np.random.default_rng(derive_seed(run.seed, "partition"))
-        train_size, test_size = examples(train), examples(test)
-        if run.simulation.partition == "iid":
-            parts = partition.iid(train_size, count, generator=generator)
-        else:
-            labels = labels_of(train, train_size)
-            parts = partition.dirichlet(labels, count, alpha=run.simulation.alpha, generator=generator)
+        test_size = examples(test)
+        parts = _parts(settings, train, count, generator)
         # With fewer test examples than clients each judges by all of them, instead of some by none.
         tests = (
             partition.iid(test_size, count, generator=generator)
             if test_size >= count
             else [np.arange(test_size)] * count
         )
-        return cls(
-            count, lambda index: (Subset(train, parts[index].tolist()), Subset(test, tests[index].tolist()))
-        )
+
+        def make(index: int) -> Data:
+            own = Subset(train, parts[index].tolist()), Subset(test, tests[index].tolist())
+            return skew.of(index, own)
+
+        return cls(count, make)
 
     def data(self, name: str) -> Data:
         """`(train, test)` of a client."""
@@ -69,6 +73,30 @@ class Population:
         if len(self._kept) > KEPT_CLIENTS:
             self._kept.popitem(last=False)
         return data
+
+
+def _parts(
+    settings: Simulation, train: Any, count: int, generator: np.random.Generator
+) -> list[partition.Index]:
+    """The examples of each client."""
+    size = examples(train)
+    match settings.partition:
+        case "iid":
+            return partition.iid(size, count, generator=generator)
+        case "dirichlet":
+            labels = labels_of(train, size)
+            return partition.dirichlet(labels, count, alpha=settings.alpha, generator=generator)
+        case "shards":
+            labels, each = labels_of(train, size), settings.shards_per_client
+            return partition.shards(labels, count, each=each, generator=generator)
+        case "quantity":
+            return partition.quantity(size, count, alpha=settings.alpha, generator=generator)
+        case "groups":
+            return partition.groups(groups_of(train, size), count, generator=generator)
+        case "time":
+            return partition.time(size, count)
+        case "task":
+            raise AssertionError("the task divides its data itself")
 
 
 def client_name(index: int, count: int) -> str:
@@ -95,10 +123,31 @@ def labels_of(dataset: Any, size: int) -> npt.NDArray[np.int64]:
         labels = np.asarray(targets) if odd is None else odd
     if odd is not None or labels.shape != (size,) or not np.issubdtype(labels.dtype, np.integer):
         raise ConfigError(
-            f"simulation.partition: 'dirichlet' divides by class and needs integer targets, "
+            f"simulation.partition: this one divides by class and needs integer targets, "
             f"found {labels.dtype} of shape {labels.shape}; use 'iid', or divide in the task's data(site)"
         )
     return labels.astype(np.int64)
+
+
+def groups_of(dataset: Any, size: int) -> npt.NDArray[np.int64]:
+    """The natural id of every example: what the dataset has as `groups`, of any kind that can be sorted.
+
+    Raises:
+        ConfigError: it has none, or not one for each example.
+    """
+    found = getattr(dataset, "groups", None)
+    if found is None:
+        raise ConfigError(
+            "simulation.partition: 'groups' needs a training set with an attribute `groups`, the id (of a person, a "
+            f"machine) of each example, found a {type(dataset).__name__} without it"
+        )
+    ids = np.asarray(found)
+    if ids.shape != (size,):
+        raise ConfigError(
+            f"simulation.partition: expected {size} natural ids in `groups`, found {ids.dtype} of shape {ids.shape}"
+        )
+    numbers: npt.NDArray[np.int64] = np.unique(ids, return_inverse=True)[1].astype(np.int64)
+    return numbers
 
 
 def _data(task: Task, name: str, index: int, count: int) -> Data:

@@ -61,7 +61,7 @@ def test_the_task_divides_the_data_itself_by_index_and_count():
     assert dict(asked[0].config) == {}
 
 
-@pytest.mark.parametrize("partition", ["iid", "dirichlet"])
+@pytest.mark.parametrize("partition", ["iid", "dirichlet", "shards", "quantity", "time"])
 def test_one_data_set_is_divided_among_the_clients_and_asked_for_once(partition: str):
     asked: list[Site] = []
 
@@ -173,10 +173,107 @@ def test_the_classes_of_any_dataset_are_found(dataset: Any):
     ids=["floats", "rows", "numbers", "ragged", "lists", "text"],
 )
 def test_targets_that_are_no_classes_are_refused_with_what_to_do(dataset: Any):
-    with pytest.raises(ConfigError, match="'dirichlet' divides by class and needs integer targets"):
+    with pytest.raises(ConfigError, match="divides by class and needs integer targets"):
         labels_of(dataset, 3)
 
 
 def test_a_dataset_that_cannot_be_read_is_the_tasks_error():
     with pytest.raises(TaskError, match="the targets cannot be read: IndexError"):
         labels_of(Named([1, 2]), 3)
+
+
+# Natural ids, and what differs from client to client.
+
+
+class Diary(TensorDataset):
+    """Examples of several people."""
+
+    groups = np.array(["ann", "bob", "ann", "cem", "bob", "ann"])
+
+
+def test_natural_clients_are_those_whose_ids_the_data_has():
+    inputs, labels = torch.arange(6.0)[:, None], torch.zeros(6, dtype=torch.int64)
+    clients = population_of(
+        lambda site: (Diary(inputs, labels), TensorDataset(inputs, labels)), 3, partition="groups"
+    )
+    found = {tuple(numbers(clients.data(name)[0])) for name in clients.names}
+    assert found == {(0, 2, 5), (1, 4), (3,)}
+
+
+def test_natural_clients_need_ids():
+    with pytest.raises(ConfigError, match="attribute `groups`"):
+        population_of(whole, 3, partition="groups")
+
+    class Short(TensorDataset):
+        groups = (1, 2)
+
+    inputs = torch.zeros(3, 1)
+    with pytest.raises(ConfigError, match="expected 3 natural ids"):
+        population_of(lambda site: (Short(inputs, inputs), Short(inputs, inputs)), 2, partition="groups")
+
+
+@pytest.mark.parametrize("partition", ["task", "iid"])
+def test_each_clients_features_are_scaled_and_shifted_in_its_own_way_in_training_and_judging(partition: str):
+    plain = population_of(whole, 3, partition=partition)
+    skewed = population_of(whole, 3, partition=partition, feature_skew=0.5)
+    ways = []
+    for name in plain.names:
+        pairs = [
+            (float(before[0]), float(after[0]))
+            for own, other in zip(plain.data(name), skewed.data(name), strict=True)
+            for (before, _), (after, _) in ((own[at], other[at]) for at in range(len(own)))
+        ]
+        scale, shift = np.polyfit(*zip(*pairs, strict=True), 1)
+        assert [scale * before + shift for before, _ in pairs] == pytest.approx(
+            [after for _, after in pairs], abs=1e-3
+        )
+        ways.append((round(float(scale), 3), round(float(shift), 2)))
+    assert len(set(ways)) == 3
+    again = population_of(whole, 3, partition=partition, feature_skew=0.5)
+    assert numbers(again.data("client-1")[0]) == numbers(skewed.data("client-1")[0])
+
+
+def test_a_share_of_training_labels_is_another_class_and_no_test_label_is():
+    def many(site: Site) -> tuple[Any, Any]:
+        labels = torch.arange(4000) % 4
+        return TensorDataset(labels.float()[:, None], labels), TensorDataset(labels.float()[:, None], labels)
+
+    clients = population_of(many, 2, label_noise=0.3)
+    for name in clients.names:
+        train, test = clients.data(name)
+        inputs, labels = train.tensors
+        wrong = inputs[:, 0] != labels
+        assert float(wrong.float().mean()) == pytest.approx(0.3, abs=0.04)
+        for label in range(4):  # and each of the others is as likely
+            counts = torch.bincount(labels[(inputs[:, 0] == label) & wrong], minlength=4)
+            assert counts[label] == 0
+            assert counts.max() < 1.5 * counts[counts > 0].min()
+        assert (test.tensors[0][:, 0] == test.tensors[1]).all()
+    first, second = (clients.data(name)[0].tensors[1] for name in clients.names)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("data", "simulation", "says"),
+    [
+        (lambda site: ([(1, 0)], [(1, 0)]), {"feature_skew": 0.1}, "floating-point tensors"),
+        (lambda site: ([("a", 0)], [("a", 0)]), {"feature_skew": 0.1}, "one shape"),
+        (lambda site: ([(1.0, 0.5)], [(1.0, 0.5)]), {"label_noise": 0.1}, "whole numbers as labels"),
+    ],
+    ids=["whole numbers", "texts", "no classes"],
+)
+def test_data_that_cannot_be_changed_so_is_refused(data, simulation, says):
+    with pytest.raises(ConfigError, match=says):
+        population_of(data, 1, **simulation).data("client-0")
+
+
+def test_data_that_is_no_tensor_is_changed_too():
+    def listed(site: Site) -> tuple[Any, Any]:
+        return [(np.array([1.0, 2.0], np.float32), 0), (np.array([3.0, 4.0], np.float32), 1)], [
+            ([1.0, 2.0], 0)
+        ]
+
+    train, test = population_of(listed, 1, feature_skew=0.3, label_noise=0.5).data("client-0")
+    assert len(train) == 2
+    assert torch.allclose(train[0][0][1] - train[0][0][0], train[1][0][1] - train[1][0][0])
+    assert torch.allclose(test[0][0], train[0][0])

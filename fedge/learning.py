@@ -79,6 +79,10 @@ class Learning:
         folded = Pipeline(self._reduction(order)).fold(self._folded(order), *updates)
         return replace(self, folds={**self.folds, order.kind: folded})
 
+    def streams(self, order: OrderId) -> bool:
+        """Whether an update for an order is not needed any more once it is folded."""
+        return self._reduction(order).streams
+
     def abandon(self, order: OrderId) -> Learning:
         """Drop what was folded for an order that is given up."""
         return replace(self, folds={kind: fold for kind, fold in self.folds.items() if kind != order.kind})

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 
@@ -141,10 +141,19 @@ class MeanState:
     clients: tuple[str, ...] = ()
     metrics: tuple[tuple[int, Mapping[str, float]], ...] = ()
     staleness: int = 0
+    size: int = 0
+    updates: tuple[Update, ...] = ()
+    """Of a reduction that looks at all of them when they are there, and how long they are."""
 
 
 class Reduction(Protocol):
-    """Many updates to one aggregate, a few at a time."""
+    """Many updates to one aggregate, a few at a time.
+
+    One that `streams` has done with an update once it is folded; another needs its vector until the end.
+    """
+
+    @property
+    def streams(self) -> bool: ...
 
     def start(self, size: int) -> MeanState: ...
 
@@ -162,6 +171,8 @@ class Mean:
     """
 
     weighting: Weighting = "examples"
+
+    streams: ClassVar[bool] = True
 
     def start(self, size: int) -> MeanState:
         """The state before the first update; `size` 0 is a mean of metrics alone."""
@@ -247,6 +258,10 @@ class Pipeline:
 
     reduction: Reduction
     layers: tuple[Layer, ...] = ()
+
+    @property
+    def streams(self) -> bool:
+        return self.reduction.streams
 
     def encode(self, vector: Array) -> Array:
         for layer in self.layers:

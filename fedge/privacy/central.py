@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 
@@ -237,6 +238,8 @@ class FixedMean:
     clip: float
     size: int
 
+    streams: ClassVar[bool] = True
+
     def start(self, size: int) -> MeanState:
         return MeanState(ExactSum(size))
 
@@ -287,6 +290,8 @@ class BoundedMetrics:
 
     size: int
     loss_bound: float
+
+    streams: ClassVar[bool] = True
 
     def start(self, size: int) -> MeanState:
         return MeanState(None)

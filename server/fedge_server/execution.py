@@ -168,7 +168,7 @@ class Execution:
         update = Update(client, vector, delivery.num_examples, delivery.metrics, staleness)
         full = self.waiting.add(Accepted(order, update, upload))
         delivery.answer(None)
-        if full:
+        if full and self.learning.streams(order):
             with self.waiting.taken(order.kind) as updates:
                 fold = partial(self.learning.fold, order, *updates)
                 self.learning = await _off_loop(self.update_bytes(order), fold)

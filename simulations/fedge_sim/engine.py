@@ -336,7 +336,8 @@ class _Engine:
         learning = begun.revived(revive(take(self._learning.kept), begun.kept))
         kept: dict[OrderId, list[str]] = {}
         for order, update in (each for updates in self._kept.values() for each in updates):
-            learning = learning.fold(order, update)
+            if learning.streams(order):
+                learning = learning.fold(order, update)
             kept.setdefault(order, []).append(update.client)
         self._learning = learning
         self._timers.clear()
@@ -399,8 +400,10 @@ class _Engine:
             return
         vector = released.vector
         update = Update(client, vector, released.num_examples, released.metrics, staleness)
-        self._learning = self._learning.fold(order, update)
-        if self._faults.may_crash:
+        streams = self._learning.streams(order)
+        if streams:
+            self._learning = self._learning.fold(order, update)
+        if self._faults.may_crash or not streams:
             kept = replace(update, vector=vector.copy())  # the next client's work is written over it
             self._kept.setdefault(order.kind, []).append((order, kept))
         self._up += vector.nbytes
@@ -416,11 +419,12 @@ class _Engine:
 
     def _close(self, order: OrderId) -> None:
         self._drop_timers(order)
-        self._kept.pop(order.kind, None)
+        kept = self._kept.pop(order.kind, [])
+        waiting = [] if self._learning.streams(order) else [update for _, update in kept]
         if self._secure is not None:
             self._learning, aggregate = self._learning.close_with(order, self._secure.take(order))
         else:
-            self._learning, aggregate = self._learning.close(order, source=self._noise(order))
+            self._learning, aggregate = self._learning.close(order, *waiting, source=self._noise(order))
         if order.kind != "evaluate":
             self._put(order, aggregate)
             return

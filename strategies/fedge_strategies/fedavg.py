@@ -5,12 +5,13 @@ decentralized data", Algorithm 1, with the server learning rate of Reddi et al. 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field
 
 from fedge.pipeline import Aggregate, Mean, Weighting
+from fedge.robust import CoordinateMedian, TrimmedMean
 from fedge.strategy import Order
 from fedge.vector import Array, Model
 
@@ -27,15 +28,25 @@ class FedAvgState:
 class FedAvg:
     """theta <- theta + eta_s * (sum_i w_i (theta_i - theta)) / (sum_i w_i), after local steps.
 
-    `weighting` is by examples or uniform; eta_s is `server_learning_rate`, and is 1 for floating-point buffers.
+    `weighting` is by examples or uniform; eta_s is `server_learning_rate`, and is 1 for floating-point buffers. In
+    place of the mean there may be the median of each coordinate, or its mean without the share `trim` at both ends, in
+    which updates count the same (`fedge.robust`).
     """
 
     server_learning_rate: Annotated[float, Field(gt=0)] = 1.0
     weighting: Weighting = "examples"
+    aggregation: Literal["mean", "median", "trimmed_mean"] = "mean"
+    trim: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
 
     @property
-    def reduction(self) -> Mean:
-        return Mean(self.weighting)
+    def reduction(self) -> Mean | CoordinateMedian | TrimmedMean:
+        match self.aggregation:
+            case "mean":
+                return Mean(self.weighting)
+            case "median":
+                return CoordinateMedian()
+            case "trimmed_mean":
+                return TrimmedMean(self.trim)
 
     @property
     def max_staleness(self) -> None:

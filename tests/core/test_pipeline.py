@@ -26,10 +26,16 @@ from fedge.pipeline import (
     l2_norm,
     mean_of_metrics,
 )
+from fedge.robust import CoordinateMedian, TrimmedMean
 from fedge.vector import Array
 
 LAYERS: dict[str, Layer] = {"identity": Identity(), "clip": Clip(1.0), "a wide clip": Clip(1e30)}
-REDUCTIONS: dict[str, Reduction] = {"mean by examples": Mean(), "uniform mean": Mean("uniform")}
+REDUCTIONS: dict[str, Reduction] = {
+    "mean by examples": Mean(),
+    "uniform mean": Mean("uniform"),
+    "median": CoordinateMedian(),
+    "trimmed mean": TrimmedMean(0.2),
+}
 
 each_layer = pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
 each_reduction = pytest.mark.parametrize("reduction", REDUCTIONS.values(), ids=REDUCTIONS)

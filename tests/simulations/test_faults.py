@@ -427,3 +427,15 @@ def test_what_was_injected_is_counted_in_the_summary():
     assert list(counts) == [*FAULTS, "crash"]
     assert all(counts.values())
     assert sum(counts.values()) == len(result.faults.strikes) + result.faults.crashes
+
+
+@pytest.mark.parametrize("aggregation", ["median", "trimmed_mean"])
+def test_a_crash_changes_nothing_where_all_updates_are_looked_at_together(aggregation: str):
+    strategy = {"name": "fedavg", "aggregation": aggregation, "trim": 0.2}
+    plain = run(5, 20, strategy=strategy, cohort={"size": 20})
+    crashed = run(5, 20, {"crash_every": 13}, strategy=strategy, cohort={"size": 20})
+    assert crashed.faults.crashes > 5
+    assert np.array_equal(plain.model.vector, crashed.model.vector)
+    mean = run(5, 20, cohort={"size": 20})
+    assert not np.array_equal(plain.model.vector, mean.model.vector)
+    assert np.allclose(plain.model.vector, mean.model.vector, atol=0.2)

@@ -16,6 +16,8 @@ STRATEGIES = {
     "fedavg of uniform weights, clipped": (
         '[strategy]\nname = "fedavg"\nweighting = "uniform"\n[privacy]\nunit = "none"\nclip = 0.01'
     ),
+    "fedavg by the median": '[strategy]\nname = "fedavg"\naggregation = "median"',
+    "fedavg by the trimmed mean": '[strategy]\nname = "fedavg"\naggregation = "trimmed_mean"\ntrim = 0.3',
     "mirrored_sgd": '[strategy]\nname = "mirrored_sgd"',
     "mirrored_sgd with adam": '[strategy]\nname = "mirrored_sgd"\noptimizer = "adam"\nlearning_rate = 0.01',
 }

@@ -50,6 +50,18 @@ def test_rounds_commit_the_exact_mean_and_everybody_is_told_of_the_end(start_run
     play(scenario())
 
 
+def test_updates_of_many_sites_wait_for_a_reduction_that_looks_at_all_of_them(start_run, play):
+    async def scenario() -> None:
+        sites = "abcdefghijklmnopqrstu"
+        run = await start_run(FedAvg(aggregation="median"), *sites, cohort={"size": len(sites)}, rounds=1)
+        for at, site in enumerate(sites):
+            assert await run.deliver(site, OrderId("train", 1), 1e6 if at < 10 else float(at)) is None
+        assert await run.ended() == "done"
+        np.testing.assert_array_equal(run.driver.model.vector, np.float32(20))
+
+    play(scenario())
+
+
 def test_an_order_carries_the_model_of_the_round_before(start_run, play):
     async def scenario() -> None:
         run = await start_run(FedAvg(), "a", cohort={"size": 1, "deadline_s": 77.0})

@@ -165,6 +165,18 @@ class FaultsConfig(Config):
         return self
 
 
+class AdversariesConfig(Config):
+    """`[simulation.adversaries]`: clients that lie, in a simulation; by default nobody does.
+
+    `share` of the clients do `attack`: they send their update with its sign changed, or scaled up, times `factor`; or
+    noise of `factor` times its norm; or they train on the labels of other classes.
+    """
+
+    share: Fraction = 0.0
+    attack: Literal["sign_flip", "scale", "noise", "label_flip"] = "sign_flip"
+    factor: Annotated[float, Field(gt=0, le=1e9)] = 1.0
+
+
 class Simulation(Config):
     """`[simulation]`: how `fedge simulate` makes clients; a deployment ignores it.
 
@@ -182,6 +194,7 @@ class Simulation(Config):
     label_noise: Fraction = 0.0
     secure_aggregation: Literal["ideal", "protocol"] = "ideal"
     faults: FaultsConfig = FaultsConfig()
+    adversaries: AdversariesConfig = AdversariesConfig()
 
 
 class RunConfig(Config):

@@ -61,6 +61,7 @@ from fedge_client.torch.private.steps import Private
 from fedge_client.torch.threads import suitable_threads, using_threads
 from fedge_client.torch.trainer import Outcome, Trainer
 from fedge_server.store.machine import decode_machine, encode_machine
+from fedge_sim.adversaries import Adversaries
 from fedge_sim.faults import Faults, corrupt
 from fedge_sim.population import Population
 from fedge_sim.privacy import Accounts
@@ -178,6 +179,7 @@ class _Engine:
         self._effects = effects
         self._orders: dict[Send, Array] = {}
         self._faults = Faults(run.simulation.faults, seed=run.seed)
+        self._adversaries = Adversaries.of(run.simulation.adversaries, self._population.names, seed=run.seed)
         self._kept: dict[WorkKind, list[tuple[OrderId, Update]]] = {}
         self._timers: dict[tuple[OrderId, str], tuple[float, DeadlinePassed]] = {}
         self._rows: list[Row] = []
@@ -275,7 +277,8 @@ class _Engine:
         except RefusedError as error:
             self._handle(Failed(client, order, error.refusal), None)
             return
-        self._handle(Arrived(client, order), released)
+        tampered = self._adversaries.tampered(client, order.kind, order.round, released)
+        self._handle(Arrived(client, order), tampered)
 
     def _private(self, client: str, order: OrderId, train: Any) -> Private | None:
         """What the client does for privacy, which it pays for first; its noise follows from the run's seed.

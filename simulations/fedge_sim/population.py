@@ -16,6 +16,7 @@ from fedge.seeds import derive_seed
 from fedge.task import Site, Task
 from fedge_client.torch.batches import examples
 from fedge_sim import partition
+from fedge_sim.adversaries import Adversaries
 from fedge_sim.skew import Skew
 
 KEPT_CLIENTS = 4096
@@ -28,7 +29,7 @@ class Population:
     """`count` clients by name. Data is made when a client is first asked, and kept for the next time."""
 
     def __init__(self, count: int, make: Callable[[int], Data]) -> None:
-        self.names = tuple(client_name(index, count) for index in range(count))
+        self.names = names_of(count)
         self._index = {name: index for index, name in enumerate(self.names)}
         self._make = make
         self._kept: OrderedDict[str, Data] = OrderedDict()
@@ -42,9 +43,16 @@ class Population:
         """
         settings = run.simulation
         skew = Skew(settings.feature_skew, settings.label_noise, run.seed)
+        hostile = Adversaries.of(settings.adversaries, names_of(count), seed=run.seed)
+
+        def as_they_have_it(index: int, data: Data) -> Data:
+            own = skew.of(index, data)
+            return skew.flipped(own) if hostile.flips(client_name(index, count)) else own
+
         if settings.partition == "task":
             return cls(
-                count, lambda index: skew.of(index, _data(task, client_name(index, count), index, count))
+                count,
+                lambda index: as_they_have_it(index, _data(task, client_name(index, count), index, count)),
             )
         train, test = _data(task, "population", 0, 1)
         generator = np.random.default_rng(derive_seed(run.seed, "partition"))
@@ -59,7 +67,7 @@ class Population:
 
         def make(index: int) -> Data:
             own = Subset(train, parts[index].tolist()), Subset(test, tests[index].tolist())
-            return skew.of(index, own)
+            return as_they_have_it(index, own)
 
         return cls(count, make)
 
@@ -97,6 +105,11 @@ def _parts(
             return partition.time(size, count)
         case "task":
             raise AssertionError("the task divides its data itself")
+
+
+def names_of(count: int) -> tuple[str, ...]:
+    """Everybody's, in order."""
+    return tuple(client_name(index, count) for index in range(count))
 
 
 def client_name(index: int, count: int) -> str:

@@ -1,0 +1,144 @@
+"""Clients that lie: who they are, what they send, and what a robust reduction makes of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from fedge import RunConfig, Site, Task
+from fedge.errors import ConfigError
+from fedge.run import AdversariesConfig
+from fedge_client.gate import Released
+from fedge_sim import Result, simulate
+from fedge_sim.adversaries import Adversaries
+from fedge_sim.population import Population, names_of
+
+NAMES = names_of(30)
+
+
+def adversaries(seed: int = 0, **settings: Any) -> Adversaries:
+    return Adversaries.of(AdversariesConfig(**settings), NAMES, seed=seed)
+
+
+def data(site: Site) -> tuple[TensorDataset, TensorDataset]:
+    """Two clouds, the same for everybody but for the draw."""
+    random = torch.Generator().manual_seed(site.index or 0)
+    labels = torch.arange(40) % 2
+    inputs = torch.randn(40, 4, generator=random) + 1.5 * (2 * labels[:, None] - 1)
+    return TensorDataset(inputs, labels), TensorDataset(inputs, labels)
+
+
+TASK = Task(
+    model=lambda: nn.Linear(4, 2),
+    data=data,
+    loss=F.cross_entropy,
+    metrics={"accuracy": lambda output, target: (output.argmax(1) == target).float().mean()},
+)
+
+
+POINT = TensorDataset(torch.ones(1, 1), torch.ones(1, 1))
+
+
+def run(attack: dict[str, Any], **tables: Any) -> Result:
+    table = {
+        "name": "trial",
+        "task": "app:task",
+        "rounds": 6,
+        "work": {"epochs": 2, "learning_rate": 0.2},
+        "cohort": {"size": 10},
+        "simulation": {"clients": 10, "adversaries": attack},
+        **tables,
+    }
+    return simulate(RunConfig.from_table(table, source="run"), task=TASK)
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.0, 0), (0.1, 3), (0.2, 6), (0.99, 29), (0.03, 0)])
+def test_so_many_lie_and_the_seed_says_who(share: float, count: int):
+    found = adversaries(share=share)
+    assert len(found.names) == count
+    assert found.names <= set(NAMES)
+    assert found.names == adversaries(share=share).names
+    if 0 < count < 29:
+        assert found.names != adversaries(1, share=share).names
+
+
+@pytest.mark.parametrize(("attack", "factor", "sent"), [("sign_flip", 2.0, -6.0), ("scale", 5.0, 15.0)])
+def test_a_liar_sends_its_update_enlarged_or_turned_round(attack: Any, factor: float, sent: float):
+    found = adversaries(share=0.5, attack=attack, factor=factor)
+    honest = Released(np.full(3, 3.0, np.float32), 7, {"train_loss": 1.0})
+    for name in NAMES:
+        got = found.tampered(name, "train", 1, honest)
+        assert got.vector.tolist() == ([sent] * 3 if name in found.names else [3.0] * 3)
+        assert (got.num_examples, got.metrics) == (7, {"train_loss": 1.0})
+        assert found.tampered(name, "evaluate", 1, honest) is honest
+    assert honest.vector.tolist() == [3.0] * 3
+
+
+def test_noise_has_the_norm_that_is_said_and_is_new_in_every_round():
+    found = adversaries(share=0.9, attack="noise", factor=4.0)
+    honest = Released(np.full(100, 0.5, np.float32), 1, {})
+    name = min(found.names)
+    first, second = (found.tampered(name, "train", round, honest).vector for round in (1, 2))
+    assert np.linalg.norm(first) == pytest.approx(20.0, rel=1e-5)
+    assert abs(np.dot(first, second)) < 200
+    assert np.array_equal(first, found.tampered(name, "train", 1, honest).vector)
+
+
+def test_a_lie_stays_finite_so_that_it_is_not_refused():
+    found = adversaries(share=0.5, attack="scale", factor=1e9)
+    honest = Released(np.array([3e38, -3e38, 0.0], np.float32), 1, {})
+    assert np.isfinite(found.tampered(min(found.names), "train", 1, honest).vector).all()
+
+
+def test_liars_train_on_the_labels_of_other_classes_and_are_judged_by_true_ones():
+    table = {"name": "a", "task": "app:task", "rounds": 1}
+    flip = {"adversaries": {"share": 0.5, "attack": "label_flip"}}
+    made = RunConfig.from_table({**table, "simulation": flip}, source="run")
+    plain = Population.of(RunConfig.from_table(table, source="run"), TASK, count=6)
+    flipped = Population.of(made, TASK, count=6)
+    liars = 0
+    for name in plain.names:
+        true, wrong = (each.data(name)[0].tensors[1] for each in (plain, flipped))
+        assert torch.equal(plain.data(name)[1].tensors[1], flipped.data(name)[1].tensors[1])
+        liars += not torch.equal(true, wrong)
+        assert torch.equal(true, wrong) or torch.equal(1 - true, wrong)
+    assert liars == 3
+
+
+def test_labels_that_are_no_classes_cannot_be_flipped():
+    line = Task(model=lambda: nn.Linear(1, 1), data=lambda site: (POINT, POINT), loss=F.mse_loss)
+    table = {"name": "a", "task": "app:task", "rounds": 1, "cohort": {"size": 2}}
+    flip = {"clients": 2, "adversaries": {"share": 0.5, "attack": "label_flip"}}
+    made = RunConfig.from_table({**table, "simulation": flip}, source="run")
+    with pytest.raises(ConfigError, match="adversaries: expected whole numbers as labels"):
+        simulate(made, task=line)
+
+
+@pytest.mark.parametrize("attack", ["sign_flip", "scale", "noise"])
+def test_a_few_liars_take_the_mean_along_and_neither_the_median_nor_the_trimmed_mean(attack: str):
+    lies = {"share": 0.2, "attack": attack, "factor": 50.0}
+    honest = run({})
+
+    def strayed(aggregation: str) -> float:
+        strategy = {"name": "fedavg", "aggregation": aggregation, "trim": 0.2}
+        return float(np.linalg.norm(run(lies, strategy=strategy).model.vector - honest.model.vector))
+
+    size = float(np.linalg.norm(honest.model.vector))
+    assert strayed("mean") > size
+    assert strayed("median") < 0.5 * size
+    assert strayed("trimmed_mean") < 0.5 * size
+
+
+def test_the_bound_of_a_secure_sum_is_all_that_holds_a_liar_back():
+    lies = {"share": 0.2, "attack": "scale", "factor": 1e6}
+    secure = {"enabled": True, "bound": 0.5, "metrics": ["train_loss"]}
+    found = run(lies, secure_aggregation=secure)
+    assert found.status == "done"
+    assert np.abs(found.model.vector).max() < 6 * 0.5 + 1, "no further than the bound in each round"
+    assert found.history[0].metrics["beyond_bound"] > 0

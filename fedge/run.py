@@ -290,9 +290,15 @@ class RunConfig(Config):
                 f"{self.strategy.name} computes one gradient a round: [work] epochs and steps do not apply"
             )
         if self.evaluation.every and not self.evaluation_every:
+            in_sums = self.privacy.unit == "client" and self.secure_aggregation.enabled
             notes.append(
-                "the sites do not evaluate: metrics of private data are released only with noise "
-                "(privacy.evaluation_noise_multiplier)"
+                "the sites do not evaluate: "
+                + (
+                    "inside secure sums they add noise to updates alone; judge the model on data that is public"
+                    if in_sums
+                    else "metrics of private data are released only with noise "
+                    "(privacy.evaluation_noise_multiplier)"
+                )
             )
         return notes
 

@@ -106,8 +106,8 @@ class Grid:
             low, high = (middle, high) if fits(middle) else (low, middle)
         if low == 0:
             raise ValueError(
-                f"bits: no grid of {bits} bits holds a sum of {clients} clients and noise of {noise_multiplier:g} "
-                "times what one of them may change; use more bits, fewer rounds or a larger epsilon"
+                f"bits: no grid of {bits} bits holds a sum of {clients} clients and the noise that it takes; use "
+                "more bits, fewer rounds or a larger epsilon"
             )
         return cls(size, clip, bound, low / clip, variance(low), clients, bits)
 

@@ -164,7 +164,9 @@ def test_what_a_secure_sum_cannot_be_is_refused_when_it_is_configured(tables: st
 
 @pytest.mark.parametrize("line", ["bound = 2.0", "max_weight = 5", 'metrics = ["loss"]'])
 def test_what_privacy_decides_of_a_secure_sum_is_not_said_twice(line: str):
-    assert parse(HEAD + PRIVATE_SUMS + SECURE).privacy.unit == "client"
+    made = parse(HEAD + PRIVATE_SUMS.replace("[evaluation]\nevery = 0\n", "") + SECURE)
+    assert made.evaluation_every == 0
+    assert any("judge the model on data that is public" in note for note in made.notes())
     assert 'say what privacy.unit = "client" decides' in problem(HEAD + PRIVATE_SUMS + SECURE + line)
 
 

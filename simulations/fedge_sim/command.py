@@ -33,6 +33,10 @@ def simulate(
     clients: Annotated[int | None, typer.Option(help="Clients, instead of simulation.clients.")] = None,
     rounds: Annotated[int | None, typer.Option(help="Rounds, instead of the file's.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed, instead of the file's.")] = None,
+    engine: Annotated[
+        str,
+        typer.Option(help="loop, or vectorised: a cohort as one stacked tensor, where the model allows it."),
+    ] = "loop",
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Results folder; results/NAME-TIME unless given.")
     ] = None,
@@ -54,7 +58,12 @@ def simulate(
         console.print(f"note: {note}", highlight=False)
     with _progress(console, config.name, rounds or config.rounds, quiet=as_json) as show:
         result = run_simulation(
-            path, clients=clients, rounds=rounds, seed=seed, callbacks=() if as_json else (show,)
+            path,
+            clients=clients,
+            rounds=rounds,
+            seed=seed,
+            engine=engine,  # type: ignore[arg-type]  # it is checked there, with torch
+            callbacks=() if as_json else (show,),
         )
     write_results(folder, result)
     if as_json:

@@ -62,6 +62,7 @@ from fedge_client.torch.threads import suitable_threads, using_threads
 from fedge_client.torch.trainer import Outcome, Trainer
 from fedge_server.store.machine import decode_machine, encode_machine
 from fedge_sim.adversaries import Adversaries
+from fedge_sim.ahead import ENGINES, Ahead, EngineName
 from fedge_sim.faults import Faults, corrupt
 from fedge_sim.population import Population
 from fedge_sim.privacy import Accounts
@@ -84,18 +85,23 @@ def simulate(
     clients: int | None = None,
     rounds: int | None = None,
     seed: int | None = None,
+    engine: EngineName = "loop",
     callbacks: Iterable[Callback] = (),
 ) -> Result:
     """Run a federation on this machine. The same run and seed give the same bits.
 
     `run` is a RunConfig or the path of a run.toml, from whose folder the task is then imported; `task`
-    takes the place of the task it names, and `clients`, `rounds` and `seed` of its own numbers.
+    takes the place of the task it names, and `clients`, `rounds` and `seed` of its own numbers. The engine
+    "vectorised" trains a cohort as one stacked tensor where the model allows it (see `fedge_sim.cohort`), to the same
+    numbers but for float32's rounding; "loop" is one client after the other.
     KeyboardInterrupt ends the run at its last committed round, with the status "stopped".
 
     Raises:
-        ConfigError: the run, or a combination of its settings, is wrong.
+        ConfigError: the run, or a combination of its settings, is wrong, or there is no such engine.
         TaskError: the task's code fails on a client.
     """
+    if engine not in ENGINES:
+        raise ConfigError(f"engine: expected one of {', '.join(ENGINES)}, found {str(engine)[:80]!r}")
     folder = None
     if not isinstance(run, RunConfig):
         folder = Path(run).parent.resolve()
@@ -105,13 +111,13 @@ def simulate(
         task = load_task(run.task, path=folder)
     if left_out := run.left_out(task.metrics):
         log.warning("metrics_left_out %s", left_out)
-    engine = _Engine(run, task, tuple(callbacks))
-    with using_threads(engine.threads):
+    driven = _Engine(run, task, tuple(callbacks), engine)
+    with using_threads(driven.threads):
         try:
-            engine.run()
+            driven.run()
         except KeyboardInterrupt:
-            engine.stop()
-    return engine.result()
+            driven.stop()
+    return driven.result()
 
 
 def _with(run: RunConfig, *, clients: int | None, rounds: int | None, seed: int | None) -> RunConfig:
@@ -154,7 +160,9 @@ class _Engine:
     one keeps. `_orders` and `_faults` are the clients'.
     """
 
-    def __init__(self, run: RunConfig, task: Task, callbacks: tuple[Callback, ...]) -> None:
+    def __init__(
+        self, run: RunConfig, task: Task, callbacks: tuple[Callback, ...], engine: EngineName
+    ) -> None:
         self._run = run
         self._callbacks = callbacks
         self._population = Population.of(run, task, count=run.simulation.clients)
@@ -163,6 +171,7 @@ class _Engine:
             strategy, framework.initial_model(task, seed=run.seed, unit=run.privacy.unit), Central.of(run)
         )
         self._trainer = Trainer(task, seed=run.seed)
+        self._ahead = Ahead(run, task, self._population) if engine == "vectorised" else None
         self.threads = suitable_threads(self._trainer.layout.size)
         kind = self._learning.order(1).kind
         sums = SumTerms.of(run, strategy, self._learning.layout)
@@ -255,19 +264,24 @@ class _Engine:
         """One client's part of a round, and the gate that its update would pass on a device."""
         client, order = send.client, send.order
         train, test = self._population.data(client)
+        out = self._out
         try:
             private = self._private(client, order, train)
-            done = self._perform(client, order, model, (train, test), private)
+            ahead = self._ahead.take(send, model, self._orders) if self._ahead is not None else None
+            if ahead is not None:
+                done, out = ahead
+            else:
+                done = self._perform(client, order, model, (train, test), private)
         except RefusedError as error:
             self._handle(Failed(client, order, error.refusal), None)
             return
         except TaskError as error:
             raise TaskError(f"{client}, {order}: {error}") from error
-        metrics = corrupt(send, self._out, done.metrics) if corrupted else done.metrics
+        metrics = corrupt(send, out, done.metrics) if corrupted else done.metrics
         layout = None if order.kind == "evaluate" else self._learning.layout
         try:
             released = release(
-                self._out,
+                out,
                 done.num_examples,
                 metrics,
                 layout=layout,

@@ -1,0 +1,77 @@
+"""The work of several clients done at once, before the machine turns to each of them.
+
+The round machine is told of one update after the other, as it is in a deployment; that they were computed together is
+nobody's business. What was computed for an order that is called off is dropped.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Final, Literal
+
+import numpy as np
+
+from fedge.errors import TaskError
+from fedge.events import Send
+from fedge.run import RunConfig
+from fedge.seeds import work_seed
+from fedge.task import Task
+from fedge.vector import Array
+from fedge_client.torch.trainer import Outcome
+from fedge_sim.cohort import Cohort, Member, UnsuitedError
+from fedge_sim.population import Population
+
+log = logging.getLogger(__name__)
+
+EngineName = Literal["loop", "vectorised"]
+ENGINES: Final[tuple[EngineName, ...]] = ("loop", "vectorised")
+
+
+class Ahead:
+    """Trains the clients that have the same order as a stack, a stack at a time.
+
+    `reason` says why nothing can be stacked, where nothing can; then every client is left to the loop.
+    """
+
+    def __init__(self, run: RunConfig, task: Task, population: Population) -> None:
+        self._run, self._population = run, population
+        self._done: dict[Send, tuple[Outcome, Array]] = {}
+        self._cohort: Cohort | None = None
+        self.reason = ""
+        try:
+            if run.privacy.unit == "example":
+                raise UnsuitedError("privacy of examples is the loop's")
+            self._cohort = Cohort(task, seed=run.seed)
+        except UnsuitedError as error:
+            self._fall_back(error)
+
+    def take(self, send: Send, model: Array, others: Mapping[Send, Array]) -> tuple[Outcome, Array] | None:
+        """What a client's training for an order comes to, together with that of `others` who wait; None if the loop is
+        to do it."""
+        if send not in self._done and self._cohort is not None and send.order.kind == "train":
+            self._done.clear()  # of orders that were called off
+            waiting = [other for other, its in others.items() if other.order == send.order and its is model]
+            self._train([send, *waiting][: self._cohort.most], model)
+        return self._done.pop(send, None)
+
+    def _train(self, sends: list[Send], model: Array) -> None:
+        assert self._cohort is not None  # asked only then
+        members = [Member(self._population.data(send.client)[0], self._seed(send)) for send in sends]
+        out = np.empty((len(sends), len(model)), np.float32)
+        try:
+            outcomes = self._cohort.train(model, members, self._run.work, out)
+        except UnsuitedError as error:
+            self._fall_back(error)
+            return
+        except TaskError:  # the loop will find out whose, when it comes to them
+            return
+        self._done = dict(zip(sends, zip(outcomes, out, strict=True), strict=True))
+
+    def _seed(self, send: Send) -> int:
+        order = send.order
+        return work_seed(self._run.seed, site=send.client, kind=order.kind, round=order.round)
+
+    def _fall_back(self, error: UnsuitedError) -> None:
+        self._cohort, self.reason = None, str(error)
+        log.warning("engine_falls_back engine=vectorised to=loop reason=%s", error)

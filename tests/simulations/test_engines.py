@@ -1,0 +1,277 @@
+"""The engines of the simulator: whoever trains the clients, the numbers are those of the loop."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.data import Subset, TensorDataset
+
+from fedge import RunConfig, Site, Task
+from fedge.errors import ConfigError, TaskError
+from fedge.run import Work
+from fedge_client.torch.framework import framework
+from fedge_client.torch.trainer import Trainer
+from fedge_sim import Result, simulate
+from fedge_sim.cohort import Cohort, Member, UnsuitedError
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(6, 3),
+    "perceptron": lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)),
+    "deep": lambda: nn.Sequential(
+        nn.Linear(6, 5), nn.Tanh(), nn.LayerNorm(5), nn.Linear(5, 4), nn.GELU(), nn.Linear(4, 3)
+    ),
+    "convolution": lambda: nn.Sequential(
+        nn.Unflatten(1, (1, 6)),
+        nn.Conv1d(1, 4, 3),
+        nn.GroupNorm(2, 4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(16, 3),
+    ),
+}
+
+
+def task_of(model: Callable[[], nn.Module], loss: Any = F.cross_entropy) -> Task:
+    return Task(model=model, data=data, loss=loss)
+
+
+def data(site: Site) -> tuple[TensorDataset, TensorDataset]:
+    """Client i has 4 + 3 i examples."""
+    generator = torch.Generator().manual_seed(site.index or 0)
+    size = 4 + 3 * (site.index or 0)
+    inputs = torch.randn(size, 6, generator=generator)
+    labels = (inputs[:, :3].argmax(1) + (inputs[:, 4] > 1)) % 3
+    return TensorDataset(inputs, labels), TensorDataset(inputs[:3], labels[:3])
+
+
+def sets(count: int) -> list[Any]:
+    return [data(Site(f"client-{at}", index=at, count=count))[0] for at in range(count)]
+
+
+def both(
+    task: Task, members: list[Member], work: Work
+) -> tuple[np.ndarray, list[Any], np.ndarray, list[Any]]:
+    model = framework.initial_model(task, seed=3).vector
+    stacked, looped = (np.empty((len(members), len(model)), np.float32) for _ in range(2))
+    outcomes = Cohort(task, seed=3).train(model, members, work, stacked)
+    trainer = Trainer(task, seed=3)
+    expected = [
+        trainer.train(model, member.train, work, seed=member.seed, out=row)
+        for member, row in zip(members, looped, strict=True)
+    ]
+    return stacked, outcomes, looped, expected
+
+
+WORK = st.builds(
+    Work,
+    epochs=st.integers(1, 3),
+    batch_size=st.sampled_from([1, 4, 7, 64, "full"]),
+    optimizer=st.sampled_from(["sgd", "momentum", "adam"]),
+    learning_rate=st.sampled_from([0.01, 0.1]),
+    l1=st.sampled_from([0.0, 0.01]),
+    l2=st.sampled_from([0.0, 0.1]),
+)
+
+
+@given(model=st.sampled_from(list(MODELS)), count=st.integers(1, 9), work=WORK, seed=st.integers(0, 99))
+@settings(max_examples=25, deadline=None)
+def test_a_stack_of_ragged_clients_trains_as_the_loop_does(model: str, count: int, work: Work, seed: int):
+    members = [Member(train, 100 * seed + at) for at, train in enumerate(sets(count))]
+    stacked, outcomes, looped, expected = both(task_of(MODELS[model]), members, work)
+    assert np.allclose(stacked, looped, rtol=2e-3, atol=2e-5)
+    assert [each.num_examples for each in outcomes] == [each.num_examples for each in expected]
+    for one, other in zip(outcomes, expected, strict=True):
+        assert one.metrics == pytest.approx(dict(other.metrics), rel=1e-3, abs=1e-5)
+
+
+def test_so_many_steps_are_made_by_everybody_however_much_they_have():
+    members = [Member(train, at) for at, train in enumerate(sets(6))]
+    stacked, outcomes, looped, expected = both(
+        task_of(MODELS["perceptron"]), members, Work(steps=5, batch_size=4)
+    )
+    assert np.allclose(stacked, looped, rtol=1e-3, atol=1e-5)
+    assert [o.metrics["train_loss"] for o in outcomes] == pytest.approx(
+        [e.metrics["train_loss"] for e in expected], rel=1e-4
+    )
+
+
+def test_regression_and_subsets_train_as_the_loop_does():
+    inputs = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
+    whole = TensorDataset(inputs, inputs.sum(1, keepdim=True))
+    members = [Member(Subset(whole, list(range(at, 40, 5))), at) for at in range(5)]
+    task = Task(model=lambda: nn.Linear(6, 1), data=data, loss=F.mse_loss)
+    stacked, _, looped, _ = both(task, members, Work(batch_size=3, learning_rate=0.05))
+    assert np.allclose(stacked, looped, rtol=1e-3, atol=1e-5)
+
+
+def test_what_a_client_learns_does_not_depend_on_who_is_in_the_stack():
+    task, work = task_of(MODELS["perceptron"]), Work(epochs=2, batch_size=4, learning_rate=0.1)
+    model, cohort = framework.initial_model(task, seed=0).vector, Cohort(task, seed=0)
+    members = [Member(train, at) for at, train in enumerate(sets(7))]
+    everybody, alone = np.empty((7, len(model)), np.float32), np.empty((1, len(model)), np.float32)
+    cohort.train(model, members, work, everybody)
+    for at in (0, 3, 6):
+        cohort.train(model, [members[at]], work, alone)
+        assert np.allclose(alone[0], everybody[at], rtol=1e-4, atol=1e-6)
+
+
+class Tied(nn.Module):
+    """One matrix, twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)
+        self.two.weight = self.one.weight
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.two(self.one(inputs))
+
+
+class Centred(nn.Module):
+    """Looks at the whole batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 3)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.linear(inputs - inputs.mean(0))
+
+
+class Branching(nn.Module):
+    """Asks Python what to do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 3)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.linear(inputs) * (2.0 if self.linear.bias.sum().item() > 0 else 1.0)
+
+
+class Counting(nn.Module):
+    """Has a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 3)
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        self.seen += len(inputs)
+        return self.linear(inputs)
+
+
+WEIGHTS = torch.tensor([1.0, 5.0, 25.0])
+UNSUITED: dict[str, tuple[Task, str]] = {
+    "dropout": (task_of(lambda: nn.Sequential(nn.Linear(6, 3), nn.Dropout(0.5))), "draws random numbers"),
+    "buffers": (task_of(Counting), "more than parameters of its own: seen"),
+    "tied": (task_of(Tied), "more than parameters"),
+    "mixing": (task_of(Centred), "mixes the examples"),
+    "branching": (task_of(Branching), "torch.func cannot do it"),
+    "weighted classes": (
+        task_of(MODELS["linear"], lambda output, target: F.cross_entropy(output, target, WEIGHTS)),
+        "no mean over the examples",
+    ),
+    "a sum": (task_of(MODELS["linear"], lambda o, t: F.cross_entropy(o, t, reduction="sum")), "no mean over"),
+}
+
+
+def run(task: Task, engine: Any = "loop", **tables: Any) -> Result:
+    table = {
+        "name": "trial",
+        "task": "app:task",
+        "rounds": 4,
+        "seed": 5,
+        "work": {"epochs": 2, "batch_size": 4, "learning_rate": 0.05},
+        "cohort": {"size": 6},
+        "simulation": {"clients": 8},
+        **tables,
+    }
+    return simulate(RunConfig.from_table(table, source="run"), task=task, engine=engine)
+
+
+@pytest.mark.parametrize("name", UNSUITED)
+def test_what_cannot_be_stacked_is_left_to_the_loop_and_the_reason_is_said(
+    name: str, caplog: pytest.LogCaptureFixture
+):
+    task, says = UNSUITED[name]
+    with caplog.at_level(logging.WARNING):
+        stacked = run(task, "vectorised")
+    assert [record.message.count(says) for record in caplog.records if "falls_back" in record.message] == [1]
+    looped = run(task)
+    assert np.array_equal(stacked.model.vector, looped.model.vector)
+    model = framework.initial_model(task, seed=5).vector
+    with pytest.raises(UnsuitedError, match=says):
+        Cohort(task, seed=5).train(
+            model, [Member(sets(3)[2], 1)], Work(batch_size=4), np.empty((1, len(model)), np.float32)
+        )
+
+
+FAULTS = {"dropout": 0.1, "failure": 0.1, "straggler": 0.1, "corruption": 0.1, "crash_every": 17}
+
+
+@pytest.mark.parametrize(
+    "tables",
+    [
+        {},
+        {"strategy": {"name": "mirrored_sgd"}},
+        {"strategy": {"name": "fedavg", "aggregation": "median"}},
+        {
+            "cohort": {"size": 6, "quorum": 3, "over_select": 1.3, "attempts": 20},
+            "simulation": {"clients": 8, "faults": FAULTS},
+        },
+        {"simulation": {"clients": 8, "adversaries": {"share": 0.3, "attack": "noise"}}},
+        {
+            "privacy": {"unit": "client", "epsilon": 50.0, "delta": 1e-3, "clip": 0.1},
+            "evaluation": {"every": 0},
+        },
+        {"secure_aggregation": {"enabled": True, "bound": 2.0}},
+        {"privacy": {"unit": "example", "epsilon": 50.0, "delta": 1e-3, "clip": 1.0}},
+    ],
+    ids=[
+        "plain",
+        "gradients",
+        "median",
+        "faults",
+        "adversaries",
+        "private clients",
+        "secure sums",
+        "private examples",
+    ],
+)
+def test_a_run_is_the_same_whichever_engine_drives_it(tables: dict[str, Any]):
+    task = task_of(MODELS["perceptron"])
+    looped, stacked = run(task, **tables), run(task, "vectorised", **tables)
+    assert (stacked.status, stacked.reason) == (looped.status, looped.reason)
+    assert stacked.faults == looped.faults
+    for one, other in zip(stacked.history, looped.history, strict=True):
+        assert (one.round, one.attempt, one.clients) == (other.round, other.attempt, other.clients)
+        assert dict(one.metrics) == pytest.approx(dict(other.metrics), rel=1e-3, abs=1e-4)
+    assert np.allclose(stacked.model.vector, looped.model.vector, rtol=1e-3, atol=1e-4)
+    again = run(task, "vectorised", **tables)
+    assert np.array_equal(again.model.vector, stacked.model.vector), "and to the bit, every time"
+
+
+def test_a_client_whose_data_cannot_be_read_is_named():
+    def broken(site: Site) -> Any:
+        train, test = data(site)
+        return ([] if site.index == 4 else train), test
+
+    for engine in ("loop", "vectorised"):
+        with pytest.raises(TaskError, match="client-4, train order of round 1"):
+            run(Task(model=MODELS["linear"], data=broken, loss=F.cross_entropy), engine, cohort={"size": 8})
+
+
+def test_there_is_no_engine_of_another_name():
+    with pytest.raises(ConfigError, match="engine: expected one of loop, vectorised, found 'warp'"):
+        run(task_of(MODELS["linear"]), "warp")

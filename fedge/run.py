@@ -235,6 +235,11 @@ class RunConfig(Config):
                 'privacy.evaluation_noise_multiplier: with unit = "client" and secure aggregation the sites add noise '
                 "to updates alone; set evaluation.every = 0, and judge the model on data that is public"
             )
+        if not self.secure_aggregation.consistency:
+            raise ValueError(
+                'secure_aggregation.consistency: expected true with privacy.unit = "client": a coordinator that lies '
+                "could read one site's update with that site's share of the noise alone"
+            )
         if self.privacy.separation > 1 or self.privacy.adaptive_clip is not None:
             raise ValueError(
                 "privacy: separation and adaptive_clip are for noise that the coordinator adds; with secure "

@@ -135,9 +135,11 @@ def _check_noise(secure: SumTerms | None, terms: Terms | None, layout: Layout) -
             f"expected noise for {layout.trainable_size} elements of norm {terms.clip:g}, found it for {noise.size} "
             f"of norm {secure.bound:g}"
         )
-    if terms.evaluations or terms.separation > 1:
+    evaluates = terms.evaluations or terms.evaluation_noise_multiplier is not None
+    if evaluates or terms.separation > 1 or not secure.consistency:
         raise RemoteProtocolError(
-            "expected neither evaluations nor rests between rounds where the members of secure sums add the noise"
+            "expected neither evaluations, nor rests between rounds, nor a coordinator that has to be honest where the "
+            "members of secure sums add the noise"
         )
 
 

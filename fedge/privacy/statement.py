@@ -41,7 +41,10 @@ TRUST: Final[Mapping[Unit, str]] = {
 }
 TRUST_IN_SUMS: Final = (
     "no single party: the sites add the noise before their updates are summed in secret, and it is enough though a "
-    "third of a sum's sites are in league with the coordinator"
+    "third of a sum's sites, whom the coordinator chooses, tell it theirs"
+)
+ADJACENCY_IN_SUMS: Final = (
+    "change to nothing, or back, everything of one site, whose taking part counts as known"
 )
 
 
@@ -88,7 +91,8 @@ def state(
     terms = Terms.of(run)
     unit = run.privacy.unit
     most = max(sites.values(), default=0)
-    epsilon, accountant, mechanism, reason, trust = None, "", "none", "", TRUST[unit]
+    epsilon, accountant, mechanism, reason = None, "", "none", ""
+    trust, adjacency = TRUST[unit], ADJACENCY[unit]
     if terms is None:
         reason = (
             "the run has no differential privacy: whoever saw its updates or its model is bounded by nothing"
@@ -106,7 +110,7 @@ def state(
         sums = None
         if run.secure_aggregation.enabled:
             sums = SumTerms.for_updates(run, layout, weighted=False)
-            trust = TRUST_IN_SUMS
+            trust, adjacency = TRUST_IN_SUMS, ADJACENCY_IN_SUMS
         found = price(terms, run.work, "train", 1, summed=sums.mechanism if sums is not None else None)
         mechanism = str(Central.of(run))
         if sums is not None:
@@ -117,13 +121,17 @@ def state(
         releases = [scaled(found.order, most)] if most else []
         if found.evaluation is not None and terms.evaluations:
             releases.append(scaled(found.evaluation, terms.evaluations))
+        if sums is not None and most:
+            releases = list(
+                found.run
+            )  # attempts that came to nothing are releases, too; no site makes more of them
         epsilon, accountant = statement(merged(releases), terms.delta)
     return Statement(
         run_id=run_id,
         name=run.name,
         status=status,
         unit=unit,
-        adjacency=ADJACENCY[unit],
+        adjacency=adjacency,
         trust=trust,
         mechanism=mechanism,
         epsilon=epsilon,

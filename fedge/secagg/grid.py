@@ -123,7 +123,7 @@ class Grid:
     @property
     def l1(self) -> float:
         """The largest L1 norm: by Cauchy and Schwarz, and because a whole number is at most its square."""
-        return min(math.sqrt(self.size) * self.l2, self.l2**2)
+        return max(self.l2, min(math.sqrt(self.size) * self.l2, self.l2**2))
 
     def largest_sum(self, members: int) -> float:
         """An element of a sum of so many is beyond this, in steps, with a probability below 2^-128."""

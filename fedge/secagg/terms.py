@@ -81,6 +81,7 @@ class SumTerms:
                 "expected private sums of updates alone that weigh the same, found metrics or weights"
             )
         self.encoding(1, b"")  # raises
+        _ = self.mechanism  # raises, if it has no price
 
     @classmethod
     def of(cls, run: RunConfig, strategy: AnyStrategy, layout: Layout) -> SumTerms | None:

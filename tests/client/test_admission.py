@@ -306,6 +306,8 @@ def test_where_the_sites_add_the_noise_no_coordinator_is_trusted(folder):
         (PRIVATE, replace(NOISE, noise=replace(NOISE.noise, size=2))),
         (replace(PRIVATE, evaluations=2, evaluation_noise_multiplier=3.0), NOISE),
         (replace(PRIVATE, separation=2), NOISE),
+        (replace(PRIVATE, evaluation_noise_multiplier=3.0), NOISE),
+        (PRIVATE, replace(NOISE, consistency=False)),
     ],
     ids=[
         "no noise",
@@ -316,6 +318,8 @@ def test_where_the_sites_add_the_noise_no_coordinator_is_trusted(folder):
         "another model",
         "evaluations",
         "rests",
+        "noise of evaluations",
+        "an honest coordinator",
     ],
 )
 def test_noise_of_sums_that_does_not_fit_the_terms_of_privacy_is_refused_when_it_arrives(terms, sums):

@@ -162,6 +162,12 @@ def test_what_a_secure_sum_cannot_be_is_refused_when_it_is_configured(tables: st
     assert says in problem(HEAD + tables + SECURE)
 
 
+def test_noise_inside_a_sum_is_for_coordinators_that_may_lie():
+    assert "secure_aggregation.consistency: expected true" in problem(
+        HEAD + PRIVATE_SUMS + SECURE + "consistency = false"
+    )
+
+
 @pytest.mark.parametrize("line", ["bound = 2.0", "max_weight = 5", 'metrics = ["loss"]'])
 def test_what_privacy_decides_of_a_secure_sum_is_not_said_twice(line: str):
     made = parse(HEAD + PRIVATE_SUMS.replace("[evaluation]\nevery = 0\n", "") + SECURE)

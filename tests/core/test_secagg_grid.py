@@ -295,3 +295,9 @@ def test_vectors_of_zeros_and_of_equal_elements_are_noised_like_any_other(vector
     sent = [tuple(grid().encode(vector, 1, source(at))) for at in range(2)]
     assert sent[0] != sent[1]
     assert len(set(sent[0])) > 10
+
+
+def test_a_grid_so_coarse_that_norms_are_below_a_step_has_a_price_too():
+    coarse = Grid(1, 1.0, 1.0, 1e-9, 1.0, 3)
+    assert coarse.l2 < 1
+    assert coarse.mechanism(2) == Skellam(2.0, coarse.l2, coarse.l2)

@@ -188,8 +188,9 @@ def test_noise_out_of_range_is_no_noise(field: str, value: float):
         {"max_weight": 2},
         {"noise": Noise(SIZE, 1e9, 1.0)},
         {"noise": Noise(SIZE, 1.0, 2.0**31)},
+        {"noise": Noise(SIZE, 1e-9, 1e-31)},
     ],
-    ids=["metrics beside it", "weights", "a grid that wraps", "a table without end"],
+    ids=["metrics beside it", "weights", "a grid that wraps", "a table without end", "noise without a price"],
 )
 def test_private_sums_that_cannot_be_are_none_over_the_wire_either(changes: dict[str, Any]):
     message = encode_sum_terms(terms_of())
@@ -285,13 +286,15 @@ def test_a_statement_names_who_adds_the_noise_and_whom_it_protects_from():
     one, four = (state(run, "a-1", "stopped", [["x", "y"]] * rounds, LAYOUT) for rounds in (1, 4))
     assert one.epsilon is not None
     assert four.epsilon is not None
-    assert four.epsilon > one.epsilon > 0
+    assert state(run, "a-1", "failed", [], LAYOUT).epsilon == 0
     assert (one.unit, one.accountant) == ("client", "RDP")
     assert "no single party" in one.trust
     assert "Skellam noise of 8 x the L2 sensitivity" in one.mechanism
     mechanism = terms_of(epsilon=None, noise_multiplier=8.0).mechanism
     assert isinstance(mechanism, Skellam)
-    assert four.epsilon == epsilon_of([scaled(mechanism, 4)], 1e-5)
+    # Attempts that came to nothing are releases as well: as many as the run has paid for.
+    assert one.epsilon == four.epsilon == epsilon_of([scaled(mechanism, 12)], 1e-5)
+    assert "taking part counts as known" in one.adjacency
 
 
 def test_noise_for_a_longer_update_is_as_strong_for_each_of_its_elements():

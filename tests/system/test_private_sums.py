@@ -71,7 +71,7 @@ def test_sites_that_trust_nobody_are_protected_as_a_whole_by_noise_of_their_own(
     assert not any(row.metrics for row in detail.history)
     protection = wards.show_json(run_id)["protection"]
     assert "client-level differential privacy, epsilon 4" in protection
-    assert "secure" in protection
+    assert "the sites add the noise inside the sum; secure aggregation" in protection
 
     for site in SITES:
         (run,) = ledger(wards, site)["runs"]

@@ -27,7 +27,12 @@ def _privacy(run: RunConfig) -> str:
     if privacy.unit == "none":
         return "no differential privacy"
     epsilon = f"epsilon {privacy.epsilon:g}" if privacy.epsilon is not None else "noise as the run says"
-    noise = "noise is in before they leave" if privacy.unit == "example" else "the coordinator adds the noise"
+    if privacy.unit == "example":
+        noise = "noise is in before they leave"
+    elif run.secure_aggregation.enabled:
+        noise = "the sites add the noise inside the sum"
+    else:
+        noise = "the coordinator adds the noise"
     return f"{privacy.unit}-level differential privacy, {epsilon} at delta {privacy.delta:g}: {noise}"
 
 

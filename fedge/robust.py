@@ -27,14 +27,10 @@ _NO_VECTOR: Array = np.zeros(0, np.float32)
 Middle = npt.NDArray[np.float64]
 
 
-@dataclass(frozen=True, slots=True)
-class CoordinateMedian:
-    """Each element is the median of the updates' elements; of an even number the mean of the middle two.
+class _Coordinatewise:
+    """What both have in common: they keep the updates, and combine the elements at each place."""
 
-    **Guarantees.** While fewer than half of the updates are hostile, every element lies between two honest ones. The
-    result does not depend on the order in which updates are folded, to the bit.
-    """
-
+    __slots__ = ()
     streams: ClassVar[bool] = False
 
     def start(self, size: int) -> MeanState:
@@ -57,6 +53,19 @@ class CoordinateMedian:
         return _finish(state, updates, self._middle)
 
     def _middle(self, rows: Array) -> Middle:
+        """float32[updates, n] -> float64[n]."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinateMedian(_Coordinatewise):
+    """Each element is the median of the updates' elements; of an even number the mean of the middle two.
+
+    **Guarantees.** While fewer than half of the updates are hostile, every element lies between two honest ones. The
+    result does not depend on the order in which updates are folded, to the bit.
+    """
+
+    def _middle(self, rows: Array) -> Middle:
         middle = len(rows) // 2
         if len(rows) % 2:
             out: Middle = np.partition(rows, middle, axis=0)[middle].astype(np.float64)
@@ -67,7 +76,7 @@ class CoordinateMedian:
 
 
 @dataclass(frozen=True, slots=True)
-class TrimmedMean:
+class TrimmedMean(_Coordinatewise):
     """Each element is the mean of the updates' elements without the `trim` largest and the `trim` smallest of them: of
     n updates floor(trim * n) at each end.
 
@@ -80,30 +89,9 @@ class TrimmedMean:
 
     trim: float = 0.1
 
-    streams: ClassVar[bool] = False
-
     def __post_init__(self) -> None:
         if not 0 <= self.trim < 0.5:
             raise ValueError(f"trim: expected a share of at least 0 and below one half, found {self.trim}")
-
-    def start(self, size: int) -> MeanState:
-        return MeanState(None, size=size)
-
-    def fold(self, state: MeanState, *updates: Update) -> MeanState:
-        """`(state, updates) -> state`. The updates' vectors have to stay as they are until the end.
-
-        Raises:
-            ValueError: a number of examples is not in [1, 2^29), or a vector not of the right size; nothing was folded.
-        """
-        return _folded(state, updates)
-
-    def finish(self, state: MeanState, *updates: Update) -> Aggregate:
-        """The aggregate; metrics are plain means.
-
-        Raises:
-            ValueError: there are no updates at all, or one is as `fold` does not accept it.
-        """
-        return _finish(state, updates, self._middle)
 
     def _middle(self, rows: Array) -> Middle:
         out = int(self.trim * len(rows) + 1e-9)  # 0.1 * 30 is meant to be 3

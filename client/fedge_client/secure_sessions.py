@@ -151,7 +151,7 @@ class SecureSessions:
             part = await asyncio.wait_for(asyncio.shield(session.ready), _patience_s(message))
         except TimeoutError:
             raise _over(order) from None
-        source = SecureSource(secrets.token_bytes(KEY_BYTES))  # it rounds, which must not be guessed
+        source = SecureSource(secrets.token_bytes(KEY_BYTES))  # of rounding and of noise: nobody may guess it
         masked = await asyncio.to_thread(part.mask, released, source)
         if masked.cut:
             log.warning(

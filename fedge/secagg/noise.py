@@ -1,7 +1,7 @@
 """Noise that the members of a secure sum add themselves: how much, so that the sum is private for each of them.
 
 It is reckoned with the members that are left in the smallest sum and are not in league with the coordinator, of whom
-the protocol itself assumes that they are fewer than a third.
+the protocol itself bears as many as a third.
 """
 
 from __future__ import annotations

@@ -6,12 +6,14 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from fedge.errors import FedgeError, LinkError, RefusedError, RemoteProtocolError, StorageError
 from fedge.events import OrderId
 from fedge.faults import Faults
 from fedge.refusal import Refusal, RefusalCode
+from fedge.strategy import WorkKind
 from fedge.vector import bytes_of, digest_of
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire.agreed import order_digest
@@ -30,7 +32,7 @@ from fedge_client.gate import Released
 from fedge_client.holding import Holding
 from fedge_client.link import Link
 from fedge_client.outbox import Lost, Outbox, Prepared
-from fedge_client.participation import Participation
+from fedge_client.participation import Participation, Unmasked
 from fedge_client.performing import Performer
 from fedge_client.protection import Protection
 from fedge_client.secure_sessions import SecureSessions
@@ -239,11 +241,12 @@ class Jobs:
             raise self._loss(run, lost)
         if lost is None:
             run.prepared, run.sent = None, False
-        prepared = await self._pack(run, message, await self._released(run, message, link))
+        try:
+            prepared = await self._pack(run, message, await self._released(run, message, link))
+        finally:
+            await self._performer.give_back(run)
         if lost is not None and prepared.update.vector.digest != lost.digest:
             raise self._loss(run, lost)
-        if run.secure is not None and run.secure.noise is not None:
-            run.released.pop(order.kind, None)  # fresh noise was added: another attempt is another release
         # What was masked is of no use to another process, which cannot go on with its session.
         run.kept = run.secure is not None
         if run.secure is None:
@@ -251,22 +254,23 @@ class Jobs:
         return prepared
 
     async def _released(self, run: Participation, message: pb.Order, link: Link) -> Released:
-        """What the gate releases for an order. Of secure sums the same for each attempt at a round, until it was
-        masked with noise of its own: nobody has seen it before, and no other noise needs to be paid for."""
+        """What the gate releases for an order, its price reserved. Of secure sums the same for each attempt at a round,
+        until it was masked with noise of its own: nobody has seen it before, and no other needs to be paid for."""
         order, asked = decode_order_id(message.id), order_digest(message)
-        if run.secure is not None and order.kind in run.released:
-            round, was_asked, released = run.released[order.kind]
-            if (round, was_asked) == (order.round, asked):
-                return released
         await self._performer.settle(run)
+        unmasked = run.unmasked.get(order.kind)
+        if unmasked is not None and (unmasked.round, unmasked.asked) == (order.round, asked):
+            if not unmasked.paid:
+                await self._performer.reserve(run, order)
+            return unmasked.released
         await self._transfers.insist(link, lambda: run.holding.reach(message, link))
         self._reach("job.fetched")
         self._transfers.check_wanted()
-        run.released.pop(order.kind, None)
+        run.unmasked.pop(order.kind, None)
         released = await self._performer.perform(run, message)
         if run.secure is not None:  # masked later, when the worker may have written over it
             released = replace(released, vector=released.vector.copy())
-            run.released[order.kind] = order.round, asked, released
+            run.unmasked[order.kind] = Unmasked(order.round, asked, released)
         return released
 
     def _loss(self, run: Participation, lost: Lost) -> RefusedError:
@@ -284,10 +288,11 @@ class Jobs:
         """The update as it leaves: of secure sums what says nothing by itself, else what the gate has released."""
         order, metrics, num_examples, proof = decode_order_id(message.id), released.metrics, 1, None
         if run.secure is None:
+            await self._performer.pay(run)
             data, num_examples = bytes_of(released.vector), released.num_examples
             digest = await self._digest(data)
         else:
-            masked = await self._sessions.mask(message, released)
+            masked = await self._sessions.mask(message, released, pay=partial(self._pay, run, order.kind))
             data, metrics = memoryview(masked.data), {}
             digest, proof = masked.proof.digest, masked.proof.signature
         small = len(data) <= INLINE_BYTES
@@ -300,6 +305,15 @@ class Jobs:
             proof=proof,
         )
         return Prepared(order, message.model.digest, run.terms, update, data)
+
+    async def _pay(self, run: Participation, kind: WorkKind) -> None:
+        """What is kept of this kind is about to be masked. Noise of its own is for one attempt: another is another
+        release."""
+        await self._performer.pay(run)
+        assert run.secure is not None  # nothing is masked but for secure sums
+        unmasked = run.unmasked.pop(kind)
+        if run.secure.noise is None:
+            run.unmasked[kind] = replace(unmasked, paid=True)
 
     async def _digest(self, data: memoryview) -> bytes:
         return digest_of(data) if len(data) <= _ON_THREAD_BYTES else await asyncio.to_thread(digest_of, data)

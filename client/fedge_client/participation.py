@@ -17,6 +17,18 @@ from fedge_client.outbox import Lost, Prepared
 from fedge_client.protection import Protection
 
 
+@dataclass(frozen=True, slots=True)
+class Unmasked:
+    """What the gate has released for an order of a secure sum: for each attempt at its round that asks the same."""
+
+    round: int
+    asked: bytes
+    """The digest of what its order asked."""
+    released: Released
+    paid: bool = False
+    """Whether it was masked for an attempt, and may have left."""
+
+
 @dataclass(slots=True)
 class Participation:
     """A run that this site takes part in, and the last update that it prepared for it."""
@@ -39,11 +51,12 @@ class Participation:
     """Whether a part of `prepared` may have arrived."""
     kept: bool = False
     """Whether its vector is on disk."""
-    released: dict[WorkKind, tuple[int, bytes, Released]] = field(default_factory=dict)
-    """Of secure sums: what the gate released last, for which round and what its order asked. Gone once it was masked
-    with noise, which pays for one attempt."""
+    unmasked: dict[WorkKind, Unmasked] = field(default_factory=dict)
+    """Of secure sums: what the gate released last. Gone once it was masked with noise, which pays for one attempt."""
+    reserved: tuple[int, Mechanism] | None = None
+    """The ledger's entry for what was done and has not left yet, and its price."""
     unsettled: tuple[int, Mechanism] | None = None
-    """The ledger's entry that pays for `prepared`, and its price, until it was handed in."""
+    """The same for what may have left, until it was handed in."""
 
     def answer(self, order: OrderId, model: bytes) -> Prepared | None:
         """What was prepared, if it answers this order; under privacy also another attempt at its round.

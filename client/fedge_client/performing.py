@@ -47,31 +47,37 @@ class Performer:
         self._reach = reach
 
     async def perform(self, run: Participation, message: pb.Order) -> gate.Released:
-        """Do the work within the budget: reserved before it begins, spent before anything of it can leave.
+        """Do the work within the budget, which is reserved before it begins; `pay` before anything of it can leave.
 
-        That it failed depends on the data, too, and is told to the coordinator: then it is spent as well.
+        That it failed depends on the data, too, and is told to the coordinator: then it is spent.
         """
         order = decode_order_id(message.id)
-        cost = run.protection.cost(order.kind)
-        if cost is None:
-            return await self._do(run, order, message)
-        entry = await self._spending.reserve(run.run_id, order, run.protection, cost)
+        await self.reserve(run, order)
         try:
-            released = await self._do(run, order, message)
+            return await self._do(run, order, message)
         except FedgeError as error:
-            if isinstance(error, RefusedError) and error.refusal.code == RefusalCode.CANCELLED:
-                await self._spending.give_back(entry)
-            else:
-                await self._spending.leaves(entry)
-                await self._spending.settle(entry, cost)
+            if not (isinstance(error, RefusedError) and error.refusal.code == RefusalCode.CANCELLED):
+                await self.pay(run)
+                await self.settle(run)
             raise
-        except Exception:  # a defect: nothing is told of it
-            await self._spending.give_back(entry)
-            raise
-        # Before it is kept: what is kept may leave at any time, after a crash as well.
-        await self._spending.leaves(entry)
-        run.unsettled = (entry, cost)
-        return released
+
+    async def reserve(self, run: Participation, order: OrderId) -> None:
+        """Set aside the price of an order's work, if it has one: until `pay`, or `give_back`."""
+        cost = run.protection.cost(order.kind)
+        if cost is not None:
+            run.reserved = await self._spending.reserve(run.run_id, order, run.protection, cost), cost
+
+    async def pay(self, run: Participation) -> None:
+        """What was done may leave at any time from now on, after a crash as well."""
+        if run.reserved is not None:
+            await self._spending.leaves(run.reserved[0])
+            run.reserved, run.unsettled = None, run.reserved
+
+    async def give_back(self, run: Participation) -> None:
+        """Nothing of what was done last has left, unless it was paid for; nor will it."""
+        reserved, run.reserved = run.reserved, None
+        if reserved is not None:
+            await self._spending.give_back(reserved[0])
 
     async def settle(self, run: Participation) -> None:
         """What was spent for a run's latest work is spent, since it was handed in or will not be."""

@@ -98,11 +98,11 @@ class SecurePart:
         self._state, self._envelopes = state.open(envelopes), envelopes
 
     def mask(self, released: Released, source: SecureSource) -> MaskedUpdate:
-        """P2: encode what the gate has released, and mask it; `source` decides how numbers are rounded. Heavy: on
+        """P2: encode what the gate has released, and mask it; from `source` come the rounding and the noise. Heavy: on
         any thread.
 
         Raises:
-            RefusedError: BAD_WEIGHT or NOT_FINITE; it cannot be encoded.
+            RefusedError: NOT_FINITE; it cannot be encoded.
         """
         if self.masked is not None:
             return self.masked

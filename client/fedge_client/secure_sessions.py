@@ -136,8 +136,11 @@ class SecureSessions:
 
         self._enqueue(run_id, order, with_session)
 
-    async def mask(self, message: pb.Order, released: Released) -> MaskedUpdate:
-        """What leaves of the update that answers this order, once its session has come so far.
+    async def mask(
+        self, message: pb.Order, released: Released, *, pay: Callable[[], Awaitable[None]]
+    ) -> MaskedUpdate:
+        """What leaves of the update that answers this order, once its session has come so far. `pay` is called when it
+        has: what is masked may leave.
 
         Raises:
             RefusedError: CANCELLED; the session is over, or the others' shares do not come in the order's time.
@@ -147,10 +150,15 @@ class SecureSessions:
         session = self._session(message.run_id, order)
         if session is None or session.asked != order_digest(message):
             raise _over(order)
+        if not session.ready.done():
+            log.info(
+                "update_waits run=%s order=%s for=the shares of the others' seeds", message.run_id, order
+            )
         try:
             part = await asyncio.wait_for(asyncio.shield(session.ready), _patience_s(message))
         except TimeoutError:
             raise _over(order) from None
+        await pay()
         source = SecureSource(secrets.token_bytes(KEY_BYTES))  # of rounding and of noise: nobody may guess it
         masked = await asyncio.to_thread(part.mask, released, source)
         if masked.cut:

@@ -147,10 +147,13 @@ def test_no_keys_are_shown_twice_for_an_attempt_by_an_agent_that_was_started_aga
     assert message.failed.refusal.code == RefusalCode.UPDATE_LOST
 
 
-def test_what_waits_for_a_sum_hears_that_it_is_called_off(site: Site):
+def test_what_waits_for_a_sum_hears_that_it_is_called_off_and_pays_for_nothing(site: Site):
+    async def never() -> None:
+        raise AssertionError("nothing was masked")
+
     async def scenario() -> None:
         site.sessions.order(site.run, order(), site)
-        masking = asyncio.create_task(site.sessions.mask(order(), RELEASED))
+        masking = asyncio.create_task(site.sessions.mask(order(), RELEASED, pay=never))
         await asyncio.sleep(0)
         site.sessions.drop("run", ORDER)
         with pytest.raises(RefusedError) as called_off:
@@ -158,6 +161,6 @@ def test_what_waits_for_a_sum_hears_that_it_is_called_off(site: Site):
         assert called_off.value.refusal.code == RefusalCode.CANCELLED
         for late in (order(), order(2), order(model=b"x" * LARGE)):
             with pytest.raises(RefusedError, match="is over"):
-                await site.sessions.mask(late, RELEASED)
+                await site.sessions.mask(late, RELEASED, pay=never)
 
     asyncio.run(scenario())

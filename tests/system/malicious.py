@@ -6,6 +6,7 @@ an agent has, and with keys that the CA has signed: friends of the coordinator, 
 
 from __future__ import annotations
 
+import json
 import secrets
 import threading
 import time
@@ -21,7 +22,7 @@ from typing import Any
 import grpc
 import numpy as np
 from authorities import enrolled, new_authority
-from harness import PATIENCE_S, Running, initial_model, run_toml, set_tables, tasks_into, until
+from harness import PATIENCE_S, Running, fedge_ok, initial_model, run_toml, set_tables, tasks_into, until
 from scripted import honest_update
 
 from fedge.config import parse_toml
@@ -413,6 +414,12 @@ class Attacked:
     def at_work(self) -> None:
         until((self.control / "reached").exists, "the agent is at work")
 
+    @property
+    def ledger(self) -> dict[str, Any]:
+        """What `fedge client ledger --json` prints."""
+        found = fedge_ok("client", "ledger", self.folder / "client.toml", "--json", "--verify")
+        return dict(json.loads(found))
+
     def restart(self) -> None:
         """End the agent's process, and begin another in its folder."""
         sessions = self.coordinator.sessions
@@ -422,8 +429,8 @@ class Attacked:
 
 
 @contextmanager
-def attacked(folder: Path) -> Iterator[Attacked]:
-    """A malicious coordinator and a real agent that is connected to it."""
+def attacked(folder: Path, **policy: Any) -> Iterator[Attacked]:
+    """A malicious coordinator and a real agent that is connected to it; `policy` are further lines of its owner's."""
     now = datetime.now(UTC).replace(microsecond=0)
     authority, _ = new_authority(folder / "authority", now=now)
     identities = {site: enrolled(authority, site, now=now) for site in EVERYBODY}
@@ -446,7 +453,7 @@ def attacked(folder: Path) -> Iterator[Attacked]:
     (site / "control").mkdir()
     (site / "client.toml").write_text(f'server = "127.0.0.1:{port}"\n', encoding="utf-8")
     tables = {
-        "policy": {"require_secure_aggregation": True, "max_runs": 64},
+        "policy": {"require_secure_aggregation": True, "max_runs": 64} | policy,
         "worker": {"threads": 1},
         "data": {"control": str(site / "control")},
     }

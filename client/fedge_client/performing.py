@@ -114,9 +114,12 @@ class Performer:
 
         Raises:
             RefusedError: WORK_NOT_ALLOWED; the order adapts the clip beyond what the policy allows.
+            RemoteProtocolError: it adapts one that noise inside a secure sum was made for, or to what is none.
         """
         if run.clip is None or not message.HasField("clip"):
             return run.clip
+        if run.secure is not None and run.secure.noise is not None:
+            raise RemoteProtocolError("expected the clip that the noise in sums was made for, found another")
         if not 0 < message.clip < float("inf"):
             raise RemoteProtocolError(f"expected a finite clip above 0, found {message.clip}")
         check_clip(self._policy, message.clip)

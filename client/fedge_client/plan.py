@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -41,6 +41,8 @@ class Cost:
     epsilon: float
     admission_epsilon: float
     accountant: str
+    rounding: float = 1.0
+    """With secure sums, how much longer an update may be once it is on their grid: the noise is made for that."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -61,9 +63,13 @@ def cost_of(run: RunConfig, examples: int, *, folder: Path) -> Cost:
     strategy = load_strategy(run.strategy, run.work)
     if (central := Central.of(run)) is not None:
         central.check(strategy)
-    kind = work_kind(strategy)
+    secure = SumTerms.of(run, strategy, _layout(run, folder))
+    return _cost(run, terms, examples, secure)
+
+
+def _cost(run: RunConfig, terms: Terms, examples: int, secure: SumTerms | None) -> Cost:
+    kind = work_kind(load_strategy(run.strategy, run.work))
     assert kind != "evaluate"  # no strategy orders that
-    secure = SumTerms.of(run, strategy, _layout(run, folder) if _needs_model(run) else NO_MODEL)
     summed = secure.mechanism if secure is not None else None
     try:
         found = price(terms, run.work, kind, examples, summed=summed)
@@ -81,6 +87,7 @@ def cost_of(run: RunConfig, examples: int, *, folder: Path) -> Cost:
         epsilon=epsilon,
         admission_epsilon=epsilon_of(found.run, terms.delta),
         accountant=accountant,
+        rounding=secure.rounding if secure is not None else 1.0,
     )
 
 
@@ -127,15 +134,13 @@ def at_site(run: RunConfig, client_toml: Path) -> AtSite:
     spent = before.epsilon(policy.delta)
     found: Cost | None = None
     run_epsilon, after, size = None, None, 0
-    request = _request(run)
     try:
-        check_task(policy, request.task, folder=task_folder)
+        check_task(policy, run.task, folder=task_folder)
+        request = _request(run, _layout(run, task_folder))
         size = _examples(run, settings, task_folder)
         admit(policy, request, folder=task_folder)
         if (terms := request.terms) is not None:
-            if _needs_model(run):
-                request = replace(request, secure=_sums(run, _layout(run, task_folder)))
-            found = cost_of(run, size, folder=task_folder)
+            found = _cost(run, terms, size, request.secure)
             priced = price(terms, run.work, request.kind, size, summed=request.noise_of_sums)
             run_epsilon = epsilon_of(priced.run, policy.delta)
             check_price(policy, priced, run_epsilon)
@@ -157,26 +162,19 @@ def at_site(run: RunConfig, client_toml: Path) -> AtSite:
     return AtSite(size, found, run_epsilon, spent, after, policy.max_epsilon, policy.delta, refusal)
 
 
-NO_MODEL = Layout((Tensor("none", ()),))
-
-
-def _needs_model(run: RunConfig) -> bool:
-    """Whether what a run costs depends on how long its updates are."""
-    return run.privacy.unit == "client" and run.secure_aggregation.enabled
+_NO_MODEL = Layout((Tensor("none", ()),))
 
 
 def _layout(run: RunConfig, folder: Path) -> Layout:
-    """That of a run's model. This runs the task's code."""
+    """That of a run's model, if its length matters to what the run costs. This runs the task's code."""
+    if not (run.privacy.unit == "client" and run.secure_aggregation.enabled):
+        return _NO_MODEL
     task = load_task(run.task, path=folder)
     return load_framework().initial_model(task, seed=run.seed, unit=run.privacy.unit).layout
 
 
-def _sums(run: RunConfig, layout: Layout) -> SumTerms | None:
-    return SumTerms.of(run, load_strategy(run.strategy, run.work), layout)
-
-
-def _request(run: RunConfig) -> Request:
-    """The run as its coordinator would offer it, but for the model."""
+def _request(run: RunConfig, layout: Layout) -> Request:
+    """The run as its coordinator would offer it."""
     strategy = load_strategy(run.strategy, run.work)
     kind = work_kind(strategy)
     assert kind != "evaluate"  # no strategy orders that
@@ -189,11 +187,11 @@ def _request(run: RunConfig) -> Request:
         rounds=run.rounds,
         seed=run.seed,
         work=run.work,
-        layout=NO_MODEL,
+        layout=layout,
         clip=run.privacy.clip,
         terms=terms,
         cohort=run.cohort.needed,
-        secure=_sums(run, NO_MODEL),
+        secure=SumTerms.of(run, strategy, layout),
     )
 
 

@@ -17,6 +17,7 @@ from fedge_client.plan import AtSite, Cost, at_site, cost_of, fewest_clients
 
 app = typer.Typer(help="Plan a run's privacy.", no_args_is_help=True, add_completion=False)
 
+_MUCH = 1.1
 _SIZES = (100, 1_000, 10_000)
 
 
@@ -84,6 +85,7 @@ def _print_costs(run: RunConfig, costs: list[Cost]) -> None:
             f"{cost.admission_epsilon:.4g}",
         )
     console.print(table)
+    _say_rounding(console, costs[0])
     console.print(
         f"epsilon as stated to people ({costs[0].accountant}), and as a site's gate counts (RDP); a site that "
         "takes part in fewer rounds spends less",
@@ -93,6 +95,16 @@ def _print_costs(run: RunConfig, costs: list[Cost]) -> None:
         console.print(f"it needs at least {fewest_clients(run)} sites to come to its end", highlight=False)
 
 
+def _say_rounding(console: Console, cost: Cost) -> None:
+    """Where a part of the noise is for what rounding adds, more bits do more than a larger epsilon."""
+    if cost.rounding > _MUCH:
+        console.print(
+            f"rounding to the grid of the secure sums adds {cost.rounding - 1:.0%} to the norm that noise is made for: "
+            "raise secure_aggregation.bits, or set its rotate = true",
+            style="yellow",
+        )
+
+
 def _print_site(run: RunConfig, found: AtSite) -> None:
     console = Console()
     console.print(f"{run.name} at this site: {found.examples} training examples", highlight=False)
@@ -100,6 +112,7 @@ def _print_site(run: RunConfig, found: AtSite) -> None:
         console.print(f"  noise multiplier  {found.cost.noise_multiplier:.4g}", highlight=False)
         for release in found.cost.releases:
             console.print(f"  releases          {release}", highlight=False)
+        _say_rounding(console, found.cost)
         console.print(
             f"  the run's epsilon {found.cost.epsilon:.4g} at delta {found.cost.delta:g} "
             f"({found.cost.accountant}); {found.run_epsilon:.4g} by RDP at this site's delta {found.delta:g}",

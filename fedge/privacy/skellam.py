@@ -70,7 +70,7 @@ class SkellamSampler:
         return out
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=2)  # the table of the largest variance takes megabytes
 def _sampler(variance: float) -> SkellamSampler:
     reach = int(_DEVIATIONS * variance**0.5) + 90
     masses = _masses(variance, reach)

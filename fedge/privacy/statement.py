@@ -107,24 +107,22 @@ def state(
         if epsilon is None:
             reason = "the run fixes the noise, and not epsilon: each site's own ledger knows what it spent"
     else:
-        sums = None
         if run.secure_aggregation.enabled:
             sums = SumTerms.for_updates(run, layout, weighted=False)
+            found = price(terms, run.work, "train", 1, summed=sums.mechanism)
             trust, adjacency = TRUST_IN_SUMS, ADJACENCY_IN_SUMS
-        found = price(terms, run.work, "train", 1, summed=sums.mechanism if sums is not None else None)
-        mechanism = str(Central.of(run))
-        if sums is not None:
             mechanism = (
                 f"Skellam noise of {found.noise_multiplier:.6g} x the L2 sensitivity on each secure sum of updates, "
                 f"which {sums.honest} of its members or more have added"
             )
-        releases = [scaled(found.order, most)] if most else []
-        if found.evaluation is not None and terms.evaluations:
-            releases.append(scaled(found.evaluation, terms.evaluations))
-        if sums is not None and most:
-            releases = list(
-                found.run
-            )  # attempts that came to nothing are releases, too; no site makes more of them
+            # Attempts that came to nothing are releases, too; no site makes more of them.
+            releases = list(found.run) if most else []
+        else:
+            found = price(terms, run.work, "train", 1)
+            mechanism = str(Central.of(run))
+            releases = [scaled(found.order, most)] if most else []
+            if found.evaluation is not None and terms.evaluations:
+                releases.append(scaled(found.evaluation, terms.evaluations))
         epsilon, accountant = statement(merged(releases), terms.delta)
     return Statement(
         run_id=run_id,

@@ -64,10 +64,9 @@ class Terms:
         assert privacy.delta is not None
         every = run.evaluation_every
         turns = privacy.max_participations or run.rounds
+        # With noise inside secure sums, more turns than there are rounds pay for spare attempts.
         if not (privacy.unit == "client" and run.secure_aggregation.enabled):
-            turns = min(
-                turns, -(-run.rounds // privacy.separation)
-            )  # else more of them pay for spare attempts
+            turns = min(turns, -(-run.rounds // privacy.separation))
         return cls(
             unit=privacy.unit,
             delta=privacy.delta,

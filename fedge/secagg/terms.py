@@ -162,6 +162,12 @@ class SumTerms:
         return body.mechanism(self.honest) if isinstance(body, Grid) else None
 
     @property
+    def rounding(self) -> float:
+        """How much longer an update may be once it is rounded to the noise's grid; 1.0 where there is none."""
+        body = self.encoding(self.noise.size, b"").body if self.noise is not None else None
+        return body.l2 / (body.clip * body.steps) if isinstance(body, Grid) else 1.0
+
+    @property
     def shards(self) -> int:
         return shards_for(self.clients)
 

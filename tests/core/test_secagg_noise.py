@@ -305,3 +305,12 @@ def test_noise_for_a_longer_update_is_as_strong_for_each_of_its_elements():
     ]
     deviations = [math.sqrt(noise.variance) / noise.steps for noise in found]
     assert deviations == pytest.approx([deviations[0]] * 3, rel=0.02)
+
+
+def test_what_rounding_adds_to_the_norm_is_told_and_less_with_more_bits():
+    """At 32 bits it is about the hundredth that the grid is made for."""
+    found = [terms_of(secure={"bits": bits}).rounding for bits in (14, 16, 32)]
+    assert found[0] > found[1] >= found[2]
+    assert 1 < found[2] < 1.02
+    in_clear = SumTerms(least=3, clients=4, bound=1.0)
+    assert in_clear.rounding == 1.0

@@ -134,3 +134,17 @@ def test_where_examples_are_protected_all_attempts_at_a_round_mask_one_update_th
     run.play(round=2).envelopes()
     run.end()
     assert paid(attack, run) == 2 * steps > 0
+
+
+def test_an_order_with_a_clip_of_its_own_is_refused_where_the_noise_was_made_for_the_offered_one(
+    attack: Attacked,
+):
+    run = Run.begun(attack.coordinator, more=PRIVATE)
+    play = run.play()
+    play.message.clip = 0.25
+    run.coordinator.tell(order=play.message)
+    failed = play.hear("failed")
+    run.end()
+    assert (failed.refusal.code, failed.refusal.message) == (RefusalCode.TASK_FAILED, "see the site's log")
+    attack.agent.says("expected the clip that the noise in sums was made for")
+    assert not play.heard("update")

@@ -82,6 +82,11 @@ def test_sites_that_trust_nobody_are_protected_as_a_whole_by_noise_of_their_own(
     assert 3.9 < said["epsilon"] <= 4.0
     assert said["sites"] == dict.fromkeys(SITES, 3)
 
+    coarse = wards.folder / SITES[0] / "coarse.toml"
+    few_bits = PRIVATE.replace("enabled = true", "enabled = true\nbits = 13") + "epsilon = 6.0\n"
+    coarse.write_text(run_toml("coarse", task="wide:task", size=20, quorum=20, rounds=3, more=few_bits))
+    assert "rounding to the grid of the secure sums adds" in fedge_ok("privacy", "plan", coarse)
+
     # Without secure sums the coordinator would add the noise, which none of these sites believes.
     in_clear = PRIVATE.replace("enabled = true", "enabled = false") + "epsilon = 4.0\n"
     other = wards.submit(run_toml("believe-me", size=4, quorum=3, rounds=1, more=in_clear))

@@ -19,7 +19,8 @@ from fedge.seeds import work_seed
 from fedge.task import Task
 from fedge.vector import Array
 from fedge_client.torch.trainer import Outcome
-from fedge_sim.cohort import Cohort, Member, UnsuitedError
+from fedge_sim.cohort import Cohort, Member
+from fedge_sim.pool import UnsuitedError
 from fedge_sim.population import Population
 
 log = logging.getLogger(__name__)

@@ -26,6 +26,7 @@ from fedge_client.torch.flat import FlatModule
 from fedge_client.torch.framework import build_module
 from fedge_client.torch.optim import InPlaceOptimizer
 from fedge_client.torch.trainer import Outcome
+from fedge_sim.pool import UnsuitedError, filler
 
 SIZES = (4, 8, 16, 32, 64, 128, 256)
 """Clients in a stack: the smallest of these that holds a cohort is traced."""
@@ -35,10 +36,6 @@ MAX_STACK_BYTES = 1 << 28
 
 _CLOSE = 1e-3
 """What a mean over rows may differ by from the task's own loss, relative to it, and still be it."""
-
-
-class UnsuitedError(Exception):
-    """A task that cannot be trained as a stack, and why, for the person who asked for it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,37 +182,27 @@ class _Stack:
     def __init__(
         self, cohort: Cohort, model: Array, batches: list[Batches], seeds: list[int], work: Work
     ) -> None:
-        self._cohort, self._batches, self._seeds, self._work = cohort, batches, seeds, work
+        self._cohort, self._batches, self._work = cohort, batches, work
         self._count = next((size for size in SIZES if size >= len(batches)), len(batches))
         self._start = torch.from_numpy(model)
         self._theta = self._start.expand(self._count, -1).clone()
-        self._gradient = torch.empty_like(self._theta)
-        self._views, self._slopes = cohort.views(self._theta), cohort.views(self._gradient)
-        self._width = max(each.batch_size for each in batches)
-        self._weights = torch.zeros(self._count, self._width)
-        self._inputs: torch.Tensor | None = None
-        self._targets: torch.Tensor | None = None
+        self._views = cohort.views(self._theta)
+        self._filler = filler(batches, seeds, self._count)
 
     def run(self, steps: int, out: Array, rows: Sequence[int]) -> list[Outcome]:
         """All steps; what has moved is in those rows of `out`."""
         work, number = self._work, len(self._batches)
-        optimizer = InPlaceOptimizer(self._theta.numel())
-        optimizer.begin(_optimizer_of(work))
+        move = self._simply if _is_simple(work) else self._mover()
         losses, seen = torch.zeros(number, dtype=torch.float64), torch.zeros(number, dtype=torch.float64)
-        theta, gradient = self._theta.view(-1), self._gradient.view(-1)
         for step in range(steps):
-            sizes = self._fill(step)
-            arguments = (self._views, self._inputs, self._targets, self._weights)
+            filled = self._filler.fill(step)
+            arguments = (self._views, filled.inputs, filled.targets, filled.weights)
             with torch.no_grad():
                 slopes, loss = self._cohort.step(arguments)(*arguments)
-                for slope, room in zip(slopes, self._slopes, strict=True):
-                    room.copy_(slope)
-                if work.l1 or work.l2:
-                    optimizer.regularise(gradient, theta, l1=work.l1, l2=work.l2)
-                optimizer.step(theta, gradient)
+                move(slopes)
             counts = [
                 size if step >= (0 if work.steps else steps - each.per_epoch) else 0
-                for size, each in zip(sizes, self._batches, strict=True)
+                for size, each in zip(filled.sizes, self._batches, strict=True)
             ]
             weight = torch.tensor(counts, dtype=torch.float64)
             losses += loss[:number].double() * weight
@@ -227,32 +214,31 @@ class _Stack:
             Outcome(each.size, {"train_loss": mean}) for each, mean in zip(self._batches, means, strict=True)
         ]
 
-    def _fill(self, step: int) -> list[int]:
-        """Put everybody's batch in its place; returns how long each is."""
-        sizes = []
-        for at, (batches, seed) in enumerate(zip(self._batches, self._seeds, strict=True)):
-            inputs, targets = batches.gather(batches.step(step, seed=seed))
-            if not isinstance(inputs, torch.Tensor) or not isinstance(targets, torch.Tensor):
-                raise UnsuitedError("its examples are more than one tensor and one target")
-            if self._inputs is None or self._targets is None:
-                self._inputs = inputs.new_zeros((self._count, self._width, *inputs.shape[1:]))
-                self._targets = targets.new_zeros((self._count, self._width, *targets.shape[1:]))
-                self._weights.fill_(1.0)  # those whom nobody asked
-            room, wanted = self._inputs[at], self._targets[at]
-            if (room.shape[1:], room.dtype, wanted.shape[1:], wanted.dtype) != (
-                inputs.shape[1:],
-                inputs.dtype,
-                targets.shape[1:],
-                targets.dtype,
-            ):
-                raise UnsuitedError("its examples are of several shapes or types")
-            size = len(inputs)
-            room[:size], wanted[:size] = inputs, targets
-            if size < self._width:
-                room[size:], wanted[size:] = inputs[:1], targets[:1]  # something that the model can take
-            self._weights[at, :size], self._weights[at, size:] = 1.0, 0.0
-            sizes.append(size)
-        return sizes
+    def _simply(self, slopes: list[torch.Tensor]) -> None:
+        """A step of plain SGD."""
+        for view, slope in zip(self._views, slopes, strict=True):
+            view.add_(slope, alpha=-self._work.learning_rate)
+
+    def _mover(self) -> Callable[[list[torch.Tensor]], None]:
+        """Steps of any optimiser, with a regulariser or without."""
+        work, theta = self._work, self._theta.view(-1)
+        whole = torch.empty_like(self._theta)
+        rooms, gradient = self._cohort.views(whole), whole.view(-1)
+        optimizer = InPlaceOptimizer(theta.numel())
+        optimizer.begin(_optimizer_of(work))
+
+        def move(slopes: list[torch.Tensor]) -> None:
+            for slope, room in zip(slopes, rooms, strict=True):
+                room.copy_(slope)
+            if work.l1 or work.l2:
+                optimizer.regularise(gradient, theta, l1=work.l1, l2=work.l2)
+            optimizer.step(theta, gradient)
+
+        return move
+
+
+def _is_simple(work: Work) -> bool:
+    return work.optimizer == "sgd" and not work.l1 and not work.l2
 
 
 def _optimizer_of(work: Work) -> Optimizer:

@@ -87,6 +87,30 @@ class Batches:
         shuffled = self._order.permutation(self.size, seed=seed, epoch=epoch)
         return shuffled[at * self.batch_size : (at + 1) * self.batch_size]
 
+    def epoch(self, number: int, *, seed: int) -> torch.Tensor:
+        """The positions (int64[size]) of an epoch, batch after batch."""
+        return self._order.permutation(self.size, seed=seed, epoch=number)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Where all examples are rows of an input and a target tensor: these. `rows` says which are the dataset's."""
+        return self._tensors
+
+    @property
+    def whole(self) -> bool:
+        """Whether the rows of `tensors` are the dataset's examples, in its order."""
+        return not self._levels
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """The row of each example in `tensors`: int64[size].
+
+        Raises:
+            TaskError: the indices of a Subset are none.
+        """
+        positions = range(self.size)
+        return self._rows(list(positions)) if self._levels else torch.arange(self.size)
+
     def in_order(self, *, max_bytes: int) -> tuple[torch.Tensor, ...]:
         """The positions of batches in the dataset's own order, each of about `max_bytes` or fewer."""
         rows = max(_MIN_ROWS, max_bytes // max(1, self.bytes_per_example()))

@@ -10,7 +10,7 @@ for the blocks that need them, which for updates of like magnitude is next to no
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,6 +27,14 @@ MAX_WEIGHT = 1 << 29
 """A float32 (24 significant bits) times a smaller integer (29 bits) is exact in float64 (53 bits)."""
 
 _SPARSE_SHARE = 8
+
+_MANY = 8
+"""Terms from which on a sum of all of them is tried first."""
+
+_MATRIX = 1 << 19
+"""Numbers of many terms that are looked at at once; a part of them is summed at once."""
+
+_PARTS = 8
 
 Double = npt.NDArray[np.float64]
 Index = npt.NDArray[np.intp]
@@ -186,7 +194,7 @@ class _Block:
         own = 0 if self._empty else self._dense.nbytes
         return own + 16 * self._pending_count + (self._low.nbytes if self._low else 0)
 
-    def add(self, values: Array, weight: int, room: _Room) -> None:
+    def add(self, values: Array | Double, weight: int, room: _Room) -> None:
         """Add `weight * values` exactly."""
         product = self._dense if self._empty else room.product[: self.size]
         product[:] = values
@@ -236,7 +244,7 @@ class _Block:
             self._pending_count += len(where)
             return
         low = self._push_down()
-        low._add_at(where, errors)
+        low.add_at(where, errors)
 
     def _push_down(self) -> _Block:
         if self._low is None:
@@ -244,10 +252,11 @@ class _Block:
             self._low._empty = False
         pending, self._pending, self._pending_count = self._pending, [], 0
         for where, errors in pending:
-            self._low._add_at(where, errors)
+            self._low.add_at(where, errors)
         return self._low
 
-    def _add_at(self, where: Index, values: Double) -> None:
+    def add_at(self, where: Index, values: Double) -> None:
+        """Add numbers at a few places, exactly; something was added before."""
         old = self._dense[where]
         error = _error(old, values)
         self._dense[where] = old + values
@@ -265,8 +274,61 @@ class _Block:
 
 
 def _add(block: _Block, offset: int, terms: Sequence[Term], room: _Room) -> None:
+    if len(terms) >= _MANY and all(isinstance(term.values, np.ndarray) for term in terms):
+        _add_many(block, offset, terms, room)
+        return
     for term in terms:
         block.add(term.values[offset : offset + block.size], term.weight, room)
+
+
+def _add_many(block: _Block, offset: int, terms: Sequence[Term], room: _Room) -> None:
+    """As one after the other: by plain float64 sums where these are exact, as they nearly always are."""
+    weights = np.array([term.weight for term in terms], np.float64)
+    columns = max(1, _MATRIX // len(terms))
+    total = room.given_back[: block.size]
+    inexact = room.inexact[: block.size]
+    for start in range(0, block.size, columns):
+        stop = min(start + columns, block.size)
+        values = np.stack([term.values[offset + start : offset + stop] for term in terms])
+        np.logical_not(_sums_exactly(values, weights.sum()), out=inexact[start:stop])
+        for at in range(start, stop, columns // _PARTS or 1):
+            part = values[:, at - start : at - start + (columns // _PARTS or 1)].astype(np.float64)
+            np.matmul(weights, part, out=total[at : at + part.shape[1]])
+    where = np.flatnonzero(inexact)
+    if len(where) * _SPARSE_SHARE > block.size:
+        for term in terms:
+            block.add(term.values[offset : offset + block.size], term.weight, room)
+        return
+    total[where] = 0.0
+    block.add(total, 1, room)
+    if len(where):
+        few = [term.values[offset : offset + block.size][where] for term in terms]
+        for part in _expansion(np.stack(few).astype(np.float64) * weights[:, None]):
+            block.add_at(where, part)
+
+
+def _expansion(products: Double) -> Iterator[Double]:
+    """Vectors float64[columns] whose exact sum is that of the columns of [terms, columns], the largest first."""
+    columns = products.T.tolist()
+    while any(sums := [math.fsum(column) for column in columns]):
+        yield np.array(sums)
+        for column, part in zip(columns, sums, strict=True):
+            column.append(-part)
+
+
+def _sums_exactly(values: Array, weight: float) -> npt.NDArray[np.bool_]:
+    """Of numbers [terms, columns]: whether a column's sum, with weights of this sum, is exact in float64 in any order.
+
+    All products are whole multiples of the last place of the smallest number that is not zero, which is 2^-24 of it or
+    more; so are their sums, and below 2^53 times that every one of those is a float64.
+    """
+    # As whole numbers, floats without their signs are in the order of the floats; zero less one is the last of all.
+    bits = values.view(np.uint32) & np.uint32(0x7FFFFFFF)
+    largest = bits.max(axis=0).view(np.float32).astype(np.float64)
+    bits -= np.uint32(1)
+    smallest = (bits.min(axis=0) + np.uint32(1)).view(np.float32).astype(np.float64)
+    exact: npt.NDArray[np.bool_] = largest * weight <= smallest * 2.0**28
+    return exact
 
 
 def _quotient(block: _Block, total_weight: int) -> Double:

@@ -8,7 +8,7 @@ is accepted, closed and stepped on arrival.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from fedge import round as rounds
@@ -120,6 +120,20 @@ def step(run: Federation, event: RunEvent) -> RunStep:
             if run.training is not None and order == run.training.order:
                 return _in_training(run, event)
             return run, _answer_old(run, event)
+
+
+def arrive(run: Federation, clients: Sequence[str], order: OrderId) -> RunStep:
+    """As `step` for an `Arrived` of each of these in turn; at once, where that is the same."""
+    training = run.training
+    if run.status == "running" and training is not None and training.order == order and clients:
+        together = rounds.arrive(training, clients)
+        if together is not None:
+            return _follow_training(run, together)
+    effects: tuple[RunEffect, ...] = ()
+    for client in clients:
+        run, more = step(run, Arrived(client, order))
+        effects += more
+    return run, effects
 
 
 def fail(run: Federation, reason: str) -> RunStep:

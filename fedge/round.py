@@ -18,7 +18,7 @@ epoch needs no setting. `MAX_EXTENSIONS` bounds even a client that lies about it
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, Final
@@ -73,19 +73,23 @@ def open_round(
     return waiting, (StartTimer(order, "waiting", terms.wait_s),)
 
 
-def rank(seed: int, order: OrderId, client: str) -> bytes:
-    """A client's place in the draw: a hash keyed by seed and order, so that anybody can recompute it."""
-    text = f"{seed}\0{order.kind}\0{order.round}\0{order.attempt}\0{client}"
-    return hashlib.sha256(text.encode()).digest()
+def ranks(seed: int, order: OrderId, clients: Iterable[str]) -> list[bytes]:
+    """Each client's place in the draw: a hash keyed by seed and order, so that anybody can recompute it."""
+    keyed = hashlib.sha256(f"{seed}\0{order.kind}\0{order.round}\0{order.attempt}\0".encode())
+    places = []
+    for client in clients:
+        place = keyed.copy()
+        place.update(client.encode())
+        places.append(place.digest())
+    return places
 
 
 def _ranked(round: Round) -> Round:
     """The same with its candidates in the order of the draw."""
-
-    def place(client: str) -> tuple[int, bytes]:
-        return round.turns.get(client, 0), rank(round.seed, round.order, client)
-
-    return replace(round, candidates=tuple(sorted(round.candidates, key=place)))
+    clients, turns = round.candidates, round.turns
+    before = [turns.get(client, 0) for client in clients] if turns else [0] * len(clients)
+    draw = sorted(zip(before, ranks(round.seed, round.order, clients), clients, strict=True))
+    return replace(round, candidates=tuple(client for _, _, client in draw))
 
 
 def step(round: Round, event: Event) -> Step:
@@ -96,6 +100,24 @@ def step(round: Round, event: Event) -> Step:
     if isinstance(event, Arrived):  # for another round, or another attempt at this one
         return round, (Reject(event.client, event.order, _not_asked(event.order)),)
     return round, ()
+
+
+def arrive(round: Round, clients: Sequence[str]) -> Step | None:
+    """As `step` for the arrival of each of these in turn, but at once; None unless all of them are at work in an open
+    round that wants as many, and nobody's part in it depends on anything else."""
+    arrived = frozenset(clients)
+    if (
+        round.phase != "open"
+        or round.terms.secure is not None
+        or len(arrived) != len(clients)
+        or not arrived <= round.pending
+        or len(round.accepted) + len(arrived) > round.terms.size
+    ):
+        return None
+    settled, effects = _settle(
+        replace(round, pending=round.pending - arrived, accepted=round.accepted | arrived)
+    )
+    return settled, (*(Accept(client, round.order) for client in clients), *effects)
 
 
 def resume(round: Round, kept: Collection[str], clients: Collection[str]) -> Step:

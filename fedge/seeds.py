@@ -10,7 +10,9 @@ def derive_seed(seed: int, *parts: str | int) -> int:
 
     The same on every machine and in every process; different parts give unrelated seeds.
     """
-    text = "\0".join([str(seed), *(f"{type(part).__name__}:{part}" for part in parts)])
+    text = str(seed)
+    for part in parts:
+        text += f"\0str:{part}" if type(part) is str else f"\0{type(part).__name__}:{part}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 

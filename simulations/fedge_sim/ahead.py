@@ -7,7 +7,7 @@ nobody's business. What was computed for an order that is called off is dropped.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final, Literal
 
 import numpy as np
@@ -19,7 +19,7 @@ from fedge.seeds import work_seed
 from fedge.task import Task
 from fedge.vector import Array
 from fedge_client.torch.trainer import Outcome
-from fedge_sim.cohort import Cohort, Member
+from fedge_sim.cohort import SIZES, Cohort, Member
 from fedge_sim.pool import UnsuitedError
 from fedge_sim.population import Population
 
@@ -39,13 +39,29 @@ class Ahead:
         self._run, self._population = run, population
         self._done: dict[Send, tuple[Outcome, Array]] = {}
         self._cohort: Cohort | None = None
+        self._room: Array = np.empty((0, 0), np.float32)
         self.reason = ""
         try:
             if run.privacy.unit == "example":
                 raise UnsuitedError("privacy of examples is the loop's")
-            self._cohort = Cohort(task, seed=run.seed)
+            self._cohort = Cohort(task, seed=run.seed, usual=min(run.cohort.size, SIZES[-1]))
         except UnsuitedError as error:
             self._fall_back(error)
+
+    def together(self, sends: Sequence[Send], model: Array) -> tuple[list[Outcome], Array] | None:
+        """What the training of clients with the same order comes to, of as many as a stack holds: row i of
+        float32[clients, size] is the update of the i-th, until the next call. None if the loop is to do it."""
+        if self._cohort is None or sends[0].order.kind != "train" or sends[0] in self._done:
+            return None
+        sends = sends[: self._cohort.most]
+        if self._room.shape != (len(sends), len(model)):
+            self._room = np.empty((len(sends), len(model)), np.float32)
+        outcomes = self._train(sends, model, self._room)
+        return (outcomes, self._room) if outcomes is not None else None
+
+    def keep(self, sends: Sequence[Send], outcomes: Sequence[Outcome], vectors: Array) -> None:
+        """Have what `together` has returned taken one by one."""
+        self._done = dict(zip(sends, zip(outcomes, vectors.copy(), strict=True), strict=False))
 
     def take(self, send: Send, model: Array, others: Mapping[Send, Array]) -> tuple[Outcome, Array] | None:
         """What a client's training for an order comes to, together with that of `others` who wait; None if the loop is
@@ -53,21 +69,23 @@ class Ahead:
         if send not in self._done and self._cohort is not None and send.order.kind == "train":
             self._done.clear()  # of orders that were called off
             waiting = [other for other, its in others.items() if other.order == send.order and its is model]
-            self._train([send, *waiting][: self._cohort.most], model)
+            sends = [send, *waiting][: self._cohort.most]
+            out = np.empty((len(sends), len(model)), np.float32)
+            outcomes = self._train(sends, model, out)
+            if outcomes is not None:
+                self._done = dict(zip(sends, zip(outcomes, out, strict=True), strict=True))
         return self._done.pop(send, None)
 
-    def _train(self, sends: list[Send], model: Array) -> None:
+    def _train(self, sends: Sequence[Send], model: Array, out: Array) -> list[Outcome] | None:
         assert self._cohort is not None  # asked only then
         members = [Member(self._population.data(send.client)[0], self._seed(send)) for send in sends]
-        out = np.empty((len(sends), len(model)), np.float32)
         try:
-            outcomes = self._cohort.train(model, members, self._run.work, out)
+            return self._cohort.train(model, members, self._run.work, out)
         except UnsuitedError as error:
             self._fall_back(error)
-            return
         except TaskError:  # the loop will find out whose, when it comes to them
-            return
-        self._done = dict(zip(sends, zip(outcomes, out, strict=True), strict=True))
+            pass
+        return None
 
     def _seed(self, send: Send) -> int:
         order = send.order

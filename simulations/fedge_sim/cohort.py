@@ -34,6 +34,9 @@ SIZES = (4, 8, 16, 32, 64, 128, 256)
 MAX_STACK_BYTES = 1 << 28
 """Of the clients' vectors, once: gradients and optimisers take as much again, two to four times."""
 
+_MOST_KNOWN = 4096
+"""Training sets whose batches are kept."""
+
 _CLOSE = 1e-3
 """What a mean over rows may differ by from the task's own loss, relative to it, and still be it."""
 
@@ -51,14 +54,15 @@ Step = Callable[..., tuple[list[torch.Tensor], torch.Tensor]]
 
 
 class Cohort:
-    """Trains cohorts of a task's model.
+    """Trains cohorts of a task's model, of which the most have `usual` members.
 
     Raises:
         UnsuitedError: the model holds more than float32 parameters: buffers, frozen or tied ones.
     """
 
-    def __init__(self, task: Task, *, seed: int) -> None:
+    def __init__(self, task: Task, *, seed: int, usual: int = SIZES[-1]) -> None:
         self._task = task
+        self._sizes = sorted({*SIZES, usual})
         self._flat = FlatModule(build_module(task, seed=seed))
         self._flat.module.train()
         layout = self._flat.layout
@@ -73,13 +77,15 @@ class Cohort:
         self._slices = layout.slices
         self._size = layout.size
         self._order = Order()
+        self._room = torch.empty(0)
+        self._known: dict[int, tuple[Any, Any, Batches]] = {}
         self._steps: dict[tuple[Any, ...], Step] = {}
         self._tried = False
 
     @property
     def most(self) -> int:
         """Clients in a stack."""
-        return max(1, min(SIZES[-1], MAX_STACK_BYTES // (4 * self._size)))
+        return max(1, min(self._sizes[-1], MAX_STACK_BYTES // (4 * self._size)))
 
     def train(self, model: Array, members: Sequence[Member], work: Work, out: Array) -> list[Outcome]:
         """Train every member from `model` (float32[size]); row i of `out` (float32[members, size]) is what member i has
@@ -89,7 +95,7 @@ class Cohort:
             UnsuitedError: the model or the loss cannot be done for all at once.
             TaskError: a member's data cannot be read.
         """
-        batches = [Batches(member.train, work.batch_size, order=self._order) for member in members]
+        batches = [self._batches_of(member.train, work) for member in members]
         steps = [work.steps or (work.epochs or 1) * each.per_epoch for each in batches]
         outcomes: dict[int, Outcome] = {}
         # Members of one length at a time, the same whoever else is asked.
@@ -102,6 +108,27 @@ class Cohort:
                 )
                 outcomes |= zip(part, moved.run(length, out, part), strict=True)
         return [outcomes[at] for at in range(len(members))]
+
+    def _batches_of(self, train: Any, work: Work) -> Batches:
+        """Those of a training set, made once: a population gives the same one again."""
+        known = self._known.get(id(train))
+        if known is not None and known[0] is train and known[1] == work.batch_size:
+            return known[2]
+        if len(self._known) >= _MOST_KNOWN:
+            self._known.clear()
+        batches = Batches(train, work.batch_size, order=self._order)
+        self._known[id(train)] = train, work.batch_size, batches
+        return batches
+
+    def room(self, members: int) -> torch.Tensor:
+        """Memory for the vectors of a stack: the same for each stack of a size."""
+        if self._room.shape != (members, self._size):
+            self._room = torch.empty(members, self._size)
+        return self._room
+
+    def size_for(self, members: int) -> int:
+        """Of the stack for so many."""
+        return next((size for size in self._sizes if size >= members), members)
 
     def views(self, stack: torch.Tensor) -> list[torch.Tensor]:
         """The parameters of a stack of vectors, each [clients, *shape]."""
@@ -183,9 +210,10 @@ class _Stack:
         self, cohort: Cohort, model: Array, batches: list[Batches], seeds: list[int], work: Work
     ) -> None:
         self._cohort, self._batches, self._work = cohort, batches, work
-        self._count = next((size for size in SIZES if size >= len(batches)), len(batches))
+        self._count = cohort.size_for(len(batches))
         self._start = torch.from_numpy(model)
-        self._theta = self._start.expand(self._count, -1).clone()
+        self._theta = cohort.room(self._count)
+        self._theta.copy_(self._start)
         self._views = cohort.views(self._theta)
         self._filler = filler(batches, seeds, self._count)
 
@@ -207,8 +235,11 @@ class _Stack:
             weight = torch.tensor(counts, dtype=torch.float64)
             losses += loss[:number].double() * weight
             seen += weight
-        moved = self._theta[:number] - self._start
-        out[list(rows)] = moved.numpy()
+        theta = self._theta[:number]
+        if len(out) == number:  # the usual case: all members are here, in their order
+            torch.sub(theta, self._start, out=torch.from_numpy(out))
+        else:
+            out[list(rows)] = (theta - self._start).numpy()
         means = (losses / seen).tolist()
         return [
             Outcome(each.size, {"train_loss": mean}) for each, mean in zip(self._batches, means, strict=True)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
@@ -49,25 +49,24 @@ from fedge.refusal import Refusal, RefusalCode
 from fedge.run import RunConfig
 from fedge.run_state import Finish, Returned, RunEffect, RunEvent, Stop
 from fedge.secagg.terms import SumTerms
-from fedge.seeds import derive_key, work_seed
+from fedge.seeds import derive_key
 from fedge.snapshot import revive, take
 from fedge.strategy import WorkKind, load_strategy
 from fedge.task import Task, load_task
 from fedge.vector import Array, Model
 from fedge_client.gate import Released, layers_of, release
-from fedge_client.torch.batches import examples
 from fedge_client.torch.framework import framework
-from fedge_client.torch.private.steps import Private
 from fedge_client.torch.threads import suitable_threads, using_threads
-from fedge_client.torch.trainer import Outcome, Trainer
 from fedge_server.store.machine import decode_machine, encode_machine
 from fedge_sim.adversaries import Adversaries
 from fedge_sim.ahead import ENGINES, Ahead, EngineName
+from fedge_sim.clients import Clients
 from fedge_sim.faults import Faults, corrupt
 from fedge_sim.population import Population
 from fedge_sim.privacy import Accounts
 from fedge_sim.result import Result
 from fedge_sim.secure import SecureSums
+from fedge_sim.together import pass_together
 
 log = logging.getLogger(__name__)
 
@@ -170,12 +169,12 @@ class _Engine:
         self._learning = Learning.begin(
             strategy, framework.initial_model(task, seed=run.seed, unit=run.privacy.unit), Central.of(run)
         )
-        self._trainer = Trainer(task, seed=run.seed)
         self._ahead = Ahead(run, task, self._population) if engine == "vectorised" else None
-        self.threads = suitable_threads(self._trainer.layout.size)
+        self.threads = suitable_threads(self._learning.layout.size)
         kind = self._learning.order(1).kind
         sums = SumTerms.of(run, strategy, self._learning.layout)
         self._accounts = Accounts(run, kind, sums.mechanism if sums is not None else None)
+        self._clients = Clients(run, task, self._accounts)
         terms = self._accounts.terms
         # At example level the clip is for the gradients of examples, not for updates.
         self._clip = None if terms and terms.unit == "example" else run.privacy.clip
@@ -188,6 +187,10 @@ class _Engine:
         self._effects = effects
         self._orders: dict[Send, Array] = {}
         self._faults = Faults(run.simulation.faults, seed=run.seed)
+        streams = strategy.reduction.streams and self._secure is None
+        self._undisturbed = (
+            streams and terms is None and run.privacy.clip is None and not self._faults.may_strike
+        )
         self._adversaries = Adversaries.of(run.simulation.adversaries, self._population.names, seed=run.seed)
         self._kept: dict[WorkKind, list[tuple[OrderId, Update]]] = {}
         self._timers: dict[tuple[OrderId, str], tuple[float, DeadlinePassed]] = {}
@@ -232,7 +235,8 @@ class _Engine:
             self._handle(Arrived(late.client, late.order), None)  # nobody will look at what was computed
         elif self._orders:
             send = next(iter(self._orders))
-            self._begin(send, self._orders.pop(send))
+            if not self._do_together(send):
+                self._begin(send, self._orders.pop(send))
         else:
             self._wait()
 
@@ -252,6 +256,42 @@ class _Engine:
             case fault:
                 self._work(send, model, corrupted=fault == "corruption")
 
+    def _do_together(self, first: Send) -> bool:
+        """The work of all who have the same order, and their arrivals, at once: the same as one after another where
+        nothing can come between them. False if it cannot be done."""
+        model, order = self._orders[first], first.order
+        training = self._machine.training
+        if not self._undisturbed or self._ahead is None or training is None or order != training.order:
+            return False
+        room = training.terms.size - len(training.accepted)
+        sends = [send for send, its in self._orders.items() if send.order == order and its is model][:room]
+        trained = self._ahead.together(sends, model)
+        if trained is None:
+            return False
+        released = pass_together(*trained)
+        if released is None:
+            self._ahead.keep(sends, *trained)
+            return False
+        sends = sends[: len(released)]
+        clients = [send.client for send in sends]
+        for send in sends:
+            del self._orders[send]
+        self._machine, effects = federation.arrive(self._machine, clients, order)
+        sent = {
+            client: self._adversaries.tampered(client, order.kind, order.round, each)
+            for client, each in zip(clients, released, strict=True)
+        }
+        counted = [effect for effect in effects if isinstance(effect, Accept)]
+        updates = [
+            Update(each.client, own.vector, own.num_examples, own.metrics, each.staleness)
+            for each in counted
+            if (own := sent[each.client])
+        ]
+        self._learning = self._learning.fold(order, *updates)
+        self._up += sum(own.vector.nbytes for own in sent.values())
+        self._execute(tuple(effect for effect in effects if not isinstance(effect, Accept)), None)
+        return True
+
     def _wait(self) -> None:
         """Nobody is at work: what the machine waits for can only be its next deadline."""
         key = min(self._timers, key=lambda key: self._timers[key][0])
@@ -266,12 +306,12 @@ class _Engine:
         train, test = self._population.data(client)
         out = self._out
         try:
-            private = self._private(client, order, train)
+            private = self._clients.private(client, order, train)
             ahead = self._ahead.take(send, model, self._orders) if self._ahead is not None else None
             if ahead is not None:
                 done, out = ahead
             else:
-                done = self._perform(client, order, model, (train, test), private)
+                done = self._clients.perform(client, order, model, (train, test), private, out=out)
         except RefusedError as error:
             self._handle(Failed(client, order, error.refusal), None)
             return
@@ -293,38 +333,6 @@ class _Engine:
             return
         tampered = self._adversaries.tampered(client, order.kind, order.round, released)
         self._handle(Arrived(client, order), tampered)
-
-    def _private(self, client: str, order: OrderId, train: Any) -> Private | None:
-        """What the client does for privacy, which it pays for first; its noise follows from the run's seed.
-
-        Raises:
-            RefusedError: the client's budget is exhausted.
-        """
-        if self._accounts.terms is None:
-            return None
-        size = examples(train)
-        self._accounts.charge(client, order.kind, size)
-        level = self._accounts.level(size)
-        if level is None:
-            return None
-        key = derive_key(self._run.seed, client, order.kind, order.round, order.attempt)
-        return Private(level, SecureSource(key))
-
-    def _perform(
-        self, client: str, order: OrderId, model: Array, data: tuple[Any, Any], private: Private | None
-    ) -> Outcome:
-        trainer, work, (train, test) = self._trainer, self._run.work, data
-        seed = work_seed(self._run.seed, site=client, kind=order.kind, round=order.round)
-        match order.kind:
-            case "train":
-                return trainer.train(model, train, work, seed=seed, out=self._out, private=private)
-            case "gradient":
-                step = order.round - 1
-                return trainer.gradient(
-                    model, train, work, seed=seed, step=step, out=self._out, private=private
-                )
-            case "evaluate":
-                return trainer.evaluate(model, test, private=private)
 
     def _handle(self, event: Event, released: Released | None) -> None:
         """Something happens to the coordinator, which may crash at it; then it happens once more."""

@@ -81,6 +81,11 @@ class Faults:
         return Injected(strikes, self._crashes)
 
     @property
+    def may_strike(self) -> bool:
+        """Whether anything can go wrong at all."""
+        return self._possible or self.may_crash
+
+    @property
     def may_crash(self) -> bool:
         """Whether the coordinator crashes at times, and so has to keep what a deployed one keeps."""
         return self._config.crash_every > 0

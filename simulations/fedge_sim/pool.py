@@ -55,7 +55,7 @@ class _Pool:
         self,
         inputs: torch.Tensor,
         targets: torch.Tensor,
-        places: Sequence[torch.Tensor],
+        places: torch.Tensor,
         batches: Sequence[Batches],
         seeds: Sequence[int],
         count: int,
@@ -63,7 +63,7 @@ class _Pool:
         """`places[i]` are the rows of member i's examples."""
         self._inputs, self._targets = inputs, targets
         self._batches, self._seeds = batches, seeds
-        self._places = torch.stack(list(places))
+        self._places = places
         self._size, self._width = batches[0].size, batches[0].batch_size
         self._per_epoch = batches[0].per_epoch
         self._rows = torch.zeros(count, self._per_epoch * self._width, dtype=torch.int64)
@@ -81,23 +81,22 @@ class _Pool:
         if len(tensors) < len(found):
             return None
         inputs, targets = tensors[0]
-        places = [each.rows for each in batches]
         if all(one is inputs and other is targets for one, other in tensors):
-            return cls(inputs, targets, places, batches, seeds, count)
-        if sum(size * each.bytes_per_example() for each in batches if (size := each.size)) > MAX_POOL_BYTES:
+            return cls(inputs, targets, torch.stack([each.rows for each in batches]), batches, seeds, count)
+        if len(batches) * first.size * first.bytes_per_example() > MAX_POOL_BYTES:
             return None
         shapes = {(one.shape[1:], one.dtype, other.shape[1:], other.dtype) for one, other in tensors}
         if len(shapes) > 1:
             raise UnsuitedError("its examples are of several shapes or types")
         own = [
-            (one, other) if len(one) == first.size and each.whole else (one[rows], other[rows])
-            for (one, other), rows, each in zip(tensors, places, batches, strict=True)
+            pair if each.whole else (pair[0][each.rows], pair[1][each.rows])
+            for pair, each in zip(tensors, batches, strict=True)
         ]
         whole = torch.arange(len(batches) * first.size).view(len(batches), first.size)
         return cls(
             torch.cat([one for one, _ in own]),
             torch.cat([other for _, other in own]),
-            list(whole),
+            whole,
             batches,
             seeds,
             count,

@@ -276,3 +276,28 @@ def test_hostile_updates_cost_a_bounded_multiple_of_the_vector_however_many_they
     terms = [(MAX_WEIGHT - 1, values * sign) for sign in (1, -1) for values in spread]
     assert cost(terms[: len(spread)]) <= 2 * 8
     assert cost(terms * 2) <= 2 * 8
+
+
+# Many at once.
+
+
+@settings(max_examples=150, deadline=None)
+@given(several_terms(), st.integers(1, 40))
+def test_many_terms_at_once_are_what_they_are_one_after_another(terms, times):
+    many = [pair for _ in range(times) for pair in terms]
+    total = ExactSum(len(terms[0][1]))
+    total.add(*(Term(values, weight) for weight, values in many))
+    assert_same_bits(total.mean(sum(w for w, _ in many)), mean(many))
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e4, 1e15])
+@pytest.mark.parametrize("size", [5, BLOCK + 3])
+def test_many_terms_of_any_spread_are_added_exactly(size: int, spread: float):
+    """With none, a few and nearly all places at which a plain sum would round."""
+    rng = np.random.default_rng(int(spread) + size)
+    values = rng.standard_normal((40, size)) * np.exp(rng.uniform(-1, 1, (40, size)) * np.log(spread))
+    values[rng.random(values.shape) < 0.2] = 0.0
+    terms = [(int(rng.integers(1, 500)), row) for row in values.astype(np.float32)]
+    total = ExactSum(size)
+    total.add(*(Term(values, weight) for weight, values in terms))
+    assert_same_bits(total.mean(sum(w for w, _ in terms)), mean(terms))

@@ -28,11 +28,11 @@ from fedge.events import (
     StartTimer,
 )
 from fedge.refusal import Refusal, RefusalCode
-from fedge.round import MAX_EXTENSIONS, open_round, rank, step
+from fedge.round import MAX_EXTENSIONS, open_round, ranks, step
 
 ORDER = OrderId("train", 3)
 BROKEN = Refusal(RefusalCode.WORKER_CRASHED, "the worker died")
-CLIENTS = sorted("abcdef", key=lambda client: rank(7, ORDER, client))
+CLIENTS = [client for _, client in sorted(zip(ranks(7, ORDER, "abcdef"), "abcdef", strict=True))]
 A, B, C, D, E, F = CLIENTS  # by rank: A is asked first
 
 
@@ -104,7 +104,7 @@ def test_who_is_asked_does_not_depend_on_the_order_of_the_clients_given(order):
 def test_the_draw_is_keyed_by_seed_kind_round_and_attempt():
     clients = [f"site-{n}" for n in range(50)]
     draws = [
-        sorted(clients, key=lambda client: rank(seed, order, client))
+        [client for _, client in sorted(zip(ranks(seed, order, clients), clients, strict=True))]
         for seed, order in [
             (7, ORDER),
             (8, ORDER),

@@ -34,7 +34,7 @@ from fedge.events import (
     StartTimer,
 )
 from fedge.refusal import Refusal, RefusalCode
-from fedge.round import open_round, step
+from fedge.round import arrive, open_round, step
 
 ORDER = OrderId("train", 2, 2)
 OLD = replace(ORDER, attempt=1)
@@ -285,3 +285,42 @@ def test_histories_that_once_failed(terms, here, history):
         for operation in history:
             world.do(operation)
         world.run_out()
+
+
+def event_of(operation: Operation) -> Event:
+    what, whom = operation
+    match what:
+        case "join":
+            return Joined(whom)
+        case "leave":
+            return Left(whom)
+        case "arrive":
+            return Arrived(whom, ORDER)
+        case "arrive old":
+            return Arrived(whom, OLD)
+        case "fail":
+            return Failed(whom, ORDER, NO)
+        case "progress":
+            return Progressed(whom, ORDER, 500)
+        case _:
+            return DeadlinePassed(ORDER, "open" if whom == "open" else "waiting")
+
+
+@settings(max_examples=400, deadline=None)
+@given(some_terms(), STARTS, HISTORIES, st.lists(st.sampled_from(CLIENTS), max_size=5))
+def test_arrivals_together_are_arrivals_one_after_another(
+    terms: Terms, here: set[str], history: list[Operation], clients: list[str]
+):
+    round, _ = open_round(ORDER, terms, here, seed=0)
+    for operation in history:
+        round, _ = step(round, event_of(operation))
+    expected, effects = round, []
+    for client in clients:
+        expected, more = step(expected, Arrived(client, ORDER))
+        effects += more
+    together = arrive(round, clients)
+    if together is not None:
+        assert together[0] == expected
+        assert list(together[1]) == effects
+    can = round.phase == "open" and len(set(clients)) == len(clients) and {*clients} <= round.pending
+    assert (together is not None) == (can and len(round.accepted) + len(clients) <= terms.size)

@@ -1,0 +1,67 @@
+"""What a simulated client does for an order: it pays for its privacy, and does the work that devices do, by their trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedge.events import OrderId
+from fedge.privacy.secure import SecureSource
+from fedge.run import RunConfig
+from fedge.seeds import derive_key, work_seed
+from fedge.task import Task
+from fedge.vector import Array
+from fedge_client.torch.batches import examples
+from fedge_client.torch.private.steps import Private
+from fedge_client.torch.trainer import Outcome, Trainer
+from fedge_sim.privacy import Accounts
+
+
+class Clients:
+    """All of them, with one resident model."""
+
+    def __init__(self, run: RunConfig, task: Task, accounts: Accounts) -> None:
+        self._run, self._accounts = run, accounts
+        self._trainer = Trainer(task, seed=run.seed)
+
+    def private(self, client: str, order: OrderId, train: Any) -> Private | None:
+        """What a client does for privacy, which it pays for; its noise follows from the run's seed.
+
+        Raises:
+            RefusedError: the client's budget is exhausted.
+            TaskError: its data has no length.
+        """
+        if self._accounts.terms is None:
+            return None
+        size = examples(train)
+        self._accounts.charge(client, order.kind, size)
+        level = self._accounts.level(size)
+        if level is None:
+            return None
+        key = derive_key(self._run.seed, client, order.kind, order.round, order.attempt)
+        return Private(level, SecureSource(key))
+
+    def perform(
+        self,
+        client: str,
+        order: OrderId,
+        model: Array,
+        data: tuple[Any, Any],
+        private: Private | None,
+        *,
+        out: Array,
+    ) -> Outcome:
+        """An order's work on `model` (float32[size]) and the client's `(train, test)`; its vector is in `out`.
+
+        Raises:
+            TaskError: its data cannot be read.
+        """
+        trainer, work, (train, test) = self._trainer, self._run.work, data
+        seed = work_seed(self._run.seed, site=client, kind=order.kind, round=order.round)
+        match order.kind:
+            case "train":
+                return trainer.train(model, train, work, seed=seed, out=out, private=private)
+            case "gradient":
+                step = order.round - 1
+                return trainer.gradient(model, train, work, seed=seed, step=step, out=out, private=private)
+            case "evaluate":
+                return trainer.evaluate(model, test, private=private)

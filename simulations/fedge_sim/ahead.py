@@ -25,17 +25,23 @@ from fedge_sim.population import Population
 
 log = logging.getLogger(__name__)
 
-EngineName = Literal["loop", "vectorised"]
-ENGINES: Final[tuple[EngineName, ...]] = ("loop", "vectorised")
+EngineName = Literal["auto", "loop", "vectorised"]
+ENGINES: Final[tuple[EngineName, ...]] = ("auto", "loop", "vectorised")
+
+_PAYS_BELOW: Final = 1 << 16
+"""Parameters of a model from which on a stack is no faster than the loop, which has one model in the cache."""
 
 
 class Ahead:
     """Trains the clients that have the same order as a stack, a stack at a time.
 
-    `reason` says why nothing can be stacked, where nothing can; then every client is left to the loop.
+    `reason` says why nothing is stacked, where nothing is; then every client is left to the loop. With `insists` the
+    person who asked for stacks is told; else they are made where they pay, by a rule: a measurement would have the same
+    seed give other bits on a busier machine.
     """
 
-    def __init__(self, run: RunConfig, task: Task, population: Population) -> None:
+    def __init__(self, run: RunConfig, task: Task, population: Population, *, insists: bool = True) -> None:
+        self._insists = insists
         self._run, self._population = run, population
         self._done: dict[Send, tuple[Outcome, Array]] = {}
         self._cohort: Cohort | None = None
@@ -44,7 +50,10 @@ class Ahead:
         try:
             if run.privacy.unit == "example":
                 raise UnsuitedError("privacy of examples is the loop's")
-            self._cohort = Cohort(task, seed=run.seed, usual=min(run.cohort.size, SIZES[-1]))
+            cohort = Cohort(task, seed=run.seed, usual=min(run.cohort.size, SIZES[-1]))
+            if not insists and cohort.size >= _PAYS_BELOW:
+                raise UnsuitedError(f"a model of {cohort.size} parameters is no faster in a stack")
+            self._cohort = cohort
         except UnsuitedError as error:
             self._fall_back(error)
 
@@ -93,4 +102,5 @@ class Ahead:
 
     def _fall_back(self, error: UnsuitedError) -> None:
         self._cohort, self.reason = None, str(error)
-        log.warning("engine_falls_back engine=vectorised to=loop reason=%s", error)
+        level = logging.WARNING if self._insists else logging.INFO
+        log.log(level, "engine_falls_back engine=vectorised to=loop reason=%s", error)

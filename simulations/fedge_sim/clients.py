@@ -1,4 +1,4 @@
-"""What a simulated client does for an order: it pays for its privacy, and does the work that devices do, by their trainer."""
+"""What a simulated client does for an order: it pays for its privacy, and does what a device does, by its trainer."""
 
 from __future__ import annotations
 

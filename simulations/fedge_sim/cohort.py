@@ -75,7 +75,7 @@ class Cohort:
         self._names = [each.name for each in layout.tensors]
         self._shapes = [each.shape for each in layout.tensors]
         self._slices = layout.slices
-        self._size = layout.size
+        self.size = layout.size
         self._order = Order()
         self._room = torch.empty(0)
         self._known: dict[int, tuple[Any, Any, Batches]] = {}
@@ -85,7 +85,7 @@ class Cohort:
     @property
     def most(self) -> int:
         """Clients in a stack."""
-        return max(1, min(self._sizes[-1], MAX_STACK_BYTES // (4 * self._size)))
+        return max(1, min(self._sizes[-1], MAX_STACK_BYTES // (4 * self.size)))
 
     def train(self, model: Array, members: Sequence[Member], work: Work, out: Array) -> list[Outcome]:
         """Train every member from `model` (float32[size]); row i of `out` (float32[members, size]) is what member i has
@@ -122,8 +122,8 @@ class Cohort:
 
     def room(self, members: int) -> torch.Tensor:
         """Memory for the vectors of a stack: the same for each stack of a size."""
-        if self._room.shape != (members, self._size):
-            self._room = torch.empty(members, self._size)
+        if self._room.shape != (members, self.size):
+            self._room = torch.empty(members, self.size)
         return self._room
 
     def size_for(self, members: int) -> int:

@@ -35,8 +35,10 @@ def simulate(
     seed: Annotated[int | None, typer.Option(help="Seed, instead of the file's.")] = None,
     engine: Annotated[
         str,
-        typer.Option(help="loop, or vectorised: a cohort as one stacked tensor, where the model allows it."),
-    ] = "loop",
+        typer.Option(
+            help="auto, loop, or vectorised: a cohort as one stacked tensor, where the model allows it."
+        ),
+    ] = "auto",
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Results folder; results/NAME-TIME unless given.")
     ] = None,
@@ -74,6 +76,7 @@ def simulate(
         injected = "  ".join(f"{name} {count}" for name, count in result.faults.counts.items() if count)
         if injected:
             console.print(f"faults: {injected}", highlight=False)
+        console.print(f"engine: {result.engine}", highlight=False)
         if spent := str(result.privacy):
             console.print(spent, highlight=False)
         typer.echo(f"results in {folder}")

@@ -84,7 +84,7 @@ def simulate(
     clients: int | None = None,
     rounds: int | None = None,
     seed: int | None = None,
-    engine: EngineName = "loop",
+    engine: EngineName = "auto",
     callbacks: Iterable[Callback] = (),
 ) -> Result:
     """Run a federation on this machine. The same run and seed give the same bits.
@@ -92,7 +92,8 @@ def simulate(
     `run` is a RunConfig or the path of a run.toml, from whose folder the task is then imported; `task`
     takes the place of the task it names, and `clients`, `rounds` and `seed` of its own numbers. The engine
     "vectorised" trains a cohort as one stacked tensor where the model allows it (see `fedge_sim.cohort`), to the same
-    numbers but for float32's rounding; "loop" is one client after the other.
+    numbers but for float32's rounding; "loop" is one client after the other, to the bits of a deployment; "auto" is the
+    former for small models that allow it.
     KeyboardInterrupt ends the run at its last committed round, with the status "stopped".
 
     Raises:
@@ -169,7 +170,8 @@ class _Engine:
         self._learning = Learning.begin(
             strategy, framework.initial_model(task, seed=run.seed, unit=run.privacy.unit), Central.of(run)
         )
-        self._ahead = Ahead(run, task, self._population) if engine == "vectorised" else None
+        insists = engine == "vectorised"
+        self._ahead = None if engine == "loop" else Ahead(run, task, self._population, insists=insists)
         self.threads = suitable_threads(self._learning.layout.size)
         kind = self._learning.order(1).kind
         sums = SumTerms.of(run, strategy, self._learning.layout)
@@ -223,6 +225,7 @@ class _Engine:
             strategy=repr(self._learning.strategy),
             faults=self._faults.injected,
             privacy=self._accounts.spent(),
+            engine="vectorised" if self._ahead is not None and not self._ahead.reason else "loop",
         )
 
     def _go_on(self) -> None:

@@ -31,6 +31,8 @@ class Result:
     strategy: str = ""
     faults: Injected = field(default_factory=Injected)
     privacy: Spent = field(default_factory=Spent)
+    engine: str = "loop"
+    """What trained the clients, at the end."""
 
     @property
     def metrics(self) -> Mapping[str, float]:
@@ -47,6 +49,7 @@ class Result:
             "clients": self.clients,
             "seed": self.run.seed,
             "strategy": self.strategy,
+            "engine": self.engine,
             "privacy": self.privacy.as_dict(),
             "faults": self.faults.counts,
             "metrics": plain_metrics(self.metrics),

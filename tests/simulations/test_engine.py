@@ -223,7 +223,7 @@ def test_an_error_in_the_tasks_code_names_the_client_and_the_order():
         return F.cross_entropy(output, target)
 
     with pytest.raises(TaskError, match=r"client-1, train order of round 1: .*RuntimeError: device on fire"):
-        simulate(config(), task=replace(TASK, loss=loss))
+        simulate(config(), task=replace(TASK, loss=loss), engine="loop")
 
 
 # What a client does costs that client's part.

@@ -273,5 +273,5 @@ def test_a_client_whose_data_cannot_be_read_is_named():
 
 
 def test_there_is_no_engine_of_another_name():
-    with pytest.raises(ConfigError, match="engine: expected one of loop, vectorised, found 'warp'"):
+    with pytest.raises(ConfigError, match="engine: expected one of auto, loop, vectorised, found 'warp'"):
         run(task_of(MODELS["linear"]), "warp")

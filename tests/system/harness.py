@@ -377,7 +377,7 @@ def initial_model(text: str) -> Model:
 def simulated(text: str, *, clients: int = 2) -> str:
     """The digest of the model that the same run makes in a simulation."""
     config = parse_toml(text, RunConfig, source="run.toml")
-    result = simulate(config, task=_TASKS.get(config.task, tiny.task), clients=clients)
+    result = simulate(config, task=_TASKS.get(config.task, tiny.task), clients=clients, engine="loop")
     assert result.status == "done", result.reason
     return hashlib.sha256(bytes_of(result.model.vector)).hexdigest()
 

@@ -9,24 +9,24 @@ Equal to the loop to float32's rounding. What cannot be done so (`UnsuitedError`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.func import functional_call, grad_and_value, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fedge.optimizer import Optimizer
 from fedge.run import Work
 from fedge.task import Task
 from fedge.vector import Array
 from fedge_client.torch.batches import Batches, Order
 from fedge_client.torch.flat import FlatModule
 from fedge_client.torch.framework import build_module
-from fedge_client.torch.optim import InPlaceOptimizer
 from fedge_client.torch.trainer import Outcome
-from fedge_sim.pool import UnsuitedError, filler
+from fedge_sim.pool import Part, UnsuitedError
+from fedge_sim.stack import Arguments, Step, train_stack
 
 SIZES = (4, 8, 16, 32, 64, 128, 256)
 """Clients in a stack: the smallest of these that holds a cohort is traced."""
@@ -36,6 +36,9 @@ MAX_STACK_BYTES = 1 << 28
 
 _MOST_KNOWN = 4096
 """Training sets whose batches are kept."""
+
+_TRIED = 128
+"""Examples on which model and loss are looked at."""
 
 _CLOSE = 1e-3
 """What a mean over rows may differ by from the task's own loss, relative to it, and still be it."""
@@ -47,10 +50,6 @@ class Member:
 
     train: Any
     seed: int
-
-
-Step = Callable[..., tuple[list[torch.Tensor], torch.Tensor]]
-"""(parameters, inputs, targets, weights) of all clients -> their gradients, and their losses float32[clients]."""
 
 
 class Cohort:
@@ -96,17 +95,21 @@ class Cohort:
             TaskError: a member's data cannot be read.
         """
         batches = [self._batches_of(member.train, work) for member in members]
-        steps = [work.steps or (work.epochs or 1) * each.per_epoch for each in batches]
+        parts = [
+            Part(each, member.seed, work.steps or (work.epochs or 1) * each.per_epoch)
+            for each, member in zip(batches, members, strict=True)
+        ]
+        # Those with the most steps first: at each step those who are still at it are the first so many.
+        order = sorted(range(len(parts)), key=lambda at: -parts[at].steps)
+        if order == list(range(len(parts))) and len(parts) <= self.most:
+            return train_stack(self, model, parts, work, out)
         outcomes: dict[int, Outcome] = {}
-        # Members of one length at a time, the same whoever else is asked.
-        for length in sorted(set(steps)):
-            group = [at for at, count in enumerate(steps) if count == length]
-            for start in range(0, len(group), self.most):
-                part = group[start : start + self.most]
-                moved = _Stack(
-                    self, model, [batches[at] for at in part], [members[at].seed for at in part], work
-                )
-                outcomes |= zip(part, moved.run(length, out, part), strict=True)
+        for start in range(0, len(order), self.most):
+            some = order[start : start + self.most]
+            moved = np.empty((len(some), self.size), np.float32)
+            done = train_stack(self, model, [parts[at] for at in some], work, moved)
+            out[some] = moved
+            outcomes |= zip(some, done, strict=True)
         return [outcomes[at] for at in range(len(members))]
 
     def _batches_of(self, train: Any, work: Work) -> Batches:
@@ -137,7 +140,7 @@ class Cohort:
             for where, shape in zip(self._slices, self._shapes, strict=True)
         ]
 
-    def step(self, arguments: tuple[Any, ...]) -> Step:
+    def step(self, arguments: Arguments) -> Step:
         """The traced step for arguments of these shapes.
 
         Raises:
@@ -186,91 +189,22 @@ class Cohort:
     def _try(self, parameters: list[torch.Tensor], inputs: torch.Tensor, targets: torch.Tensor) -> None:
         """Whether the model draws no random numbers, keeps rows apart, and has a loss that is a mean over rows."""
         one = [parameter[0] for parameter in parameters]
+        # Examples of all members: those of one may be of one class, say, where a loss shows less of itself.
+        rows, wanted = inputs.flatten(0, 1), targets.flatten(0, 1)
+        some = torch.arange(0, len(rows), max(1, len(rows) // _TRIED))
+        rows, wanted = rows[some], wanted[some]
         before = torch.get_rng_state()
         with torch.no_grad():
-            output = self._output(one, inputs[0])
-            whole = self._task.loss(output, targets[0])
+            output = self._output(one, rows)
+            whole = self._task.loss(output, wanted)
         if not torch.equal(before, torch.get_rng_state()):
             torch.set_rng_state(before)
             raise UnsuitedError("its model draws random numbers, as dropout does")
         with torch.no_grad():
-            if len(inputs[0]) > 1:
-                alone = self._output(one, inputs[0][:1])
+            if len(rows) > 1:
+                alone = self._output(one, rows[:1])
                 if not torch.allclose(alone, output[:1], rtol=_CLOSE, atol=_CLOSE):
                     raise UnsuitedError("its model mixes the examples of a batch")
-            mean = self._rows(output, targets[0]).mean()
+            mean = self._rows(output, wanted).mean()
         if not torch.allclose(mean, whole, rtol=_CLOSE, atol=1e-6):
             raise UnsuitedError("its loss is no mean over the examples of a batch")
-
-
-class _Stack:
-    """Members who make as many steps, as one tensor."""
-
-    def __init__(
-        self, cohort: Cohort, model: Array, batches: list[Batches], seeds: list[int], work: Work
-    ) -> None:
-        self._cohort, self._batches, self._work = cohort, batches, work
-        self._count = cohort.size_for(len(batches))
-        self._start = torch.from_numpy(model)
-        self._theta = cohort.room(self._count)
-        self._theta.copy_(self._start)
-        self._views = cohort.views(self._theta)
-        self._filler = filler(batches, seeds, self._count)
-
-    def run(self, steps: int, out: Array, rows: Sequence[int]) -> list[Outcome]:
-        """All steps; what has moved is in those rows of `out`."""
-        work, number = self._work, len(self._batches)
-        move = self._simply if _is_simple(work) else self._mover()
-        losses, seen = torch.zeros(number, dtype=torch.float64), torch.zeros(number, dtype=torch.float64)
-        for step in range(steps):
-            filled = self._filler.fill(step)
-            arguments = (self._views, filled.inputs, filled.targets, filled.weights)
-            with torch.no_grad():
-                slopes, loss = self._cohort.step(arguments)(*arguments)
-                move(slopes)
-            counts = [
-                size if step >= (0 if work.steps else steps - each.per_epoch) else 0
-                for size, each in zip(filled.sizes, self._batches, strict=True)
-            ]
-            weight = torch.tensor(counts, dtype=torch.float64)
-            losses += loss[:number].double() * weight
-            seen += weight
-        theta = self._theta[:number]
-        if len(out) == number:  # the usual case: all members are here, in their order
-            torch.sub(theta, self._start, out=torch.from_numpy(out))
-        else:
-            out[list(rows)] = (theta - self._start).numpy()
-        means = (losses / seen).tolist()
-        return [
-            Outcome(each.size, {"train_loss": mean}) for each, mean in zip(self._batches, means, strict=True)
-        ]
-
-    def _simply(self, slopes: list[torch.Tensor]) -> None:
-        """A step of plain SGD."""
-        for view, slope in zip(self._views, slopes, strict=True):
-            view.add_(slope, alpha=-self._work.learning_rate)
-
-    def _mover(self) -> Callable[[list[torch.Tensor]], None]:
-        """Steps of any optimiser, with a regulariser or without."""
-        work, theta = self._work, self._theta.view(-1)
-        whole = torch.empty_like(self._theta)
-        rooms, gradient = self._cohort.views(whole), whole.view(-1)
-        optimizer = InPlaceOptimizer(theta.numel())
-        optimizer.begin(_optimizer_of(work))
-
-        def move(slopes: list[torch.Tensor]) -> None:
-            for slope, room in zip(slopes, rooms, strict=True):
-                room.copy_(slope)
-            if work.l1 or work.l2:
-                optimizer.regularise(gradient, theta, l1=work.l1, l2=work.l2)
-            optimizer.step(theta, gradient)
-
-        return move
-
-
-def _is_simple(work: Work) -> bool:
-    return work.optimizer == "sgd" and not work.l1 and not work.l2
-
-
-def _optimizer_of(work: Work) -> Optimizer:
-    return Optimizer(work.optimizer, work.learning_rate, work.momentum, work.beta1, work.beta2, work.epsilon)

@@ -2,6 +2,9 @@
 
 Where they all lie in plain tensors (as most do that were partitioned, or are small), they are brought together once,
 and a step's batches are one selection of rows. Else each client's batch is gathered as the loop gathers it.
+
+Clients may have different numbers of examples, and of steps: those with the most steps come first, so that at each
+step those who are still at it are the first so many.
 """
 
 from __future__ import annotations
@@ -17,6 +20,9 @@ from fedge_client.torch.batches import Batches
 MAX_POOL_BYTES: int = 1 << 26
 """Of examples that are brought together: more are gathered from where they are."""
 
+MAX_PLACES: int = 1 << 22
+"""Of all batches of a stack, known at once."""
+
 
 class UnsuitedError(Exception):
     """A task that cannot be trained as a stack, and why, for the person who asked for it."""
@@ -25,122 +31,135 @@ class UnsuitedError(Exception):
 @dataclass(frozen=True, eq=False)
 class Filled:
     """A step's batches: inputs [clients, width, ...], targets [clients, width, ...], and what each row weighs (0 or 1),
-    float32[clients, width]. `sizes` are those of the members; behind them are clients that nobody asked."""
+    float32[clients, width]. Behind the members are clients that nobody asked."""
 
     inputs: torch.Tensor
     targets: torch.Tensor
     weights: torch.Tensor
-    sizes: Sequence[int]
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A member's: its batches, the seed of their order, and how many steps it makes."""
+
+    batches: Batches
+    seed: int
+    steps: int
 
 
 class Filler(Protocol):
-    """Where a step's batches come from. What it returns is overwritten by the next."""
+    """Where a step's batches come from. What it returns may be overwritten by the next."""
 
-    def fill(self, step: int) -> Filled: ...
+    def fill(self, step: int, clients: int) -> Filled:
+        """Those of the first `clients`, who include all that make this step."""
+        ...
 
 
-def filler(batches: Sequence[Batches], seeds: Sequence[int], count: int) -> Filler:
+def filler(parts: Sequence[Part], count: int) -> Filler:
     """Of these members, in a stack of `count` clients.
 
     Raises:
         UnsuitedError: their examples are of several shapes or types, or no tensors.
     """
-    return _Pool.of(batches, seeds, count) or _Gathered(batches, seeds, count)
+    return _Pool.of(parts, count) or _Gathered(parts, count)
+
+
+def all_alike(parts: Sequence[Part]) -> bool:
+    """Whether all have as many examples and make as many steps."""
+    first = parts[0]
+    size, steps = first.batches.size, first.steps
+    return all(part.batches.size == size and part.steps == steps for part in parts)
+
+
+def _width(parts: Sequence[Part]) -> int:
+    return max(part.batches.batch_size for part in parts)
 
 
 class _Pool:
-    """All rows in one tensor; for members with as many examples each, an epoch's places are known at once."""
+    """All rows in one tensor, and a table of where each batch's are."""
 
     def __init__(
         self,
         inputs: torch.Tensor,
         targets: torch.Tensor,
-        places: torch.Tensor,
-        batches: Sequence[Batches],
-        seeds: Sequence[int],
+        rows: Sequence[torch.Tensor],
+        parts: Sequence[Part],
         count: int,
     ) -> None:
-        """`places[i]` are the rows of member i's examples."""
+        """`rows[i]` are where member i's examples lie."""
         self._inputs, self._targets = inputs, targets
-        self._batches, self._seeds = batches, seeds
-        self._places = places
-        self._size, self._width = batches[0].size, batches[0].batch_size
-        self._per_epoch = batches[0].per_epoch
-        self._rows = torch.zeros(count, self._per_epoch * self._width, dtype=torch.int64)
-        self._weights = torch.ones(count, self._width)
-        self._epoch = -1
+        steps, width = parts[0].steps, _width(parts)
+        self._places = torch.zeros(count, steps, width, dtype=torch.int64)
+        self._weights = torch.ones(count, steps, width)
+        if all_alike(parts):
+            self._fill_in(slice(0, len(parts)), parts, torch.stack(list(rows)))
+            return
+        for at, part in enumerate(parts):
+            self._fill_in(slice(at, at + 1), [part], rows[at][None])
+
+    def _fill_in(self, members: slice, parts: Sequence[Part], rows: torch.Tensor) -> None:
+        """The places of all batches of members with as many examples and steps; `rows` are [members, examples]."""
+        width, first = self._places.shape[2], parts[0]
+        places = self._places[members].view(len(parts), -1)
+        weights = self._weights[members].view(len(parts), -1)
+        epoch = first.batches.per_epoch * width
+        for number in range(-(-first.steps // first.batches.per_epoch)):
+            orders = [part.batches.epoch(number, seed=part.seed) for part in parts]
+            shuffled = rows.gather(1, torch.stack(orders))
+            start, stop = number * epoch, min((number + 1) * epoch, first.steps * width)
+            end = min(start + first.batches.size, stop)
+            places[:, start:end] = shuffled[:, : end - start]
+            if end < stop:  # the epoch's last batch is smaller: something that the model can take
+                places[:, end:stop] = shuffled[:, :1]
+                weights[:, end:stop] = 0.0
 
     @classmethod
-    def of(cls, batches: Sequence[Batches], seeds: Sequence[int], count: int) -> _Pool | None:
-        """None unless the members have as many examples each, in plain tensors that are not too large together."""
-        first = batches[0]
-        if any((each.size, each.batch_size) != (first.size, first.batch_size) for each in batches):
-            return None
-        found = [each.tensors for each in batches]
+    def of(cls, parts: Sequence[Part], count: int) -> _Pool | None:
+        """None if the examples are not all in plain tensors, or too large together."""
+        found = [part.batches.tensors for part in parts]
         tensors = [each for each in found if each is not None]
-        if len(tensors) < len(found):
+        if len(tensors) < len(found) or count * parts[0].steps * _width(parts) > MAX_PLACES:
             return None
         inputs, targets = tensors[0]
         if all(one is inputs and other is targets for one, other in tensors):
-            return cls(inputs, targets, torch.stack([each.rows for each in batches]), batches, seeds, count)
-        if len(batches) * first.size * first.bytes_per_example() > MAX_POOL_BYTES:
+            return cls(inputs, targets, [part.batches.rows for part in parts], parts, count)
+        sizes = [part.batches.size for part in parts]
+        if sum(sizes) * parts[0].batches.bytes_per_example() > MAX_POOL_BYTES:
             return None
-        shapes = {(one.shape[1:], one.dtype, other.shape[1:], other.dtype) for one, other in tensors}
-        if len(shapes) > 1:
+        if len({(one.shape[1:], one.dtype, other.shape[1:], other.dtype) for one, other in tensors}) > 1:
             raise UnsuitedError("its examples are of several shapes or types")
         own = [
-            pair if each.whole else (pair[0][each.rows], pair[1][each.rows])
-            for pair, each in zip(tensors, batches, strict=True)
+            pair if part.batches.whole else (pair[0][part.batches.rows], pair[1][part.batches.rows])
+            for pair, part in zip(tensors, parts, strict=True)
         ]
-        whole = torch.arange(len(batches) * first.size).view(len(batches), first.size)
+        rows = torch.split(torch.arange(sum(sizes)), sizes)
         return cls(
-            torch.cat([one for one, _ in own]),
-            torch.cat([other for _, other in own]),
-            whole,
-            batches,
-            seeds,
-            count,
+            torch.cat([one for one, _ in own]), torch.cat([other for _, other in own]), rows, parts, count
         )
 
-    def fill(self, step: int) -> Filled:
-        epoch, at = divmod(step, self._per_epoch)
-        number = len(self._batches)
-        if epoch != self._epoch:
-            shuffled = torch.stack(
-                [each.epoch(epoch, seed=seed) for each, seed in zip(self._batches, self._seeds, strict=True)]
-            )
-            self._rows[:number, : self._size] = self._places.gather(1, shuffled)
-            self._epoch = epoch
-        start = at * self._width
-        size = min(self._width, self._size - start)
-        rows = self._rows[:, start : start + self._width]
-        if size < self._width:
-            rows[:, size:] = rows[:, :1]  # something that the model can take
-        self._weights[:number, size:] = 0.0
-        self._weights[:number, :size] = 1.0
-        flat = rows.reshape(-1)
-        shape = rows.shape
+    def fill(self, step: int, clients: int) -> Filled:
+        places = self._places[:clients, step]
+        shape, flat = places.shape, places.reshape(-1)
         return Filled(
             self._inputs.index_select(0, flat).view(*shape, *self._inputs.shape[1:]),
             self._targets.index_select(0, flat).view(*shape, *self._targets.shape[1:]),
-            self._weights,
-            [size] * number,
+            self._weights[:clients, step].contiguous(),
         )
 
 
 class _Gathered:
     """Each member's batch, one after the other."""
 
-    def __init__(self, batches: Sequence[Batches], seeds: Sequence[int], count: int) -> None:
-        self._batches, self._seeds, self._count = batches, seeds, count
-        self._width = max(each.batch_size for each in batches)
+    def __init__(self, parts: Sequence[Part], count: int) -> None:
+        self._parts, self._count, self._width = parts, count, _width(parts)
         self._weights = torch.ones(count, self._width)
         self._room: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def fill(self, step: int) -> Filled:
-        sizes = []
-        for at, (batches, seed) in enumerate(zip(self._batches, self._seeds, strict=True)):
-            inputs, targets = batches.gather(batches.step(step, seed=seed))
+    def fill(self, step: int, clients: int) -> Filled:
+        for at, part in enumerate(self._parts):
+            if step >= part.steps:
+                break  # as nobody behind it does
+            inputs, targets = part.batches.gather(part.batches.step(step, seed=part.seed))
             if not isinstance(inputs, torch.Tensor) or not isinstance(targets, torch.Tensor):
                 raise UnsuitedError("its examples are more than one tensor and one target")
             if self._room is None:
@@ -157,6 +176,5 @@ class _Gathered:
                 if size < self._width:
                     room[size:] = batch[:1]  # something that the model can take
             self._weights[at, :size], self._weights[at, size:] = 1.0, 0.0
-            sizes.append(size)
         assert self._room is not None  # there are members
-        return Filled(*self._room, self._weights, sizes)
+        return Filled(self._room[0][:clients], self._room[1][:clients], self._weights[:clients])

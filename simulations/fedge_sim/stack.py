@@ -1,0 +1,129 @@
+"""The clients of a cohort as the rows of one tensor, from the model that they begin with to what each has learned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+
+from fedge.optimizer import Optimizer
+from fedge.run import Work
+from fedge.vector import Array
+from fedge_client.torch.optim import InPlaceOptimizer
+from fedge_client.torch.trainer import Outcome
+from fedge_sim.pool import Part, all_alike, filler
+
+Step = Callable[..., tuple[list[torch.Tensor], torch.Tensor]]
+"""(parameters, inputs, targets, weights) of all clients -> their gradients, and their losses float32[clients]."""
+
+Arguments = tuple[list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class Model(Protocol):
+    """What is trained: a step of it for many clients, and how they lie in memory."""
+
+    def step(self, arguments: Arguments) -> Step: ...
+
+    def views(self, stack: torch.Tensor) -> list[torch.Tensor]: ...
+
+    def room(self, members: int) -> torch.Tensor: ...
+
+    def size_for(self, members: int) -> int: ...
+
+
+def train_stack(model: Model, start: Array, parts: Sequence[Part], work: Work, out: Array) -> list[Outcome]:
+    """Train members, those with the most steps first, from `start` (float32[size]); row i of `out` (float32[members,
+    size]) is what member i has moved by.
+
+    Raises:
+        UnsuitedError: it cannot be done for all at once.
+        TaskError: a member's data cannot be read.
+    """
+    return _Stack(model, start, parts, work).run(out)
+
+
+class _Stack:
+    def __init__(self, model: Model, start: Array, parts: Sequence[Part], work: Work) -> None:
+        self._model, self._parts, self._work = model, parts, work
+        count = model.size_for(len(parts))
+        self._start = torch.from_numpy(start)
+        self._theta = model.room(count)
+        self._theta.copy_(self._start)
+        self._views: dict[int, list[torch.Tensor]] = {}
+        self._filler = filler(parts, count)
+        self._counted = _counted(parts, work)
+
+    def run(self, out: Array) -> list[Outcome]:
+        number, moved = len(self._parts), torch.from_numpy(out)
+        move = self._simply if _is_simple(self._work) else self._mover()
+        losses = torch.zeros(number, dtype=torch.float64)
+        active = number
+        for step in range(self._parts[0].steps):
+            while self._parts[active - 1].steps == step:  # it has made all of its own
+                active -= 1
+            clients = self._model.size_for(active)
+            views = self._views_of(min(clients, len(self._theta)))
+            filled = self._filler.fill(step, len(views[0]))
+            arguments = (views, filled.inputs, filled.targets, filled.weights)
+            with torch.no_grad():
+                slopes, loss = self._model.step(arguments)(*arguments)
+                move(views, slopes)
+            losses[:active] += loss[:active].double() * self._counted[:active, step]
+            ended = next((at for at in range(active) if self._parts[at].steps == step + 1), active)
+            torch.sub(self._theta[ended:active], self._start, out=moved[ended:active])
+        means = (losses / self._counted.sum(1)).tolist()
+        return [
+            Outcome(part.batches.size, {"train_loss": mean})
+            for part, mean in zip(self._parts, means, strict=True)
+        ]
+
+    def _views_of(self, clients: int) -> list[torch.Tensor]:
+        if clients not in self._views:
+            self._views[clients] = self._model.views(self._theta[:clients])
+        return self._views[clients]
+
+    def _simply(self, views: list[torch.Tensor], slopes: list[torch.Tensor]) -> None:
+        """A step of plain SGD. Who has made all steps moves on, too, and nobody looks."""
+        for view, slope in zip(views, slopes, strict=True):
+            view.add_(slope, alpha=-self._work.learning_rate)
+
+    def _mover(self) -> Callable[[list[torch.Tensor], list[torch.Tensor]], None]:
+        """Steps of any optimiser, with a regulariser or without."""
+        work, theta = self._work, self._theta.view(-1)
+        whole = torch.zeros_like(self._theta)
+        rooms, gradient = self._model.views(whole), whole.view(-1)
+        optimizer = InPlaceOptimizer(theta.numel())
+        optimizer.begin(_optimizer_of(work))
+
+        def move(views: list[torch.Tensor], slopes: list[torch.Tensor]) -> None:
+            for slope, room in zip(slopes, rooms, strict=True):
+                room[: len(slope)] = slope
+            if work.l1 or work.l2:
+                optimizer.regularise(gradient, theta, l1=work.l1, l2=work.l2)
+            optimizer.step(theta, gradient)
+
+        return move
+
+
+def _counted(parts: Sequence[Part], work: Work) -> torch.Tensor:
+    """What a step's mean loss weighs in a member's: its examples, in the last epoch, or in all of so many steps;
+    float64[members, steps]."""
+    if all_alike(parts) and len(parts) > 1:
+        return _counted(parts[:1], work).expand(len(parts), -1)
+    steps = torch.arange(parts[0].steps)
+    own = torch.tensor([part.steps for part in parts])[:, None]
+    per_epoch = torch.tensor([part.batches.per_epoch for part in parts])[:, None]
+    size = torch.tensor([part.batches.batch_size for part in parts])[:, None]
+    last = torch.tensor([part.batches.size for part in parts])[:, None] - (per_epoch - 1) * size
+    sizes = torch.where((steps + 1) % per_epoch == 0, last, size)
+    wanted = (steps < own) & (steps >= (0 if work.steps else own - per_epoch))
+    return (sizes * wanted).double()
+
+
+def _is_simple(work: Work) -> bool:
+    return work.optimizer == "sgd" and not work.l1 and not work.l2
+
+
+def _optimizer_of(work: Work) -> Optimizer:
+    return Optimizer(work.optimizer, work.learning_rate, work.momentum, work.beta1, work.beta2, work.epsilon)

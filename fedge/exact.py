@@ -31,7 +31,7 @@ _SPARSE_SHARE = 8
 _MANY = 8
 """Terms from which on a sum of all of them is tried first."""
 
-_MATRIX = 1 << 19
+_MATRIX = 1 << 18
 """Numbers of many terms that are looked at at once; a part of them is summed at once."""
 
 _PARTS = 8

@@ -87,9 +87,11 @@ def ranks(seed: int, order: OrderId, clients: Iterable[str]) -> list[bytes]:
 def _ranked(round: Round) -> Round:
     """The same with its candidates in the order of the draw."""
     clients, turns = round.candidates, round.turns
-    before = [turns.get(client, 0) for client in clients] if turns else [0] * len(clients)
-    draw = sorted(zip(before, ranks(round.seed, round.order, clients), clients, strict=True))
-    return replace(round, candidates=tuple(client for _, _, client in draw))
+    places = dict(zip(clients, ranks(round.seed, round.order, clients), strict=True))
+    drawn = sorted(clients, key=places.__getitem__)
+    if turns:
+        drawn.sort(key=lambda client: turns.get(client, 0))
+    return replace(round, candidates=tuple(drawn))
 
 
 def step(round: Round, event: Event) -> Step:

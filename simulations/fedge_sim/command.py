@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 import typer
@@ -21,7 +22,7 @@ from rich.progress import (
 )
 
 from fedge.cli import INTERRUPTED
-from fedge.errors import RunError
+from fedge.errors import ConfigError, RunError
 from fedge.history import Row
 from fedge.run import RunConfig
 
@@ -29,7 +30,9 @@ Callback = Callable[[Row], None]
 
 
 def simulate(
-    path: Annotated[Path, typer.Argument(metavar="RUN.toml")],
+    path: Annotated[
+        Path | None, typer.Argument(metavar="[RUN.toml]", show_default=False, help="Needed but to compare.")
+    ] = None,
     clients: Annotated[int | None, typer.Option(help="Clients, instead of simulation.clients.")] = None,
     rounds: Annotated[int | None, typer.Option(help="Rounds, instead of the file's.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed, instead of the file's.")] = None,
@@ -42,16 +45,31 @@ def simulate(
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Results folder; results/NAME-TIME unless given.")
     ] = None,
+    compare: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="DIR", help="Lay earlier results beside these in the report; may be repeated."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
 ) -> None:
     """Simulate a run on this machine: the deployed rounds, strategies and trainers, no network.
 
     Example: fedge simulate run.toml --clients 50 --rounds 20 --out results/first
     """
+    beside = compare or []
+    if path is None:
+        if len(beside) < 2:
+            raise ConfigError("expected a RUN.toml to simulate, or --compare twice or more, found neither")
+        page = (out or Path("results")) / "report.html"
+        _write_page(page, beside, Console(stderr=True), needed=True)
+        typer.echo(f"report in {page}")
+        return
+    for each in beside:  # before hours of work depend on it
+        _page().Told.of(each, label="")
     # torch takes seconds to import: mistakes in the file or the flags are reported before it.
     config = RunConfig.load(path)
     from fedge_sim.engine import simulate as run_simulation
-    from fedge_sim.report import prepare_folder, write_results
+    from fedge_sim.folders import prepare_folder
+    from fedge_sim.report import write_results
 
     folder = out or Path("results") / f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}"  # noqa: DTZ005  # local, for people
     prepare_folder(folder)
@@ -68,6 +86,7 @@ def simulate(
             callbacks=() if as_json else (show,),
         )
     write_results(folder, result)
+    _write_page(folder / "report.html", [folder, *beside], console, needed=bool(beside))
     if as_json:
         typer.echo(json.dumps(result.summary() | {"out": str(folder)}))
     else:
@@ -84,6 +103,31 @@ def simulate(
         raise typer.Exit(INTERRUPTED)
     if result.status != "done":
         raise RunError(f"run {config.name} {result.status} at round {len(result.history)}: {result.reason}")
+
+
+def _write_page(path: Path, folders: list[Path], console: Console, *, needed: bool) -> None:
+    """Without the libraries that draw it there is no report, and a note unless somebody has asked for it."""
+    try:
+        page = _page()
+    except ConfigError as error:
+        if needed:
+            raise
+        console.print(f"note: {error}", highlight=False)
+        return
+    page.write_page(path, folders)
+
+
+def _page() -> ModuleType:
+    """The module that makes reports.
+
+    Raises:
+        ConfigError: what it needs is not installed.
+    """
+    try:
+        from fedge_sim import page
+    except ImportError as error:
+        raise ConfigError(f"no report: it needs {error.name}; pip install 'fedge[report]'") from None
+    return page
 
 
 @contextmanager

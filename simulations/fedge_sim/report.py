@@ -13,7 +13,6 @@ from typing import Any
 
 from fedge import __version__
 from fedge.checkpoint import to_safetensors
-from fedge.errors import ConfigError
 from fedge.files import write_atomic
 from fedge_sim.result import Result
 
@@ -29,21 +28,6 @@ _COLUMNS = (
     "staleness",
 )
 _VERSIONS = ("numpy", "torch", "safetensors")
-
-
-def prepare_folder(folder: Path) -> Path:
-    """Make the folder before hours of work depend on it.
-
-    Raises:
-        ConfigError: it cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"--out: expected a folder that can be made, found {folder}: {error.strerror}"
-        ) from None
-    return folder
 
 
 def write_results(folder: Path, result: Result) -> None:

@@ -19,7 +19,8 @@ from fedge.history import Row
 from fedge.vector import Model
 from fedge_client.torch.flat import FlatModule
 from fedge_sim import Result
-from fedge_sim.report import prepare_folder, write_results
+from fedge_sim.folders import prepare_folder
+from fedge_sim.report import write_results
 
 RUN = RunConfig.from_table({"name": "trial", "task": "app:task", "rounds": 3, "seed": 5}, source="run.toml")
 

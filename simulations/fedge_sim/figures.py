@@ -40,6 +40,8 @@ def lines(series: Series, *, x: str, y: str) -> str:
             axes.plot(
                 *zip(*points, strict=True) if points else ([], []), marker=marker, ms=3, lw=1.4, label=label
             )
+        if all(float(place).is_integer() for places, _ in series.values() for place in places):
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if len(series) > 1:
             axes.legend(frameon=False)
 

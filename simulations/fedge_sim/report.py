@@ -34,23 +34,19 @@ def write_results(folder: Path, result: Result) -> None:
     """Write history.csv, history.jsonl, model.safetensors and manifest.json, each in one piece."""
     rows = [row.as_dict() for row in result.history]
     write_atomic(folder / "history.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    write_atomic(folder / "history.csv", _as_csv(rows))
+    write_atomic(folder / "history.csv", _as_csv(result.table()))
     metadata = {"fedge_run": result.run.name, "fedge_version": __version__}
     write_atomic(folder / "model.safetensors", to_safetensors(result.model, metadata=metadata))
     write_atomic(folder / "manifest.json", json.dumps(_manifest(result), indent=2) + "\n")
 
 
 def _as_csv(rows: list[dict[str, Any]]) -> str:
-    """A column per number and per metric; `clients` is how many took part."""
-    metrics = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
+    """A column per number and per metric."""
+    columns = dict.fromkeys([*_COLUMNS, *(name for row in rows for name in row)])
     out = io.StringIO()
-    writer = csv.writer(out)
-    writer.writerow([*_COLUMNS, *metrics])
-    for row in rows:
-        counted = row | {"clients": len(row["clients"])}
-        writer.writerow(
-            [counted[name] for name in _COLUMNS] + [row["metrics"].get(name, "") for name in metrics]
-        )
+    writer = csv.DictWriter(out, list(columns), lineterminator="\r\n")
+    writer.writeheader()
+    writer.writerows(rows)
     return out.getvalue()
 
 

@@ -39,6 +39,18 @@ class Result:
         """The metrics of the last round that has any."""
         return next((row.metrics for row in reversed(self.history) if row.metrics), {})
 
+    def table(self) -> list[dict[str, Any]]:
+        """A row of plain numbers for each round, as in history.csv: `clients` is how many, each metric a column where it
+        has a value. `pandas.DataFrame(result.table())` takes it as it is.
+        """
+        rows = (row.as_dict() for row in self.history)
+        return [
+            {key: value for key, value in row.items() if key != "metrics"}
+            | {"clients": len(row["clients"])}
+            | row["metrics"]
+            for row in rows
+        ]
+
     def summary(self) -> dict[str, Any]:
         """The result as one JSON object, without the history and the model themselves."""
         return {

@@ -155,3 +155,15 @@ def test_a_folder_that_cannot_be_is_said_before_the_work_begins(tmp_path: Path):
         with pytest.raises(ConfigError, match="--out: expected a folder that can be made"):
             prepare_folder(path)
     np.testing.assert_equal(prepare_folder(tmp_path), tmp_path)
+
+
+def test_the_table_of_a_result_has_the_numbers_of_the_csv_file(flat: FlatModule, tmp_path: Path):
+    made = result(flat, HISTORY)
+    write_results(prepare_folder(tmp_path), made)
+    with (tmp_path / "history.csv").open(newline="") as file:
+        found = list(csv.DictReader(file))
+    table = made.table()
+    assert [row["clients"] for row in table] == [2, 2, 2]
+    assert "loss" not in table[0]
+    for row, line in zip(table, found, strict=True):
+        assert {name: float(value) for name, value in line.items() if value} == row

@@ -23,14 +23,19 @@ def table() -> dict[str, list[str]]:
     return rows
 
 
-@pytest.fixture(scope="module")
-def script() -> Any:
-    spec = importlib.util.spec_from_file_location("scenario_accuracy", FOLDER / "accuracy.py")
+def load(name: str) -> Any:
+    """A script of the scenarios' folder as a module."""
+    spec = importlib.util.spec_from_file_location(f"scenario_{name}", FOLDER / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def script() -> Any:
+    return load("accuracy")
 
 
 def test_every_scenario_is_in_the_table_and_nothing_else(script: Any):
@@ -46,3 +51,18 @@ def test_a_scenario_is_as_accurate_and_as_private_as_is_said(script: Any, name: 
     assert (f"{found.epsilon:.2f}" if unit != "none" else "") == stated
     assert unit == "none" or float(stated) <= float(asked)
     assert clients in ("5", "10", "200")
+
+
+def test_a_quarter_of_liars_ruin_the_mean_and_not_the_robust_reductions():
+    """As docs/how-to/simulate-attacks.md shows it, in fewer rounds."""
+    poisoned = load("poisoned")
+    final = {label: values[-1] for label, (_, values) in poisoned.accuracies(rounds=8).items()}
+    assert final["mean, nobody lies"] > 0.85
+    assert final["mean"] < 0.5
+    for robust in ("coordinate median", "trimmed mean"):
+        assert final[robust] > final["mean, nobody lies"] - 0.06
+
+
+def test_the_picture_of_liars_is_the_one_that_the_documentation_shows():
+    picture = (ROOT / "docs/pictures/poisoned.svg").read_text(encoding="utf-8")
+    assert all(f">{label}<" in picture for label in load("poisoned").LABELS.values())

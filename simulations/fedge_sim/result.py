@@ -40,8 +40,8 @@ class Result:
         return next((row.metrics for row in reversed(self.history) if row.metrics), {})
 
     def table(self) -> list[dict[str, Any]]:
-        """A row of plain numbers for each round, as in history.csv: `clients` is how many, each metric a column where it
-        has a value. `pandas.DataFrame(result.table())` takes it as it is.
+        """Plain numbers of each round, as in history.csv: `clients` is how many, each metric a column where it has a
+        value. `pandas.DataFrame(result.table())` takes it as it is.
         """
         rows = (row.as_dict() for row in self.history)
         return [

@@ -31,6 +31,9 @@ ENGINES: Final[tuple[EngineName, ...]] = ("auto", "loop", "vectorised")
 _PAYS_BELOW: Final = 1 << 16
 """Parameters of a model from which on a stack is no faster than the loop, which has one model in the cache."""
 
+_PAYS_FROM: Final = 4096
+"""Turns of clients in a run that win back the second or so that it takes to trace a step."""
+
 
 class Ahead:
     """Trains the clients that have the same order as a stack, a stack at a time.
@@ -50,6 +53,9 @@ class Ahead:
         try:
             if run.privacy.unit == "example":
                 raise UnsuitedError("privacy of examples is the loop's")
+            turns = run.rounds * run.cohort.size
+            if not insists and turns < _PAYS_FROM:
+                raise UnsuitedError(f"a run of {turns} turns of clients is over before a stack is faster")
             cohort = Cohort(task, seed=run.seed, usual=min(run.cohort.size, SIZES[-1]))
             if not insists and cohort.size >= _PAYS_BELOW:
                 raise UnsuitedError(f"a model of {cohort.size} parameters is no faster in a stack")

@@ -93,7 +93,7 @@ def simulate(
     takes the place of the task it names, and `clients`, `rounds` and `seed` of its own numbers. The engine
     "vectorised" trains a cohort as one stacked tensor where the model allows it (see `fedge_sim.cohort`), to the same
     numbers but for float32's rounding; "loop" is one client after the other, to the bits of a deployment; "auto" is the
-    former for small models that allow it.
+    former for small models that allow it in runs that are long enough.
     KeyboardInterrupt ends the run at its last committed round, with the status "stopped".
 
     Raises:
@@ -280,18 +280,16 @@ class _Engine:
         for send in sends:
             del self._orders[send]
         self._machine, effects = federation.arrive(self._machine, clients, order)
-        sent = {
-            client: self._adversaries.tampered(client, order.kind, order.round, each)
-            for client, each in zip(clients, released, strict=True)
-        }
-        counted = [effect for effect in effects if isinstance(effect, Accept)]
-        updates = [
-            Update(each.client, own.vector, own.num_examples, own.metrics, each.staleness)
-            for each in counted
-            if (own := sent[each.client])
-        ]
+        sent = dict(zip(clients, released, strict=True))
+        updates = []
+        for effect in effects:
+            if isinstance(effect, Accept):
+                own = self._adversaries.tampered(effect.client, order.kind, order.round, sent[effect.client])
+                updates.append(
+                    Update(effect.client, own.vector, own.num_examples, own.metrics, effect.staleness)
+                )
+                self._up += own.vector.nbytes
         self._learning = self._learning.fold(order, *updates)
-        self._up += sum(own.vector.nbytes for own in sent.values())
         self._execute(tuple(effect for effect in effects if not isinstance(effect, Accept)), None)
         return True
 

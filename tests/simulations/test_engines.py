@@ -21,7 +21,10 @@ from fedge.run import Work
 from fedge_client.torch.framework import framework
 from fedge_client.torch.trainer import Trainer
 from fedge_sim import Result, simulate
-from fedge_sim.cohort import Cohort, Member, UnsuitedError
+from fedge_sim.ahead import Ahead
+from fedge_sim.cohort import Cohort, Member
+from fedge_sim.pool import UnsuitedError
+from fedge_sim.population import Population
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(6, 3),
@@ -275,3 +278,53 @@ def test_a_client_whose_data_cannot_be_read_is_named():
 def test_there_is_no_engine_of_another_name():
     with pytest.raises(ConfigError, match="engine: expected one of auto, loop, vectorised, found 'warp'"):
         run(task_of(MODELS["linear"]), "warp")
+
+
+@pytest.mark.parametrize(
+    ("model", "rounds", "cohort", "privacy", "says"),
+    [
+        (MODELS["perceptron"], 64, 64, {}, ""),
+        (MODELS["perceptron"], 63, 64, {}, "4032 turns of clients"),
+        (lambda: nn.Linear(6, 10_000), 64, 64, {}, "a model of 70000 parameters"),
+        (lambda: nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3)), 64, 64, {}, "more than parameters"),
+        (
+            MODELS["perceptron"],
+            64,
+            64,
+            {"privacy": {"unit": "example", "epsilon": 8.0, "delta": 1e-3, "clip": 1.0}},
+            "privacy of examples",
+        ),
+    ],
+    ids=["it pays", "a short run", "a large model", "buffers", "private examples"],
+)
+def test_a_stack_is_chosen_where_it_pays_by_a_rule(
+    model: Callable[[], nn.Module],
+    rounds: int,
+    cohort: int,
+    privacy: dict[str, Any],
+    says: str,
+    caplog: pytest.LogCaptureFixture,
+):
+    table = {
+        "name": "a",
+        "task": "app:task",
+        "rounds": rounds,
+        "cohort": {"size": cohort},
+        "simulation": {"clients": cohort},
+    }
+    config = RunConfig.from_table(table | privacy, source="run")
+    task = task_of(model)
+    population = Population.of(config, task, count=cohort)
+    with caplog.at_level(logging.WARNING):
+        reason = Ahead(config, task, population, insists=False).reason
+    assert (says in reason) if says else (reason == "")
+    assert not caplog.records, "nobody has asked for a stack"
+
+
+def test_a_result_says_what_trained_its_clients():
+    task = task_of(MODELS["perceptron"])
+    assert [run(task, engine).engine for engine in ("auto", "loop", "vectorised")] == [
+        "loop",
+        "loop",
+        "vectorised",
+    ]

@@ -243,8 +243,9 @@ class Jobs:
             run.prepared, run.sent = None, False
         try:
             prepared = await self._pack(run, message, await self._released(run, message, link))
-        finally:
+        except Exception:  # and not that this agent is to end: the next one gives back what it finds reserved
             await self._performer.give_back(run)
+            raise
         if lost is not None and prepared.update.vector.digest != lost.digest:
             raise self._loss(run, lost)
         # What was masked is of no use to another process, which cannot go on with its session.

@@ -69,9 +69,13 @@ class Performer:
 
     async def pay(self, run: Participation) -> None:
         """What was done may leave at any time from now on, after a crash as well."""
-        if run.reserved is not None:
-            await self._spending.leaves(run.reserved[0])
-            run.reserved, run.unsettled = None, run.reserved
+        reserved, run.reserved = (
+            run.reserved,
+            None,
+        )  # not to be given back from here on, even if this is cut short
+        if reserved is not None:
+            await self._spending.leaves(reserved[0])
+            run.unsettled = reserved
 
     async def give_back(self, run: Participation) -> None:
         """Nothing of what was done last has left, unless it was paid for; nor will it."""

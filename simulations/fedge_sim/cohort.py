@@ -9,7 +9,7 @@ Equal to the loop to float32's rounding. What cannot be done so (`UnsuitedError`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from fedge_client.torch.flat import FlatModule
 from fedge_client.torch.framework import build_module
 from fedge_client.torch.trainer import Outcome
 from fedge_sim.pool import Part, UnsuitedError
-from fedge_sim.stack import Arguments, Step, train_stack
+from fedge_sim.stack import Arguments, Slopes, train_stack
 
 SIZES = (4, 8, 16, 32, 64, 128, 256)
 """Clients in a stack: the smallest of these that holds a cohort is traced."""
@@ -42,6 +42,9 @@ _TRIED = 128
 
 _CLOSE = 1e-3
 """What a mean over rows may differ by from the task's own loss, relative to it, and still be it."""
+
+
+Step = Callable[..., Slopes]
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,27 +143,26 @@ class Cohort:
             for where, shape in zip(self._slices, self._shapes, strict=True)
         ]
 
-    def step(self, arguments: Arguments) -> Step:
-        """The traced step for arguments of these shapes.
+    def step(self, arguments: Arguments) -> Slopes:
+        """The gradients and losses of a step; the first one with arguments of these shapes is traced.
 
         Raises:
-            UnsuitedError: torch.func cannot do it, or it is not what the task's own loss says.
+            UnsuitedError: torch.func cannot do it, or it is not what the task's own loss says; or the task's code
+                fails, of which the loop will say more.
         """
         parameters, inputs, targets, _ = arguments
         key = (inputs.shape, inputs.dtype, targets.shape, targets.dtype)
-        if key not in self._steps:
-            try:
+        try:
+            if key not in self._steps:
                 if not self._tried:
                     self._try(parameters, inputs, targets)
                     self._tried = True
                 self._steps[key] = self._traced(*arguments)
-            except UnsuitedError:
-                raise
-            except Exception as error:  # user code under torch.func may raise anything
-                raise UnsuitedError(
-                    f"torch.func cannot do it: {type(error).__name__}: {error}"[:300]
-                ) from error
-        return self._steps[key]
+            return self._steps[key](*arguments)
+        except UnsuitedError:
+            raise
+        except Exception as error:  # user code under torch.func may raise anything, and what it became, too
+            raise UnsuitedError(f"torch.func cannot do it: {type(error).__name__}: {error}"[:300]) from error
 
     def _traced(self, *arguments: Any) -> Step:
         def loss(parameters: Any, inputs: Any, targets: Any, weights: Any) -> torch.Tensor:  # no bound method

@@ -25,6 +25,7 @@ from fedge.cli import INTERRUPTED
 from fedge.errors import ConfigError, RunError
 from fedge.history import Row
 from fedge.run import RunConfig
+from fedge_sim.told import Told
 
 Callback = Callable[[Row], None]
 
@@ -63,8 +64,10 @@ def simulate(
         _write_page(page, beside, Console(stderr=True), needed=True)
         typer.echo(f"report in {page}")
         return
-    for each in beside:  # before hours of work depend on it
-        _page().Told.of(each, label="")
+    if beside:  # before hours of work depend on it
+        _page()
+        for each in beside:
+            Told.of(each, label="")
     # torch takes seconds to import: mistakes in the file or the flags are reported before it.
     config = RunConfig.load(path)
     from fedge_sim.engine import simulate as run_simulation
@@ -86,7 +89,6 @@ def simulate(
             callbacks=() if as_json else (show,),
         )
     write_results(folder, result)
-    _write_page(folder / "report.html", [folder, *beside], console, needed=bool(beside))
     if as_json:
         typer.echo(json.dumps(result.summary() | {"out": str(folder)}))
     else:
@@ -99,6 +101,7 @@ def simulate(
         if spent := str(result.privacy):
             console.print(spent, highlight=False)
         typer.echo(f"results in {folder}")
+    _write_page(folder / "report.html", [folder, *beside], console, needed=bool(beside))
     if result.status == "stopped":
         raise typer.Exit(INTERRUPTED)
     if result.status != "done":
@@ -106,15 +109,13 @@ def simulate(
 
 
 def _write_page(path: Path, folders: list[Path], console: Console, *, needed: bool) -> None:
-    """Without the libraries that draw it there is no report, and a note unless somebody has asked for it."""
+    """A report that cannot be made is a note, unless somebody has asked for it: the results are there."""
     try:
-        page = _page()
+        _page().write_page(path, folders)
     except ConfigError as error:
         if needed:
             raise
         console.print(f"note: {error}", highlight=False)
-        return
-    page.write_page(path, folders)
 
 
 def _page() -> ModuleType:

@@ -13,7 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
-"""By label: where its points are, and what they say. What is not finite is left out."""
+"""By label: where its points are, and what they say. What is not finite, or too large to draw, is left out."""
+
+_LARGEST = 1e300
 
 _SIZE = (6.0, 3.2)
 _STYLE: dict[Any, Any] = {
@@ -32,38 +34,36 @@ def lines(series: Series, *, x: str, y: str) -> str:
     """A line for each label."""
 
     def draw(axes: Axes) -> None:
-        for label, (places, values) in series.items():
+        for places, values in series.values():
             points = [
-                (place, value) for place, value in zip(places, values, strict=True) if math.isfinite(value)
+                (place, value)
+                for place, value in zip(places, values, strict=True)
+                if math.isfinite(value) and abs(value) <= _LARGEST
             ]
             marker = "o" if len(points) < 20 else ""
-            axes.plot(
-                *zip(*points, strict=True) if points else ([], []), marker=marker, ms=3, lw=1.4, label=label
-            )
+            axes.plot(*zip(*points, strict=True) if points else ([], []), marker=marker, ms=3, lw=1.4)
         if all(float(place).is_integer() for places, _ in series.values() for place in places):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if len(series) > 1:
-            axes.legend(frameon=False)
+        if len(series) > 1:  # handles are given: of its own accord it leaves out labels that begin with "_"
+            axes.legend(axes.lines, list(series), frameon=False)
 
     return _svg(draw, x=x, y=y)
 
 
-def counts(series: Mapping[str, Sequence[int]], *, x: str, y: str) -> str:
-    """How often each whole number occurs, side by side for each label."""
+def counts(series: Mapping[str, Mapping[int, int]], *, x: str, y: str) -> str:
+    """By label: how often each whole number occurs, side by side."""
 
     def draw(axes: Axes) -> None:
-        most = max((max(values, default=0) for values in series.values()), default=0)
         width = 0.8 / max(1, len(series))
-        for at, (label, values) in enumerate(series.items()):
-            heights = [0] * (most + 1)
-            for value in values:
-                heights[value] += 1
+        bars = []
+        for at, heights in enumerate(series.values()):
             shift = (at - (len(series) - 1) / 2) * width
-            axes.bar([number + shift for number in range(most + 1)], heights, width, label=label)
+            color = f"C{at % 10}"
+            bars.append(axes.bar([n + shift for n in heights], list(heights.values()), width, color=color))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         if len(series) > 1:
-            axes.legend(frameon=False)
+            axes.legend(bars, list(series), frameon=False)
 
     return _svg(draw, x=x, y=y)
 

@@ -6,97 +6,19 @@ It is made of what lies in results folders, so that it can be made again, and ru
 from __future__ import annotations
 
 import base64
-import json
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import tomlkit
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from fedge.errors import ConfigError
-from fedge.files import read_capped, write_atomic
+from fedge.files import write_atomic
 from fedge_sim.figures import Series, counts, lines
 from fedge_sim.folders import prepare_folder
-
-MAX_BYTES: Final = 1 << 30
-"""Of a history: a million rounds of a thousand clients are less."""
-
-_MEGABYTE = 1e6
-
-
-@dataclass(frozen=True, eq=False)
-class Told:
-    """What a results folder says of a simulation."""
-
-    label: str
-    summary: dict[str, Any]
-    run: dict[str, Any]
-    versions: dict[str, str]
-    rows: list[dict[str, Any]]
-
-    @classmethod
-    def of(cls, folder: Path, *, label: str) -> Told:
-        """Read a results folder.
-
-        Raises:
-            ConfigError: it is none, or damaged.
-        """
-        try:
-            manifest = json.loads(read_capped(folder / "manifest.json", max_bytes=MAX_BYTES))
-            history = read_capped(folder / "history.jsonl", max_bytes=MAX_BYTES)
-            rows = [json.loads(line) for line in history.splitlines()]
-            found = cls(
-                label, dict(manifest["summary"]), dict(manifest["run"]), dict(manifest["versions"]), rows
-            )
-            found.check()
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(
-                f"{folder}: expected the results of `fedge simulate`, found a damaged manifest.json or history.jsonl "
-                f"({type(error).__name__})"
-            ) from None
-        return found
-
-    def check(self) -> None:
-        """
-        Raises:
-            KeyError, TypeError, ValueError: a number that the page shows is not there.
-        """
-        for row in self.rows:
-            for name in ("round", "attempt", "seconds", "bytes_down", "bytes_up", "refused"):
-                float(row[name])
-            if not isinstance(row["clients"], list) or not isinstance(row["metrics"], dict):
-                raise TypeError("expected clients and metrics")
-        int(self.summary["clients"]), self.summary["name"]
-
-    @property
-    def metrics(self) -> list[str]:
-        """Names, in the order in which they first came."""
-        return list(dict.fromkeys(name for row in self.rows for name in row["metrics"]))
-
-    def numbers(self, name: str) -> list[float]:
-        return [float(row[name]) for row in self.rows]
-
-    def metric(self, name: str) -> list[float]:
-        """By round; NaN where there is none."""
-        found = [row["metrics"].get(name) for row in self.rows]
-        return [math.nan if value is None else float(value) for value in found]
-
-    @property
-    def sent_mb(self) -> list[float]:
-        """Megabytes that have crossed the wire by each round, both ways."""
-        return list(accumulate((row["bytes_up"] + row["bytes_down"]) / _MEGABYTE for row in self.rows))
-
-    @property
-    def turns(self) -> list[int]:
-        """How many updates of each client are in the model."""
-        taken = Counter(client for row in self.rows for client in row["clients"])
-        never = max(0, int(self.summary["clients"]) - len(taken))
-        return [*taken.values(), *[0] * never]
+from fedge_sim.told import Number, Told
 
 
 @dataclass(frozen=True)
@@ -113,6 +35,7 @@ def write_page(path: Path, folders: Sequence[Path]) -> None:
     Raises:
         ConfigError: one of them has no results, or the page cannot be written.
     """
+    folders = list(dict.fromkeys(folder.resolve() for folder in folders))
     names = Counter(folder.name for folder in folders)
     told = [Told.of(each, label=each.name if names[each.name] == 1 else str(each)) for each in folders]
     prepare_folder(path.parent)
@@ -124,7 +47,7 @@ def write_page(path: Path, folders: Sequence[Path]) -> None:
     )
     page = environment.get_template("report.html").render(
         labels=[each.label for each in told],
-        names=[each.summary["name"] for each in told],
+        names=[each.name for each in told],
         facts=_facts(told),
         pictures=_pictures(told),
         settings=[
@@ -167,15 +90,17 @@ def _pictures(told: Sequence[Told]) -> list[Picture]:
         ]
     taken = {each.label: each.turns for each in told}
     found.append(Picture("participation", _url(counts(taken, x="updates that counted", y="clients"))))
-    for name, title, unit in (
-        ("seconds", "time of a round", "s"),
-        ("refused", "what failed or was refused in a round", "orders"),
-        ("attempt", "attempts at a round", "attempts"),
-    ):
-        if name == "seconds" or any(len(set(each.numbers(name))) > 1 for each in told):
-            series = {each.label: (each.numbers("round"), each.numbers(name)) for each in told}
-            found.append(_picture(title, series, "round", unit))
+    found.append(_by_round(told, "seconds", "time of a round", "s"))
+    if any(any(each.numbers("refused")) for each in told):
+        found.append(_by_round(told, "refused", "what failed or was refused in a round", "orders"))
+    if any(len(set(each.numbers("attempt"))) > 1 for each in told):
+        found.append(_by_round(told, "attempt", "attempts at a round", "attempts"))
     return found
+
+
+def _by_round(told: Sequence[Told], name: Number, title: str, unit: str) -> Picture:
+    series = {each.label: (each.numbers("round"), each.numbers(name)) for each in told}
+    return _picture(title, series, "round", unit)
 
 
 def _series(told: Sequence[Told], where: Callable[[Told], list[float]], metric: str) -> Series:

@@ -14,16 +14,17 @@ from fedge_client.torch.optim import InPlaceOptimizer
 from fedge_client.torch.trainer import Outcome
 from fedge_sim.pool import Part, all_alike, filler
 
-Step = Callable[..., tuple[list[torch.Tensor], torch.Tensor]]
-"""(parameters, inputs, targets, weights) of all clients -> their gradients, and their losses float32[clients]."""
-
 Arguments = tuple[list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]
+"""Of all clients: parameters, inputs, targets, weights."""
+
+Slopes = tuple[list[torch.Tensor], torch.Tensor]
+"""Of all clients: gradients, and losses float32[clients]."""
 
 
 class Model(Protocol):
     """What is trained: a step of it for many clients, and how they lie in memory."""
 
-    def step(self, arguments: Arguments) -> Step: ...
+    def step(self, arguments: Arguments) -> Slopes: ...
 
     def views(self, stack: torch.Tensor) -> list[torch.Tensor]: ...
 
@@ -65,9 +66,8 @@ class _Stack:
             clients = self._model.size_for(active)
             views = self._views_of(min(clients, len(self._theta)))
             filled = self._filler.fill(step, len(views[0]))
-            arguments = (views, filled.inputs, filled.targets, filled.weights)
             with torch.no_grad():
-                slopes, loss = self._model.step(arguments)(*arguments)
+                slopes, loss = self._model.step((views, filled.inputs, filled.targets, filled.weights))
                 move(views, slopes)
             losses[:active] += loss[:active].double() * self._counted[:active, step]
             ended = next((at for at in range(active) if self._parts[at].steps == step + 1), active)

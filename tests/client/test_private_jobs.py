@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -282,3 +284,31 @@ def test_a_site_that_was_protected_as_a_whole_counts_twice_as_much_once_an_examp
     spent = site.ledger.books.spent()
     assert spent.mechanisms == (Gaussian(1.0), Gaussian(30.0))
     assert spent.epsilon(1e-5) == pytest.approx(epsilon_of(spent.mechanisms, 1e-5))
+
+
+def test_an_agent_that_is_to_end_while_it_pays_ends_and_what_it_was_about_to_send_is_paid_for(
+    private: Site, monkeypatch: pytest.MonkeyPatch
+):
+    """The ledger's write goes on behind a task that is cancelled."""
+    writing, go_on = threading.Event(), threading.Event()
+    sending = private.ledger.sending
+
+    def slow(entry: int) -> None:
+        writing.set()
+        assert go_on.wait(10)
+        sending(entry)
+
+    monkeypatch.setattr(private.ledger, "sending", slow)
+
+    async def scenario() -> None:
+        link: Any = private.link
+        doing = asyncio.create_task(private.jobs.do(order(), link))
+        await asyncio.to_thread(writing.wait, 10)
+        doing.cancel()
+        asyncio.get_running_loop().call_later(0.1, go_on.set)
+        with pytest.raises(asyncio.CancelledError):
+            await doing
+
+    asyncio.run(scenario())
+    assert not private.sent
+    assert charged(private.restarted()) == 1

@@ -328,3 +328,48 @@ def test_a_result_says_what_trained_its_clients():
         "loop",
         "vectorised",
     ]
+
+
+def examples_of_one_set() -> TensorDataset:
+    return data(Site("client-9", index=9, count=10))[0]
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["one set", "sets of their own"])
+def test_parts_of_a_set_are_found_by_whatever_indices_they_have(same: bool):
+    """Negative ones count from its end, as in the loop."""
+    whole = examples_of_one_set()
+    indices = [[-1, 0, 3, 7], [1, 2], [5, -2, -3, 9, 11, 4]]
+    members = [
+        Member(Subset(whole if same else examples_of_one_set(), part), seed)
+        for seed, part in enumerate(indices)
+    ]
+    stacked, outcomes, looped, expected = both(
+        task_of(MODELS["linear"]), members, Work(epochs=2, batch_size=4)
+    )
+    assert np.allclose(stacked, looped, rtol=1e-4, atol=1e-6)
+    assert [each.num_examples for each in outcomes] == [each.num_examples for each in expected]
+
+
+def test_parts_of_one_set_are_not_copied(monkeypatch: pytest.MonkeyPatch):
+    def never(tensors: Any) -> torch.Tensor:
+        raise AssertionError("the rows of one tensor were brought together")
+
+    whole = examples_of_one_set()
+    members = [Member(Subset(whole, part), 1) for part in ([1, 2, 3], [4, 5])]
+    out = np.empty((2, 21), np.float32)
+    model = framework.initial_model(task_of(MODELS["linear"]), seed=3).vector
+    cohort = Cohort(task_of(MODELS["linear"]), seed=3)
+    monkeypatch.setattr(torch, "cat", never)
+    cohort.train(model, members, Work(batch_size=2), out)
+
+
+def test_data_that_the_tasks_loss_does_not_take_is_named_though_a_step_was_traced_before():
+    def late(site: Site) -> tuple[TensorDataset, TensorDataset]:
+        train, test = data(site)
+        inputs, labels = train.tensors
+        return TensorDataset(inputs, labels + 7 * (site.index == 7)), test
+
+    task = Task(model=MODELS["linear"], data=late, loss=F.cross_entropy)
+    for engine in ("loop", "vectorised"):
+        with pytest.raises(TaskError, match=r"client-7, train order of round .*loss"):
+            run(task, engine, cohort={"size": 2}, rounds=40)

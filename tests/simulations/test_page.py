@@ -19,8 +19,9 @@ from fedge.history import Row
 from fedge.vector import Layout, Model, Tensor
 from fedge_sim import Result
 from fedge_sim.command import _page
-from fedge_sim.page import Told, write_page
+from fedge_sim.page import write_page
 from fedge_sim.report import write_results
+from fedge_sim.told import Told
 
 LAYOUT = Layout((Tensor("w", (2,)),))
 
@@ -87,7 +88,7 @@ def test_numbers_of_the_history_are_those_of_the_pictures(tmp_path: Path):
         label="a",
     )
     assert told.sent_mb == [2.0, 4.0, 6.0]
-    assert sorted(told.turns) == [0, 0, 2, 3], "of four clients two were never asked"
+    assert told.turns == {0: 2, 2: 1, 3: 1}, "of four clients two were never asked"
     assert told.metric("loss")[:2] == [1.0, 0.5]
     assert np.isnan(told.metric("loss")[2])
 
@@ -107,16 +108,32 @@ def test_a_simulation_that_came_to_nothing_has_a_page(tmp_path: Path):
     assert "participation" in pictures(page)
 
 
+LINE = row(1).as_dict()
+
+
 @pytest.mark.parametrize(
     ("file", "content"),
     [
         ("manifest.json", ""),
         ("manifest.json", "[]"),
         ("manifest.json", '{"summary": {}, "run": {}, "versions": {}}'),
+        ("manifest.json", '{"summary": {"name": "a", "clients": Infinity}, "run": {}, "versions": {}}'),
+        ("manifest.json", '{"summary": ' + "[" * 100_000),
         ("history.jsonl", '{"round": 1}\n'),
         ("history.jsonl", '{"round": 1, "attempt": 1, "seco'),
-        ("history.jsonl", json.dumps(row(1).as_dict() | {"metrics": 5}) + "\n"),
-        ("history.jsonl", json.dumps(row(1).as_dict() | {"seconds": None}) + "\n"),
+        *(
+            ("history.jsonl", json.dumps(LINE | changes))
+            for changes in (
+                {"metrics": 5},
+                {"metrics": {"loss": "abc"}},
+                {"metrics": {"loss": [1]}},
+                {"metrics": {"loss": 10**400}},
+                {"seconds": None},
+                {"bytes_up": "1"},
+                {"bytes_up": -1},
+                {"clients": [{}]},
+            )
+        ),
     ],
 )
 def test_results_that_are_damaged_are_refused_by_name(tmp_path: Path, file: str, content: str):
@@ -125,6 +142,19 @@ def test_results_that_are_damaged_are_refused_by_name(tmp_path: Path, file: str,
     with pytest.raises(ConfigError, match="expected the results of `fedge simulate`"):
         write_page(tmp_path / "report.html", [folder])
     assert not (tmp_path / "report.html").exists()
+
+
+def test_numbers_that_no_picture_can_show_are_left_out(tmp_path: Path):
+    rows = row(1, metrics={"loss": 1e308}), row(2, metrics={"loss": -1e308}), row(3)
+    assert "loss by round" in pictures(page_of(tmp_path, results(tmp_path / "a", *rows)))
+
+
+def test_a_folders_name_is_shown_whatever_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    one, two = results(tmp_path / "_a", row(1)), results(tmp_path / "b", row(1))
+    monkeypatch.chdir(two)
+    drawn = pictures(page_of(tmp_path, one, Path(), one))  # and the same one once
+    for picture in ("loss by round", "participation"):
+        assert re.search(r"_a\s+b$", drawn[picture])
 
 
 def test_a_folder_without_results_is_refused(tmp_path: Path):

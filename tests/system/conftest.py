@@ -13,6 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from harness import Federation, coordinator  # needs the line above
+from malicious import Attacked, attacked
 
 # A suite that a shell runs in the background inherits that Ctrl-C is ignored, and its children would, too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -34,4 +35,11 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
     """A coordinator without any site: for clients that are scripted here, message by message."""
     with coordinator(tmp_path_factory.mktemp("bare")) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def attack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attacked]:
+    """A coordinator that a test plays message by message, and a real agent that is connected to it."""
+    with attacked(tmp_path_factory.mktemp("attacked")) as started:
         yield started

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from authorities import new_authority
-from malicious import OTHERS, SECURE, Attacked, Play, Run, attacked
+from malicious import OTHERS, SECURE, Attacked, Play, Run
 
 from fedge.refusal import RefusalCode
 from fedge.secagg.directory import Directory
@@ -24,12 +24,6 @@ from fedge.wire.limits import MAX_MESSAGE_BYTES
 from fedge_client.secure_sessions import MAX_WAITING
 
 FRIEND = OTHERS[0]
-
-
-@pytest.fixture(scope="module")
-def attack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attacked]:
-    with attacked(tmp_path_factory.mktemp("attacked")) as started:
-        yield started
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from malicious import EVERYBODY, OTHERS, SITE, Attacked, Play, Run, attacked
+from malicious import EVERYBODY, OTHERS, SITE, Attacked, Play, Run
 
 from fedge.errors import RunError
 from fedge.events import OrderId
@@ -27,12 +27,6 @@ from fedge.wire import fedge_pb2 as pb
 from fedge.wire import secure as codec
 
 FRIEND, OTHER_FRIEND, THIRD_FRIEND = OTHERS
-
-
-@pytest.fixture(scope="module")
-def attack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attacked]:
-    with attacked(tmp_path_factory.mktemp("attacked")) as started:
-        yield started
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ shapes, never a value: they leave the site.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -101,15 +102,17 @@ class Batches:
         """Whether the rows of `tensors` are the dataset's examples, in its order."""
         return not self._levels
 
-    @property
+    @cached_property
     def rows(self) -> torch.Tensor:
-        """The row of each example in `tensors`: int64[size].
+        """The row of each example in `tensors`: int64[size], from 0.
 
         Raises:
             TaskError: the indices of a Subset are none.
         """
-        positions = range(self.size)
-        return self._rows(list(positions)) if self._levels else torch.arange(self.size)
+        if not self._levels:
+            return torch.arange(self.size)
+        assert self._tensors is not None  # only of those are levels known
+        return self._rows(list(range(self.size))) % len(self._tensors[0])
 
     def in_order(self, *, max_bytes: int) -> tuple[torch.Tensor, ...]:
         """The positions of batches in the dataset's own order, each of about `max_bytes` or fewer."""
@@ -252,7 +255,8 @@ def _tensors_of(dataset: Any) -> tuple[list[Any], tuple[torch.Tensor, torch.Tens
         return [], None
     if len(dataset.tensors) != 2:
         raise TaskError(f"expected a TensorDataset of input and target, found {len(dataset.tensors)} tensors")
-    return levels, (dataset.tensors[0].detach(), dataset.tensors[1].detach())
+    inputs, targets = (each.detach() if each.requires_grad else each for each in dataset.tensors)
+    return levels, (inputs, targets)
 
 
 def _nbytes(value: Any) -> int:

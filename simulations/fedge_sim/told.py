@@ -1,0 +1,120 @@
+"""What a results folder says of a simulation, as it is read back: strictly, since anybody may have written it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fedge.errors import ConfigError
+from fedge.files import read_capped
+
+MAX_BYTES: Final = 1 << 30
+"""Of a history: a million rounds of a thousand clients are less."""
+
+_MEGABYTE = 1e6
+
+Number = Literal["round", "attempt", "seconds", "refused"]
+Count = Annotated[int, Field(ge=0, le=1 << 62)]
+
+
+class _Read(BaseModel):
+    """Of the types that were written; what was added since is left alone."""
+
+    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Round(_Read):
+    """A line of history.jsonl."""
+
+    round: Count
+    attempt: Count
+    clients: list[str]
+    seconds: float
+    bytes_down: Count
+    bytes_up: Count
+    refused: Count
+    metrics: dict[str, float | None]
+
+
+class _Summary(_Read):
+    """The part of a summary that is used by name; a page shows all of it."""
+
+    name: str
+    clients: Count
+
+
+class _Manifest(_Read):
+    summary: dict[str, Any]
+    run: dict[str, Any]
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class Told:
+    """A simulation. `label` is what it is called beside others."""
+
+    label: str
+    name: str
+    clients: int
+    summary: dict[str, Any]
+    run: dict[str, Any]
+    versions: dict[str, str]
+    rounds: tuple[Round, ...]
+
+    @classmethod
+    def of(cls, folder: Path, *, label: str) -> Told:
+        """Read a results folder.
+
+        Raises:
+            ConfigError: it is none, or damaged.
+        """
+        try:
+            manifest = _Manifest.model_validate_json(
+                read_capped(folder / "manifest.json", max_bytes=MAX_BYTES)
+            )
+            summary = _Summary.model_validate(manifest.summary)
+            history = read_capped(folder / "history.jsonl", max_bytes=MAX_BYTES)
+            rounds = tuple(Round.model_validate_json(line) for line in history.splitlines())
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            raise ConfigError(
+                f"{folder}: expected the results of `fedge simulate`, found a damaged manifest.json or history.jsonl: "
+                f"{where + ': ' if where else ''}{first['msg'][:200]}"
+            ) from None
+        return cls(
+            label, summary.name, summary.clients, manifest.summary, manifest.run, manifest.versions, rounds
+        )
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names, in the order in which they first came."""
+        return list(dict.fromkeys(name for each in self.rounds for name in each.metrics))
+
+    def numbers(self, name: Number) -> list[float]:
+        return [float(getattr(each, name)) for each in self.rounds]
+
+    def metric(self, name: str) -> list[float]:
+        """By round; NaN where there is none."""
+        found = (each.metrics.get(name) for each in self.rounds)
+        return [math.nan if value is None else value for value in found]
+
+    @property
+    def sent_mb(self) -> list[float]:
+        """Megabytes that have crossed the wire by each round, both ways."""
+        return list(accumulate((each.bytes_up + each.bytes_down) / _MEGABYTE for each in self.rounds))
+
+    @property
+    def turns(self) -> Counter[int]:
+        """How many clients have so many updates in the model."""
+        taken = Counter(client for each in self.rounds for client in each.clients)
+        turns = Counter(taken.values())
+        if self.clients > len(taken):
+            turns[0] = self.clients - len(taken)
+        return turns

@@ -31,10 +31,8 @@ _SPARSE_SHARE = 8
 _MANY = 8
 """Terms from which on a sum of all of them is tried first."""
 
-_MATRIX = 1 << 18
-"""Numbers of many terms that are looked at at once; a part of them is summed at once."""
-
-_PARTS = 8
+_MAGNITUDE = np.uint32(0x7FFFFFFF)
+_LAST_PLACE = np.uint32(1)
 
 Double = npt.NDArray[np.float64]
 Index = npt.NDArray[np.intp]
@@ -174,6 +172,7 @@ class _Room:
     def __init__(self, size: int) -> None:
         self.product, self.total, self.given_back = (np.empty(size) for _ in range(3))
         self.inexact, self.inexact_too = np.empty(size, bool), np.empty(size, bool)
+        self.bits, self.largest, self.smallest = (np.empty(size, np.uint32) for _ in range(3))
 
 
 class _Block:
@@ -283,18 +282,8 @@ def _add(block: _Block, offset: int, terms: Sequence[Term], room: _Room) -> None
 
 def _add_many(block: _Block, offset: int, terms: Sequence[Term], room: _Room) -> None:
     """As one after the other: by plain float64 sums where these are exact, as they nearly always are."""
-    weights = np.array([term.weight for term in terms], np.float64)
-    columns = max(1, _MATRIX // len(terms))
-    total = room.given_back[: block.size]
-    inexact = room.inexact[: block.size]
-    for start in range(0, block.size, columns):
-        stop = min(start + columns, block.size)
-        values = np.stack([term.values[offset + start : offset + stop] for term in terms])
-        np.logical_not(_sums_exactly(values, weights.sum()), out=inexact[start:stop])
-        for at in range(start, stop, columns // _PARTS or 1):
-            part = values[:, at - start : at - start + (columns // _PARTS or 1)].astype(np.float64)
-            np.matmul(weights, part, out=total[at : at + part.shape[1]])
-    where = np.flatnonzero(inexact)
+    total, exact = _plain_sum(offset, block.size, terms, room)
+    where = np.flatnonzero(~exact)
     if len(where) * _SPARSE_SHARE > block.size:
         for term in terms:
             block.add(term.values[offset : offset + block.size], term.weight, room)
@@ -303,8 +292,41 @@ def _add_many(block: _Block, offset: int, terms: Sequence[Term], room: _Room) ->
     block.add(total, 1, room)
     if len(where):
         few = [term.values[offset : offset + block.size][where] for term in terms]
+        weights = np.array([term.weight for term in terms], np.float64)
         for part in _expansion(np.stack(few).astype(np.float64) * weights[:, None]):
             block.add_at(where, part)
+
+
+def _plain_sum(
+    offset: int, size: int, terms: Sequence[Term], room: _Room
+) -> tuple[Double, npt.NDArray[np.bool_]]:
+    """The terms' sum over a block as float64 has it, and where that is exact in any order.
+
+    All products are whole multiples of the last place of the smallest number that is not zero, which is 2^-24 of it or
+    more; so are their sums, and below 2^53 times that every one of those is a float64.
+    """
+    total, product = room.given_back[:size], room.product[:size]
+    # As whole numbers, floats without their signs are in the order of the floats; zero less one is the last of all.
+    bits, largest, smallest = room.bits[:size], room.largest[:size], room.smallest[:size]
+    total[:], largest[:], smallest[:] = 0.0, 0, ~np.uint32(0)
+    weights = {term.weight for term in terms}
+    for term in terms:  # once over its values, while they are in the cache
+        values = term.values[offset : offset + size]
+        np.bitwise_and(values.view(np.uint32), _MAGNITUDE, out=bits)
+        np.maximum(largest, bits, out=largest)
+        np.subtract(bits, _LAST_PLACE, out=bits)
+        np.minimum(smallest, bits, out=smallest)
+        product[:] = values
+        if len(weights) > 1:
+            product *= term.weight
+        total += product
+    if len(weights) == 1:  # what they have in common is as exact at the end
+        total *= terms[0].weight
+    smallest += _LAST_PLACE
+    weight = float(sum(term.weight for term in terms))
+    bound = smallest.view(np.float32).astype(np.float64) * 2.0**28
+    exact: npt.NDArray[np.bool_] = largest.view(np.float32).astype(np.float64) * weight <= bound
+    return total, exact
 
 
 def _expansion(products: Double) -> Iterator[Double]:
@@ -314,21 +336,6 @@ def _expansion(products: Double) -> Iterator[Double]:
         yield np.array(sums)
         for column, part in zip(columns, sums, strict=True):
             column.append(-part)
-
-
-def _sums_exactly(values: Array, weight: float) -> npt.NDArray[np.bool_]:
-    """Of numbers [terms, columns]: whether a column's sum, with weights of this sum, is exact in float64 in any order.
-
-    All products are whole multiples of the last place of the smallest number that is not zero, which is 2^-24 of it or
-    more; so are their sums, and below 2^53 times that every one of those is a float64.
-    """
-    # As whole numbers, floats without their signs are in the order of the floats; zero less one is the last of all.
-    bits = values.view(np.uint32) & np.uint32(0x7FFFFFFF)
-    largest = bits.max(axis=0).view(np.float32).astype(np.float64)
-    bits -= np.uint32(1)
-    smallest = (bits.min(axis=0) + np.uint32(1)).view(np.float32).astype(np.float64)
-    exact: npt.NDArray[np.bool_] = largest * weight <= smallest * 2.0**28
-    return exact
 
 
 def _quotient(block: _Block, total_weight: int) -> Double:

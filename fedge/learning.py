@@ -12,11 +12,11 @@ from typing import Any
 
 from fedge.errors import RunError
 from fedge.events import OrderId
-from fedge.pipeline import Aggregate, MeanState, Pipeline, Reduction, Update
+from fedge.pipeline import Aggregate, Mean, MeanState, Pipeline, Reduction, Update
 from fedge.privacy.central import Central, Noising
 from fedge.privacy.secure import SecureSource
 from fedge.strategy import AnyStrategy, Order, WorkKind
-from fedge.vector import Layout, Model, all_finite
+from fedge.vector import Array, Layout, Model, all_finite
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +101,18 @@ class Learning:
         """
         aggregate = Pipeline(self._reduction(order)).finish(self._folded(order), *updates)
         return self.close_with(order, aggregate, source=source)
+
+    def weights(self, order: OrderId, *updates: Update) -> list[int] | None:
+        """What each weighs in the mean that an order's aggregate is of these alone; None if it is something else."""
+        reduction = self._reduction(order)
+        if not isinstance(reduction, Mean) or order.kind in self.folds:
+            return None
+        return [reduction.weight(update) for update in updates]
+
+    def described(self, order: OrderId, mean: Array, *updates: Update) -> Aggregate:
+        """An order's aggregate of these updates alone, whose mean was made elsewhere; for `close_with`."""
+        reduction = self._reduction(order)
+        return replace(reduction.finish(reduction.start(0), *updates), vector=mean)
 
     def close_with(
         self, order: OrderId, aggregate: Aggregate, *, source: SecureSource | None = None

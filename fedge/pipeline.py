@@ -215,7 +215,7 @@ class Mean:
         for update in updates:
             if not 1 <= update.num_examples < MAX_WEIGHT:
                 raise ValueError(f"expected num_examples in [1, {MAX_WEIGHT}), found {update.num_examples}")
-        weights = [self._weight(update) for update in updates]
+        weights = [self.weight(update) for update in updates]
         return MeanState(
             state.total,
             state.weight + sum(weights),
@@ -226,9 +226,10 @@ class Mean:
         )
 
     def _terms(self, updates: Sequence[Update]) -> list[Term]:
-        return [Term(update.vector, self._weight(update)) for update in updates]
+        return [Term(update.vector, self.weight(update)) for update in updates]
 
-    def _weight(self, update: Update) -> int:
+    def weight(self, update: Update) -> int:
+        """What an update counts for."""
         return update.num_examples if self.weighting == "examples" else 1
 
 

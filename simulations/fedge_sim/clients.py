@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fedge.events import OrderId
 from fedge.privacy.secure import SecureSource
 from fedge.run import RunConfig
@@ -13,49 +11,36 @@ from fedge.vector import Array
 from fedge_client.torch.batches import examples
 from fedge_client.torch.private.steps import Private
 from fedge_client.torch.trainer import Outcome, Trainer
+from fedge_sim.population import Population
 from fedge_sim.privacy import Accounts
 
 
 class Clients:
     """All of them, with one resident model."""
 
-    def __init__(self, run: RunConfig, task: Task, accounts: Accounts) -> None:
-        self._run, self._accounts = run, accounts
+    def __init__(self, run: RunConfig, task: Task, population: Population, accounts: Accounts) -> None:
+        self._run, self._population, self._accounts = run, population, accounts
         self._trainer = Trainer(task, seed=run.seed)
 
-    def private(self, client: str, order: OrderId, train: Any) -> Private | None:
-        """What a client does for privacy, which it pays for; its noise follows from the run's seed.
+    def pay(self, client: str, order: OrderId) -> None:
+        """A client's account is charged for an order.
 
         Raises:
-            RefusedError: the client's budget is exhausted.
+            RefusedError: its budget is exhausted.
             TaskError: its data has no length.
         """
-        if self._accounts.terms is None:
-            return None
-        size = examples(train)
-        self._accounts.charge(client, order.kind, size)
-        level = self._accounts.level(size)
-        if level is None:
-            return None
-        key = derive_key(self._run.seed, client, order.kind, order.round, order.attempt)
-        return Private(level, SecureSource(key))
+        if self._accounts.terms is not None:
+            self._accounts.charge(client, order.kind, examples(self._population.data(client)[0]))
 
-    def perform(
-        self,
-        client: str,
-        order: OrderId,
-        model: Array,
-        data: tuple[Any, Any],
-        private: Private | None,
-        *,
-        out: Array,
-    ) -> Outcome:
-        """An order's work on `model` (float32[size]) and the client's `(train, test)`; its vector is in `out`.
+    def perform(self, client: str, order: OrderId, model: Array, *, out: Array) -> Outcome:
+        """An order's work on `model` (float32[size]), which the client has paid for; its vector is in `out`.
 
         Raises:
+            RefusedError: the client does not do it.
             TaskError: its data cannot be read.
         """
-        trainer, work, (train, test) = self._trainer, self._run.work, data
+        trainer, work, (train, test) = self._trainer, self._run.work, self._population.data(client)
+        private = self._private(client, order, train) if self._accounts.terms is not None else None
         seed = work_seed(self._run.seed, site=client, kind=order.kind, round=order.round)
         match order.kind:
             case "train":
@@ -65,3 +50,11 @@ class Clients:
                 return trainer.gradient(model, train, work, seed=seed, step=step, out=out, private=private)
             case "evaluate":
                 return trainer.evaluate(model, test, private=private)
+
+    def _private(self, client: str, order: OrderId, train: object) -> Private | None:
+        """What a client does for the privacy of its examples; its noise follows from the run's seed."""
+        level = self._accounts.level(examples(train))
+        if level is None:
+            return None
+        key = derive_key(self._run.seed, client, order.kind, order.round, order.attempt)
+        return Private(level, SecureSource(key))

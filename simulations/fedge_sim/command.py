@@ -40,9 +40,12 @@ def simulate(
     engine: Annotated[
         str,
         typer.Option(
-            help="auto, loop, or vectorised: a cohort as one stacked tensor, where the model allows it."
+            help="auto, loop, vectorised (a cohort as one stacked tensor, where the model allows it) or processes."
         ),
     ] = "auto",
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that train; as many as there are processors unless given.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Results folder; results/NAME-TIME unless given.")
     ] = None,
@@ -86,6 +89,7 @@ def simulate(
             rounds=rounds,
             seed=seed,
             engine=engine,  # type: ignore[arg-type]  # it is checked there, with torch
+            workers=workers,
             callbacks=() if as_json else (show,),
         )
     write_results(folder, result)

@@ -1,80 +1,20 @@
-"""The plain engine: one resident model, clients in turn, and the same round machine as in deployment.
-
-It is the reference that faster engines must equal: it executes the machine's effects one after another,
-so a seed fixes every bit of the result.
-"""
+"""`simulate`: a run on this machine, from its configuration to its result."""
 
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import replace
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Final
 
-import numpy as np
-
-from fedge import federation
-from fedge.errors import ConfigError, RefusedError, RunError, TaskError
-from fedge.events import (
-    Accept,
-    Arrived,
-    Cancel,
-    Close,
-    DeadlinePassed,
-    Disclose,
-    Enlist,
-    Event,
-    Failed,
-    GiveUp,
-    Joined,
-    Left,
-    Mask,
-    OrderId,
-    Reject,
-    Remind,
-    Send,
-    StartTimer,
-    Survive,
-    Unmask,
-)
-from fedge.history import Row
-from fedge.learning import Learning
-from fedge.pipeline import Aggregate, Update
-from fedge.plan import Plan
-from fedge.privacy.central import Central
-from fedge.privacy.secure import SecureSource
-from fedge.refusal import Refusal, RefusalCode
+from fedge.errors import ConfigError
 from fedge.run import RunConfig
-from fedge.run_state import Finish, Returned, RunEffect, RunEvent, Stop
-from fedge.secagg.terms import SumTerms
-from fedge.seeds import derive_key
-from fedge.snapshot import revive, take
-from fedge.strategy import WorkKind, load_strategy
 from fedge.task import Task, load_task
-from fedge.vector import Array, Model
-from fedge_client.gate import Released, layers_of, release
-from fedge_client.torch.framework import framework
-from fedge_client.torch.threads import suitable_threads, using_threads
-from fedge_server.store.machine import decode_machine, encode_machine
-from fedge_sim.adversaries import Adversaries
-from fedge_sim.ahead import ENGINES, Ahead, EngineName
-from fedge_sim.clients import Clients
-from fedge_sim.faults import Faults, corrupt
-from fedge_sim.population import Population
-from fedge_sim.privacy import Accounts
+from fedge_client.torch.threads import using_threads
+from fedge_sim.driver import Callback, Driver
+from fedge_sim.engines.chosen import EngineName, Origin, check_engine
 from fedge_sim.result import Result
-from fedge_sim.secure import SecureSums
-from fedge_sim.together import pass_together
 
 log = logging.getLogger(__name__)
-
-MOST_CRASHES: Final = 1000
-"""Of the coordinator in one round: a crash ends an attempt at a secure sum, so that some would never end."""
-
-Callback = Callable[[Row], None]
-"""Called with each committed round; for an evaluated one a second time, with the evaluation's metrics."""
 
 
 def simulate(
@@ -85,39 +25,41 @@ def simulate(
     rounds: int | None = None,
     seed: int | None = None,
     engine: EngineName = "auto",
+    workers: int | None = None,
     callbacks: Iterable[Callback] = (),
 ) -> Result:
     """Run a federation on this machine. The same run and seed give the same bits.
 
     `run` is a RunConfig or the path of a run.toml, from whose folder the task is then imported; `task`
     takes the place of the task it names, and `clients`, `rounds` and `seed` of its own numbers. The engine
-    "vectorised" trains a cohort as one stacked tensor where the model allows it (see `fedge_sim.cohort`), to the same
-    numbers but for float32's rounding; "loop" is one client after the other, to the bits of a deployment; "auto" is the
-    former for small models that allow it in runs that are long enough.
+    "vectorised" trains a cohort as one stacked tensor where the model allows it (`fedge_sim.engines.cohort`), to the
+    same numbers but for float32's rounding; "processes" has `workers` processes of one thread train (as many as there
+    are processors unless given), whose number changes no bit; "loop" is one client after the other, to the bits of a
+    deployment; "auto" is the first of these that suits the run and is worth its start.
     KeyboardInterrupt ends the run at its last committed round, with the status "stopped".
 
     Raises:
         ConfigError: the run, or a combination of its settings, is wrong, or there is no such engine.
         TaskError: the task's code fails on a client.
     """
-    if engine not in ENGINES:
-        raise ConfigError(f"engine: expected one of {', '.join(ENGINES)}, found {str(engine)[:80]!r}")
+    check_engine(engine, workers)
     folder = None
     if not isinstance(run, RunConfig):
         folder = Path(run).parent.resolve()
         run = RunConfig.load(Path(run))
     run = _with(run, clients=clients, rounds=rounds, seed=seed)
+    origin = Origin.of(task, name=run.task, folder=folder)
     if task is None:
         task = load_task(run.task, path=folder)
     if left_out := run.left_out(task.metrics):
         log.warning("metrics_left_out %s", left_out)
-    driven = _Engine(run, task, tuple(callbacks), engine)
-    with using_threads(driven.threads):
+    driver = Driver(run, task, tuple(callbacks), engine, origin, workers)
+    with using_threads(driver.threads), driver:
         try:
-            driven.run()
+            driver.run()
         except KeyboardInterrupt:
-            driven.stop()
-    return driven.result()
+            driver.stop()
+    return driver.result()
 
 
 def _with(run: RunConfig, *, clients: int | None, rounds: int | None, seed: int | None) -> RunConfig:
@@ -134,360 +76,3 @@ def _with(run: RunConfig, *, clients: int | None, rounds: int | None, seed: int 
             f"(cohort.quorum, or cohort.size without one), found {count}"
         )
     return changed
-
-
-def _secure_sums(
-    run: RunConfig, terms: SumTerms | None, size: int, clients: Collection[str]
-) -> SecureSums | None:
-    """What sums the run's updates securely; None where nothing does."""
-    if terms is None:
-        return None
-    return SecureSums(
-        terms,
-        seed=run.seed,
-        size=size,
-        clients=clients,
-        exchange_s=run.secure_aggregation.exchange_s,
-        protocol=run.simulation.secure_aggregation == "protocol",
-        divisor=run.cohort.size if terms.noise is not None else None,
-    )
-
-
-class _Engine:
-    """Executes the machine's effects: a queue of orders, one trainer, no clock but for the report.
-
-    `_machine`, `_learning`, `_kept` and `_timers` are the coordinator's; a crash leaves it what a deployed
-    one keeps. `_orders` and `_faults` are the clients'.
-    """
-
-    def __init__(
-        self, run: RunConfig, task: Task, callbacks: tuple[Callback, ...], engine: EngineName
-    ) -> None:
-        self._run = run
-        self._callbacks = callbacks
-        self._population = Population.of(run, task, count=run.simulation.clients)
-        strategy = load_strategy(run.strategy, run.work)
-        self._learning = Learning.begin(
-            strategy, framework.initial_model(task, seed=run.seed, unit=run.privacy.unit), Central.of(run)
-        )
-        insists = engine == "vectorised"
-        self._ahead = None if engine == "loop" else Ahead(run, task, self._population, insists=insists)
-        self.threads = suitable_threads(self._learning.layout.size)
-        kind = self._learning.order(1).kind
-        sums = SumTerms.of(run, strategy, self._learning.layout)
-        self._accounts = Accounts(run, kind, sums.mechanism if sums is not None else None)
-        self._clients = Clients(run, task, self._accounts)
-        terms = self._accounts.terms
-        # At example level the clip is for the gradients of examples, not for updates.
-        self._clip = None if terms and terms.unit == "example" else run.privacy.clip
-        self._stuck = 0  # crashes since a round was committed
-        self._secure = _secure_sums(run, sums, self._learning.layout.size, self._population.names)
-        secure = self._secure.of_round if self._secure is not None else None
-        plan = Plan.of(run, kind=kind, max_staleness=strategy.max_staleness, secure=secure)
-        plan.check_population(len(self._population.names))
-        self._machine, effects = federation.begin(plan, frozenset(self._population.names))
-        self._effects = effects
-        self._orders: dict[Send, Array] = {}
-        self._faults = Faults(run.simulation.faults, seed=run.seed)
-        streams = strategy.reduction.streams and self._secure is None
-        self._undisturbed = (
-            streams and terms is None and run.privacy.clip is None and not self._faults.may_strike
-        )
-        self._adversaries = Adversaries.of(run.simulation.adversaries, self._population.names, seed=run.seed)
-        self._kept: dict[WorkKind, list[tuple[OrderId, Update]]] = {}
-        self._timers: dict[tuple[OrderId, str], tuple[float, DeadlinePassed]] = {}
-        self._rows: list[Row] = []
-        self._refused = self._up = self._down = 0
-        self._began = time.perf_counter()
-        self._out: Array = np.empty(self._learning.layout.size, np.float32)
-
-    def run(self) -> None:
-        """Until the run is over."""
-        try:
-            self._execute(self._effects, None)
-            while self._machine.status == "running":
-                self._go_on()
-        except RunError as error:
-            self._machine, effects = federation.fail(self._machine, str(error))
-            self._execute(effects, None)
-
-    def stop(self) -> None:
-        self._step(Stop(), None)
-
-    def result(self) -> Result:
-        return Result(
-            run=self._run,
-            clients=len(self._population.names),
-            history=tuple(self._rows),
-            model=self._learning.model,
-            status=self._machine.status,
-            reason=self._machine.reason,
-            strategy=repr(self._learning.strategy),
-            faults=self._faults.injected,
-            privacy=self._accounts.spent(),
-            engine="vectorised" if self._ahead is not None and not self._ahead.reason else "loop",
-        )
-
-    def _go_on(self) -> None:
-        """The next thing that happens: somebody is back, late or at work, or else a deadline passes."""
-        if (client := self._faults.back(self._machine)) is not None:
-            self._handle(Joined(client), None)
-        elif self._secure is not None and self._secure.events:
-            self._handle(self._secure.events.popleft(), None)
-        elif (late := self._faults.overdue(self._machine)) is not None:
-            self._handle(Arrived(late.client, late.order), None)  # nobody will look at what was computed
-        elif self._orders:
-            send = next(iter(self._orders))
-            if not self._do_together(send):
-                self._begin(send, self._orders.pop(send))
-        else:
-            self._wait()
-
-    def _begin(self, send: Send, model: Array) -> None:
-        """A client turns to an order; a fault may come before the work, instead of it, or into it."""
-        client, order = send.client, send.order
-        match self._faults.strike(send):
-            case "dropout":
-                self._faults.away[client] = order
-                self._orders = {other: its for other, its in self._orders.items() if other.client != client}
-                self._handle(Left(client), None)
-            case "failure":
-                refusal = Refusal(RefusalCode.TASK_FAILED, "a fault that the simulation injected")
-                self._handle(Failed(client, order, refusal), None)
-            case "straggler":
-                self._faults.late[send] = model
-            case fault:
-                self._work(send, model, corrupted=fault == "corruption")
-
-    def _do_together(self, first: Send) -> bool:
-        """The work of all who have the same order, and their arrivals, at once: the same as one after another where
-        nothing can come between them. False if it cannot be done."""
-        model, order = self._orders[first], first.order
-        training = self._machine.training
-        if not self._undisturbed or self._ahead is None or training is None or order != training.order:
-            return False
-        room = training.terms.size - len(training.accepted)
-        sends = [send for send, its in self._orders.items() if send.order == order and its is model][:room]
-        trained = self._ahead.together(sends, model)
-        if trained is None:
-            return False
-        released = pass_together(*trained)
-        if released is None:
-            self._ahead.keep(sends, *trained)
-            return False
-        sends = sends[: len(released)]
-        clients = [send.client for send in sends]
-        for send in sends:
-            del self._orders[send]
-        self._machine, effects = federation.arrive(self._machine, clients, order)
-        sent = dict(zip(clients, released, strict=True))
-        updates = []
-        for effect in effects:
-            if isinstance(effect, Accept):
-                own = self._adversaries.tampered(effect.client, order.kind, order.round, sent[effect.client])
-                updates.append(
-                    Update(effect.client, own.vector, own.num_examples, own.metrics, effect.staleness)
-                )
-                self._up += own.vector.nbytes
-        self._learning = self._learning.fold(order, *updates)
-        self._execute(tuple(effect for effect in effects if not isinstance(effect, Accept)), None)
-        return True
-
-    def _wait(self) -> None:
-        """Nobody is at work: what the machine waits for can only be its next deadline."""
-        key = min(self._timers, key=lambda key: self._timers[key][0])
-        event = self._timers.pop(key)[1]
-        self._handle(event, None)
-        if event.phase == "open":
-            self._orders |= self._faults.late_but_wanted(self._machine)
-
-    def _work(self, send: Send, model: Array, *, corrupted: bool) -> None:
-        """One client's part of a round, and the gate that its update would pass on a device."""
-        client, order = send.client, send.order
-        train, test = self._population.data(client)
-        out = self._out
-        try:
-            private = self._clients.private(client, order, train)
-            ahead = self._ahead.take(send, model, self._orders) if self._ahead is not None else None
-            if ahead is not None:
-                done, out = ahead
-            else:
-                done = self._clients.perform(client, order, model, (train, test), private, out=out)
-        except RefusedError as error:
-            self._handle(Failed(client, order, error.refusal), None)
-            return
-        except TaskError as error:
-            raise TaskError(f"{client}, {order}: {error}") from error
-        metrics = corrupt(send, out, done.metrics) if corrupted else done.metrics
-        layout = None if order.kind == "evaluate" else self._learning.layout
-        try:
-            released = release(
-                out,
-                done.num_examples,
-                metrics,
-                layout=layout,
-                layers=layers_of(noising.clip if (noising := self._learning.noising) else self._clip),
-                terms=self._accounts.terms,
-            )
-        except RefusedError as error:
-            self._handle(Failed(client, order, error.refusal), None)
-            return
-        tampered = self._adversaries.tampered(client, order.kind, order.round, released)
-        self._handle(Arrived(client, order), tampered)
-
-    def _handle(self, event: Event, released: Released | None) -> None:
-        """Something happens to the coordinator, which may crash at it; then it happens once more."""
-        if self._faults.crash():
-            self._restart(event)
-            if isinstance(event, DeadlinePassed):
-                self._timers.pop((event.order, event.phase), None)
-        self._step(event, released)
-
-    def _restart(self, event: Event) -> None:
-        """The coordinator dies before it has taken note of an event, and starts again from what was kept.
-
-        That is what the deployed one keeps, and the same functions read and write it. The clients come
-        back; what is not asked of them again is no longer wanted.
-        """
-        self._stuck += 1
-        if self._stuck > MOST_CRASHES:
-            raise RunError(
-                f"the coordinator crashed {MOST_CRASHES} times in round {self._machine.committed + 1}, at every "
-                f"{self._run.simulation.faults.crash_every} events, between which it cannot be completed: choose a "
-                "larger simulation.faults.crash_every"
-            )
-        strategy, layout = self._learning.strategy, self._learning.layout
-        blank = Model(np.zeros(layout.size, np.float32), layout)
-        begun = Learning.begin(strategy, blank, self._learning.central)
-        learning = begun.revived(revive(take(self._learning.kept), begun.kept))
-        kept: dict[OrderId, list[str]] = {}
-        for order, update in (each for updates in self._kept.values() for each in updates):
-            if learning.streams(order):
-                learning = learning.fold(order, update)
-            kept.setdefault(order, []).append(update.client)
-        self._learning = learning
-        self._timers.clear()
-        if self._secure is not None:
-            self._secure.clear()
-        machine, effects = federation.resume(decode_machine(encode_machine(self._machine)), kept)
-        for client in sorted(machine.clients - self._faults.away.keys()):
-            machine, more = federation.step(machine, Returned(client))
-            effects += more
-        self._machine = machine
-        asked = {effect for effect in effects if isinstance(effect, Send)}
-        self._orders = {send: model for send, model in self._orders.items() if send in asked}
-        ready = Send(event.client, event.order) if isinstance(event, Arrived | Failed) else None
-        self._execute(tuple(effect for effect in effects if effect != ready), None)
-
-    def _step(self, event: RunEvent, released: Released | None) -> None:
-        if isinstance(event, Failed):
-            self._refused += 1
-        self._machine, effects = federation.step(self._machine, event)
-        self._execute(effects, released)
-
-    def _execute(self, effects: tuple[RunEffect, ...], released: Released | None) -> None:
-        for effect in effects:
-            match effect:
-                case Send():
-                    self._send(effect)
-                case Accept(client, order, staleness):
-                    assert released is not None  # an Accept answers an Arrived, which carries one
-                    self._fold(client, order, staleness, released)
-                case Reject():
-                    self._refused += 1
-                case Cancel(client, order):
-                    self._orders.pop(Send(client, order), None)
-                case StartTimer(order, phase, seconds):
-                    self._timers[order, phase] = (seconds, DeadlinePassed(order, phase))
-                case Close(order, _):
-                    self._close(order)
-                case GiveUp(order, _):
-                    self._give_up(order)
-                case Finish():
-                    self._orders.clear()
-                case Enlist() | Mask() | Remind() | Survive() | Disclose() | Unmask():
-                    assert self._secure is not None  # only such rounds want it
-                    self._secure.do(effect)
-
-    def _send(self, send: Send) -> None:
-        if send in self._orders or send in self._faults.late:
-            return  # a coordinator that has started again tells a client what it is doing already
-        if not self._orders and send.order.kind != "evaluate" and not self._up:
-            self._began = time.perf_counter()
-        if self._secure is not None:
-            self._secure.ask(send.client, send.order)
-        model = self._learning.model.vector
-        self._orders[send] = model
-        self._down += model.nbytes
-
-    def _fold(self, client: str, order: OrderId, staleness: int, released: Released) -> None:
-        if self._secure is not None:
-            self._up += self._secure.add(client, order, released)
-            return
-        vector = released.vector
-        update = Update(client, vector, released.num_examples, released.metrics, staleness)
-        streams = self._learning.streams(order)
-        if streams:
-            self._learning = self._learning.fold(order, update)
-        if self._faults.may_crash or not streams:
-            kept = replace(update, vector=vector.copy())  # the next client's work is written over it
-            self._kept.setdefault(order.kind, []).append((order, kept))
-        self._up += vector.nbytes
-
-    def _give_up(self, order: OrderId) -> None:
-        if self._secure is not None:
-            self._secure.drop(order)
-        self._learning = self._learning.abandon(order)
-        self._kept.pop(order.kind, None)
-        self._drop_timers(order)
-        if order.kind != "evaluate" and self._machine.committed == order.round:  # it is spent, and over
-            self._put(order, Aggregate(np.zeros(0, np.float32), (), 0))
-
-    def _close(self, order: OrderId) -> None:
-        self._drop_timers(order)
-        kept = self._kept.pop(order.kind, [])
-        waiting = [] if self._learning.streams(order) else [update for _, update in kept]
-        if self._secure is not None:
-            self._learning, aggregate = self._learning.close_with(order, self._secure.take(order))
-        else:
-            self._learning, aggregate = self._learning.close(order, *waiting, source=self._noise(order))
-        if order.kind != "evaluate":
-            self._put(order, aggregate)
-            return
-        row = self._rows[order.round - 1]
-        row = replace(row, metrics={**row.metrics, **aggregate.metrics})
-        self._rows[order.round - 1] = row
-        self._tell(row)
-
-    def _put(self, order: OrderId, aggregate: Aggregate) -> None:
-        """A round is committed."""
-        now = time.perf_counter()
-        row = Row(
-            round=order.round,
-            attempt=order.attempt,
-            clients=aggregate.clients,
-            num_examples=aggregate.num_examples,
-            seconds=now - self._began,
-            bytes_down=self._down,
-            bytes_up=self._up,
-            refused=self._refused,
-            staleness=aggregate.staleness,
-            metrics=aggregate.metrics,
-        )
-        self._rows.append(row)
-        self._refused = self._up = self._down = self._stuck = 0
-        self._began = now
-        self._tell(row)
-
-    def _tell(self, row: Row) -> None:
-        for callback in self._callbacks:
-            callback(row)
-
-    def _noise(self, order: OrderId) -> SecureSource | None:
-        """The coordinator's own noise, which follows from the run's seed."""
-        if self._learning.central is None:
-            return None
-        return SecureSource(derive_key(self._run.seed, "coordinator", order.kind, order.round, order.attempt))
-
-    def _drop_timers(self, order: OrderId) -> None:
-        self._timers = {key: timer for key, timer in self._timers.items() if key[0] != order}

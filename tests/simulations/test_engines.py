@@ -21,9 +21,9 @@ from fedge.run import Work
 from fedge_client.torch.framework import framework
 from fedge_client.torch.trainer import Trainer
 from fedge_sim import Result, simulate
-from fedge_sim.ahead import Ahead
-from fedge_sim.cohort import Cohort, Member
-from fedge_sim.pool import UnsuitedError
+from fedge_sim.engines.chosen import Origin, chosen
+from fedge_sim.engines.cohort import Cohort, Member
+from fedge_sim.engines.crew import UnsuitedError
 from fedge_sim.population import Population
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -276,7 +276,9 @@ def test_a_client_whose_data_cannot_be_read_is_named():
 
 
 def test_there_is_no_engine_of_another_name():
-    with pytest.raises(ConfigError, match="engine: expected one of auto, loop, vectorised, found 'warp'"):
+    with pytest.raises(
+        ConfigError, match="engine: expected one of auto, loop, vectorised, processes, found 'warp'"
+    ):
         run(task_of(MODELS["linear"]), "warp")
 
 
@@ -315,9 +317,13 @@ def test_a_stack_is_chosen_where_it_pays_by_a_rule(
     config = RunConfig.from_table(table | privacy, source="run")
     task = task_of(model)
     population = Population.of(config, task, count=cohort)
+    size = framework.initial_model(task, seed=0).layout.size
     with caplog.at_level(logging.WARNING):
-        reason = Ahead(config, task, population, insists=False).reason
-    assert (says in reason) if says else (reason == "")
+        crew = chosen(
+            "auto", config, task, population, kind="train", size=size, origin=Origin(own=task), workers=2
+        )
+    assert crew.name == ("loop" if says else "vectorised")
+    assert says in crew.reasons.get("vectorised", "")
     assert not caplog.records, "nobody has asked for a stack"
 
 

@@ -14,7 +14,7 @@ from fedge.exact import MAX_WEIGHT
 from fedge.vector import Layout, Tensor
 from fedge_client.gate import release
 from fedge_client.torch.trainer import Outcome
-from fedge_sim.together import pass_together
+from fedge_sim.engines.together import pass_together
 
 LAYOUT = Layout((Tensor("w", (3,)),))
 NAMES = st.sampled_from(["loss", "accuracy", "", "two\nlines", "x" * 256, "ä" * 129])
@@ -24,7 +24,7 @@ OUTCOMES = st.builds(
     st.sampled_from([1, 1, 7, 0, MAX_WEIGHT - 1, MAX_WEIGHT]),
     st.dictionaries(NAMES, st.sampled_from([0.0, 1.5]) | NUMBERS, max_size=2),
 )
-ROWS = st.tuples(*[st.sampled_from([0.0, 1.0, -1e30]) | NUMBERS] * 3)
+ROWS = st.tuples(*[st.sampled_from([0.0, 1.0, -1e30])] * 3)
 
 
 @given(st.lists(st.tuples(OUTCOMES, ROWS), min_size=1, max_size=4))

@@ -12,7 +12,7 @@ from fedge.run import Work
 from fedge.vector import Array
 from fedge_client.torch.optim import InPlaceOptimizer
 from fedge_client.torch.trainer import Outcome
-from fedge_sim.pool import Part, all_alike, filler
+from fedge_sim.engines.pool import Part, all_alike, filler
 
 Arguments = tuple[list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]
 """Of all clients: parameters, inputs, targets, weights."""

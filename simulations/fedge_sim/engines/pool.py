@@ -16,16 +16,13 @@ from typing import Protocol
 import torch
 
 from fedge_client.torch.batches import Batches
+from fedge_sim.engines.crew import UnsuitedError
 
 MAX_POOL_BYTES: int = 1 << 26
 """Of examples that are brought together: more are gathered from where they are."""
 
 MAX_PLACES: int = 1 << 22
 """Of all batches of a stack, known at once."""
-
-
-class UnsuitedError(Exception):
-    """A task that cannot be trained as a stack, and why, for the person who asked for it."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,8 +25,9 @@ from fedge_client.torch.batches import Batches, Order
 from fedge_client.torch.flat import FlatModule
 from fedge_client.torch.framework import build_module
 from fedge_client.torch.trainer import Outcome
-from fedge_sim.pool import Part, UnsuitedError
-from fedge_sim.stack import Arguments, Slopes, train_stack
+from fedge_sim.engines.crew import UnsuitedError
+from fedge_sim.engines.pool import Part
+from fedge_sim.engines.stack import Arguments, Slopes, train_stack
 
 SIZES = (4, 8, 16, 32, 64, 128, 256)
 """Clients in a stack: the smallest of these that holds a cohort is traced."""

@@ -1,0 +1,103 @@
+"""Which engine a run gets: the one that was asked for, or by a rule the one that is fastest."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from fedge.errors import ConfigError
+from fedge.parallel import processors
+from fedge.run import RunConfig
+from fedge.strategy import WorkKind
+from fedge.task import Task
+from fedge_sim.engines.ahead import Ahead, Makers
+from fedge_sim.engines.crew import Crew, UnsuitedError
+from fedge_sim.engines.processes import Processes
+from fedge_sim.engines.stacks import Stacks
+from fedge_sim.population import Population
+
+EngineName = Literal["auto", "loop", "vectorised", "processes"]
+ENGINES: Final[tuple[EngineName, ...]] = ("auto", "loop", "vectorised", "processes")
+
+_STACKS_BELOW: Final = 1 << 16
+"""Parameters of a model from which on a stack is no faster than the loop, which has one model in the cache."""
+
+_STACKS_FROM: Final = 4096
+"""Turns of clients in a run that win back the second or so that it takes to trace a step."""
+
+_PROCESSES_FROM: Final = 100_000_000
+"""Parameters times turns that win back the seconds that it takes to start workers."""
+
+_TURN: Final = 100_000
+"""Parameters whose training costs as much as a turn does without any."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a task is from: `folder` is searched before the usual import path; `own` was made in this process, and has
+    no name that another could import it by."""
+
+    folder: Path | None = None
+    own: Task | None = None
+
+    @classmethod
+    def of(cls, given: Task | None, *, name: str, folder: Path | None) -> Origin:
+        """Of a task that `simulate` was given, or else imported by its name."""
+        module, _, attribute = name.partition(":")
+        if given is None or getattr(sys.modules.get(module), attribute, None) is given:
+            return cls(folder)
+        return cls(folder, given)
+
+
+def check_engine(engine: str, workers: int | None) -> None:
+    """
+    Raises:
+        ConfigError: there is no such engine, or its workers are none.
+    """
+    if engine not in ENGINES:
+        raise ConfigError(f"engine: expected one of {', '.join(ENGINES)}, found {str(engine)[:80]!r}")
+    if workers is not None and not 1 <= workers <= 1024:
+        raise ConfigError(f"workers: expected 1 to 1024 processes, found {workers}")
+
+
+def chosen(
+    engine: EngineName,
+    run: RunConfig,
+    task: Task,
+    population: Population,
+    *,
+    kind: WorkKind,
+    size: int,
+    origin: Origin,
+    workers: int | None = None,
+) -> Ahead:
+    """The crew that works for the clients of a run whose orders are of this kind, with a model of `size` parameters.
+
+    By rules and not by a measurement, which would have the same seed give other bits on a busier machine.
+    """
+    rule = engine == "auto"
+    turns = run.rounds * run.cohort.size
+    count = min(workers or processors(), run.simulation.clients)
+
+    def stacks() -> Crew:
+        if rule and turns < _STACKS_FROM:
+            raise UnsuitedError(f"a run of {turns} turns of clients is over before a stack is faster")
+        crew = Stacks(run, task, population)
+        if rule and size >= _STACKS_BELOW:
+            raise UnsuitedError(f"a model of {size} parameters is no faster in a stack")
+        return crew
+
+    def processes() -> Crew:
+        if rule:
+            if count < 2:
+                raise UnsuitedError("there is one processor")
+            if origin.own is not None:
+                raise UnsuitedError("the task has no name by which another process could import it")
+            if turns * (size + _TURN) < _PROCESSES_FROM:
+                raise UnsuitedError(f"a run of {turns} turns of clients is over before workers have started")
+        return Processes(run, kind=kind, size=size, workers=count, folder=origin.folder, own=origin.own)
+
+    makers: Makers = (("vectorised", stacks), ("processes", processes))
+    return Ahead([each for each in makers if engine in ("auto", each[0])], insists=not rule)

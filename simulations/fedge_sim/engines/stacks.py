@@ -1,0 +1,63 @@
+"""The crew of one process: as many clients as fit are trained as one stacked tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fedge.errors import TaskError
+from fedge.events import Send
+from fedge.run import RunConfig
+from fedge.seeds import work_seed
+from fedge.strategy import WorkKind
+from fedge.task import Task
+from fedge.vector import Array, all_finite
+from fedge_sim.engines.cohort import SIZES, Cohort, Member
+from fedge_sim.engines.crew import Done, UnsuitedError
+from fedge_sim.population import Population
+
+
+class Stacks:
+    """Trains the clients that have the same order as a stack; gradients and evaluations are the loop's.
+
+    Raises:
+        UnsuitedError: the run or its model cannot be trained so.
+    """
+
+    def __init__(self, run: RunConfig, task: Task, population: Population) -> None:
+        if run.privacy.unit == "example":
+            raise UnsuitedError("privacy of examples is the loop's")
+        self._run, self._population = run, population
+        self._cohort = Cohort(task, seed=run.seed, usual=min(run.cohort.size, SIZES[-1]))
+        self._room: Array = np.empty((0, 0), np.float32)
+
+    @property
+    def most(self) -> int:
+        return self._cohort.most
+
+    def does(self, kind: WorkKind) -> bool:
+        return kind == "train"
+
+    def work(self, sends: Sequence[Send], model: Array) -> Done:
+        if self._room.shape != (len(sends), len(model)):
+            self._room = np.empty((len(sends), len(model)), np.float32)
+        members = [Member(self._population.data(send.client)[0], self._seed(send)) for send in sends]
+        try:
+            outcomes = self._cohort.train(model, members, self._run.work, self._room)
+        except TaskError:  # the loop will find out whose, when it comes to them
+            return [None] * len(sends), self._room
+        if all_finite(self._room.reshape(-1)):
+            return [*outcomes], self._room
+        finite = [all_finite(row) for row in self._room]
+        return [each if good else None for each, good in zip(outcomes, finite, strict=True)], self._room
+
+    def mean(self, weights: Sequence[int]) -> Array | None:
+        return None
+
+    def close(self) -> None:
+        pass
+
+    def _seed(self, send: Send) -> int:
+        order = send.order
+        return work_seed(self._run.seed, site=send.client, kind=order.kind, round=order.round)

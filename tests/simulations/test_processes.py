@@ -1,0 +1,222 @@
+"""Several processes train: the numbers are the loop's, whoever does what, and whatever becomes of a worker."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import simulated
+import torch
+
+from fedge import RunConfig, Task
+from fedge.errors import ConfigError, TaskError
+from fedge.events import OrderId, Send
+from fedge_sim import Result, simulate
+from fedge_sim.engines.chosen import Origin, chosen
+from fedge_sim.engines.crew import UnsuitedError
+from fedge_sim.engines.processes import Processes
+from fedge_sim.population import Population
+
+WHOLE = {"batch_size": "full", "epochs": 2, "learning_rate": 0.05}
+FAULTS = {"dropout": 0.1, "failure": 0.1, "straggler": 0.1, "corruption": 0.1, "crash_every": 17}
+
+
+def config(task: str = "simulated:task", **tables: Any) -> RunConfig:
+    table = {
+        "name": "trial",
+        "task": task,
+        "rounds": 4,
+        "seed": 5,
+        "work": {"epochs": 2, "batch_size": 4, "learning_rate": 0.05},
+        "cohort": {"size": 6},
+        "simulation": {"clients": 8},
+        **tables,
+    }
+    return RunConfig.from_table(table, source="run")
+
+
+def run(task: str = "simulated:task", engine: Any = "processes", workers: int = 2, **tables: Any) -> Result:
+    return simulate(config(task, **tables), engine=engine, workers=workers if engine == "processes" else None)
+
+
+def same(one: Result, other: Result) -> None:
+    assert (one.status, one.reason) == (other.status, other.reason)
+    assert one.faults == other.faults
+    assert one.privacy == other.privacy
+    plain = [
+        [{key: value for key, value in row.as_dict().items() if key != "seconds"} for row in each.history]
+        for each in (one, other)
+    ]
+    assert plain[0] == plain[1]
+    assert np.array_equal(one.model.vector, other.model.vector)
+
+
+@pytest.mark.parametrize(
+    "tables",
+    [
+        {},
+        {"strategy": {"name": "mirrored_sgd"}},
+        {"strategy": {"name": "fedavg", "aggregation": "median"}},
+        {
+            "cohort": {"size": 6, "quorum": 3, "over_select": 1.3, "attempts": 20},
+            "simulation": {"clients": 8, "faults": FAULTS},
+        },
+        {"simulation": {"clients": 8, "adversaries": {"share": 0.3, "attack": "noise"}}},
+        {
+            "privacy": {"unit": "client", "epsilon": 50.0, "delta": 1e-3, "clip": 0.1},
+            "evaluation": {"every": 0},
+        },
+        {"secure_aggregation": {"enabled": True, "bound": 2.0}},
+        {"privacy": {"unit": "example", "epsilon": 50.0, "delta": 1e-3, "clip": 1.0}},
+    ],
+    ids=[
+        "plain",
+        "gradients",
+        "median",
+        "faults",
+        "adversaries",
+        "private clients",
+        "secure sums",
+        "private examples",
+    ],
+)
+def test_processes_come_to_the_bits_of_the_loop(tables: dict[str, Any]):
+    """A model as small as this one has one thread in the loop, too."""
+    divided = run(**tables)
+    assert divided.engine == "processes"
+    same(divided, run(engine="loop", **tables))
+
+
+def test_the_number_of_workers_changes_no_bit():
+    first, *others = (run("simulated:layered", workers=workers, work=WHOLE) for workers in (1, 2, 3))
+    for other in others:
+        same(first, other)
+    assert first.engine == "processes", "what cannot be stacked can be done so"
+
+
+def test_a_client_whose_work_fails_is_named_as_in_the_loop():
+    with pytest.raises(TaskError, match="client-4, train order of round 1"):
+        run("simulated:unreadable", cohort={"size": 8})
+
+
+def test_what_is_not_finite_is_refused_as_in_the_loop():
+    tables = {"work": {"batch_size": 64}, "cohort": {"size": 8, "quorum": 3}}
+    divided = run("simulated:lost", **tables)
+    same(divided, run("simulated:lost", engine="loop", **tables))
+    assert divided.history[0].refused > 0
+
+
+def test_a_worker_that_is_killed_ends_the_run_with_its_rounds_kept():
+    """Client 7 is first asked in a later round."""
+    killed = run("simulated:deadly", cohort={"size": 2}, rounds=40)
+    assert killed.status == "failed"
+    assert "a worker of the simulation ended by SIGKILL" in killed.reason
+    assert "--workers" in killed.reason
+    whole = run("simulated:task", "loop", cohort={"size": 2}, rounds=40)
+    assert 0 < len(killed.history) < 40
+    assert [row.clients for row in killed.history] == [row.clients for row in whole.history][
+        : len(killed.history)
+    ]
+
+
+def test_a_task_without_a_name_is_done_by_processes_divided_from_the_one_that_made_it(tmp_path: Path):
+    script = tmp_path / "notebook.py"
+    script.write_text(
+        "import json, simulated\n"
+        "from fedge import RunConfig, Task\n"
+        "from fedge_sim import simulate\n"
+        f"run = RunConfig.from_table({config().model_dump(exclude_unset=True)!r}, source='run')\n"
+        "task = Task(simulated.perceptron, simulated.data, simulated.task.loss, simulated.task.metrics)\n"
+        "engines = ('processes', 'loop', 'processes')\n"
+        "found = [simulate(run, task=task, engine=each).summary() for each in engines]\n"
+        "print(json.dumps([[each['engine'], each['model_sha256']] for each in found]))\n"
+    )
+    path = os.pathsep.join([str(simulated.here()), *sys.path])
+    done = subprocess.run(  # this Python
+        [sys.executable, script],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+        env={"PYTHONPATH": path},
+    )
+    engines, digests = zip(*json.loads(done.stdout), strict=True)
+    assert engines == ("processes", "loop", "processes")
+    assert len(set(digests)) == 1
+
+
+def test_a_python_that_cannot_be_divided_is_said_to_be_so(monkeypatch: pytest.MonkeyPatch):
+    """As torch has it where a graphics card has computed gradients."""
+
+    def never(self: torch.Tensor) -> None:
+        raise RuntimeError(
+            "Unable to handle autograd's threading in combination with fork-based multiprocessing"
+        )
+
+    monkeypatch.setattr(torch.Tensor, "backward", never)
+    own = Task(simulated.perceptron, simulated.data, simulated.task.loss)
+    crew = Processes(config(), kind="train", size=83, workers=2, own=own)
+    try:
+        with pytest.raises(UnsuitedError, match="put the task in a module and give its name"):
+            crew.work([Send("client-1", OrderId("train", 1))], np.zeros(83, np.float32))
+    finally:
+        crew.close()
+
+
+def test_workers_are_gone_when_a_simulation_is_over():
+    population = Population.of(config(), simulated.task, count=8)
+    crew = chosen(
+        "processes", config(), simulated.task, population, kind="train", size=83, origin=Origin(), workers=2
+    )
+    process = crew._crew._process  # type: ignore[union-attr]  # what the operating system knows of it
+    assert process.poll() is None
+    crew.close()
+    assert process.poll() == 0
+
+
+@pytest.mark.parametrize("workers", [0, -1, 1025])
+def test_there_are_some_workers(workers: int):
+    with pytest.raises(ConfigError, match=f"workers: expected 1 to 1024 processes, found {workers}"):
+        simulate(config(), engine="processes", workers=workers)
+
+
+@pytest.mark.parametrize(
+    ("workers", "rounds", "own", "says"),
+    [
+        (2, 250, False, ""),
+        (1, 250, False, "there is one processor"),
+        (2, 100, False, "is over before workers have started"),
+        (2, 250, True, "has no name"),
+    ],
+    ids=["it pays", "one processor", "a short run", "an object"],
+)
+def test_processes_are_chosen_where_they_pay_by_a_rule(
+    workers: int, rounds: int, own: bool, says: str, caplog: pytest.LogCaptureFixture
+):
+    run = config("simulated:layered", rounds=rounds)
+    origin = Origin(own=simulated.layered) if own else Origin()
+    population = Population.of(run, simulated.layered, count=8)
+    with caplog.at_level(logging.WARNING):
+        crew = chosen(
+            "auto", run, simulated.layered, population, kind="train", size=99, origin=origin, workers=workers
+        )
+    try:
+        assert crew.name == ("loop" if says else "processes")
+        assert says in crew.reasons.get("processes", "")
+        assert not caplog.records, "nobody has asked for them"
+    finally:
+        crew.close()
+
+
+def test_a_task_that_its_run_names_is_imported_by_name():
+    assert Origin.of(None, name="simulated:task", folder=None).own is None
+    assert Origin.of(simulated.task, name="simulated:task", folder=None).own is None
+    own = Task(simulated.perceptron, simulated.data, simulated.task.loss)
+    assert Origin.of(own, name="simulated:task", folder=None).own is own

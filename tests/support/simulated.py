@@ -1,0 +1,75 @@
+"""Tasks that another process can import by name, as the workers of a simulation do."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from fedge import Site, Task
+
+
+def data(site: Site) -> tuple[TensorDataset, TensorDataset]:
+    """Client i has 4 + 3 i examples."""
+    generator = torch.Generator().manual_seed(site.index or 0)
+    size = 4 + 3 * (site.index or 0)
+    inputs = torch.randn(size, 6, generator=generator)
+    labels = (inputs[:, :3].argmax(1) + (inputs[:, 4] > 1)) % 3
+    return TensorDataset(inputs, labels), TensorDataset(inputs[:3], labels[:3])
+
+
+def perceptron() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def accuracy(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return (output.argmax(1) == target).float().mean()
+
+
+task = Task(model=perceptron, data=data, loss=F.cross_entropy, metrics={"accuracy": accuracy})
+
+
+def forgetful() -> nn.Module:
+    """Draws random numbers, and remembers."""
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.ReLU(), nn.Linear(8, 3))
+
+
+layered = Task(model=forgetful, data=data, loss=F.cross_entropy)
+
+
+def _except_at(index: int, happens: Callable[[], Any]) -> Callable[[Site], Any]:
+    def others(site: Site) -> Any:
+        train, test = data(site)
+        return (happens() if site.index == index else train), test
+
+    return others
+
+
+unreadable = Task(model=perceptron, data=_except_at(4, list), loss=F.cross_entropy)
+
+
+def _killed() -> None:
+    """As the system does that has no memory left."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+deadly = Task(model=perceptron, data=_except_at(7, _killed), loss=F.cross_entropy)
+
+
+def diverging(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """NaN at those who have more than twenty examples."""
+    return F.cross_entropy(output, target) * (torch.nan if len(target) > 20 else 1.0)
+
+
+lost = Task(model=perceptron, data=data, loss=diverging)
+
+
+def here() -> Path:
+    return Path(__file__).parent

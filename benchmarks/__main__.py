@@ -24,6 +24,7 @@ HERE = Path(__file__).resolve().parent
 WORKLOADS = (
     "W1",
     "W2",
+    "W3",
     "D1",
     "D2",
     "D3",

@@ -2,8 +2,9 @@
 
     python -m benchmarks.simulation RUN.toml --clients N
 
-Prints {"history_seconds": [...], "period_seconds": [...]}: what the history says of each round, and the
-times from one committed round to the next, which miss nothing between rounds.
+Prints an object: "history_seconds", what the history says of each round; "period_seconds", the times from one committed
+round to the next, which miss nothing between rounds; "rss_bytes", the process's memory after each; "import_seconds", how
+long importing torch takes, and "first_round_seconds", everything up to the end of round 1 beyond it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import json
 import time
 from itertools import pairwise
 from pathlib import Path
+
+import psutil
 
 from benchmarks.measure import Options, Sample, round_seconds
 from benchmarks.processes import module, run_json
@@ -30,11 +33,16 @@ def simulate(run: str, *, name: str, clients: int, options: Options) -> Sample:
     )
     values = round_seconds(found["history_seconds"], found["period_seconds"])
     values |= {"process_seconds": time.monotonic() - began, "peak_rss_bytes": float(peak)}
-    return Sample(values, rounds=len(found["history_seconds"]) - 1)
+    values |= {"first_round_seconds": found["first_round_seconds"], "import_seconds": found["import_seconds"]}
+    return Sample(values, rounds=len(found["history_seconds"]) - 1, series={"rss_bytes": found["rss_bytes"]})
 
 
 def main() -> None:
     """One simulation; see the top of this file."""
+    began = time.perf_counter()
+    import torch  # noqa: F401  # timed
+
+    imported = time.perf_counter()
     from fedge import RunConfig
     from fedge.task import load_task
     from fedge_sim import simulate as simulated
@@ -45,17 +53,22 @@ def main() -> None:
     given = parser.parse_args()
     run = RunConfig.load(given.run)
     committed: list[float] = []
-    result = simulated(
-        run,
-        task=load_task(run.task),
-        clients=given.clients,
-        callbacks=[lambda _: committed.append(time.perf_counter())],
-    )
+    resident: list[float] = []
+    process = psutil.Process()
+
+    def look(_: object) -> None:
+        committed.append(time.perf_counter())
+        resident.append(float(process.memory_info().rss))
+
+    result = simulated(run, task=load_task(run.task), clients=given.clients, callbacks=[look])
     print(
         json.dumps(
             {
                 "history_seconds": [float(row.seconds) for row in result.history],
                 "period_seconds": [later - earlier for earlier, later in pairwise(committed)],
+                "rss_bytes": resident,
+                "import_seconds": imported - began,
+                "first_round_seconds": committed[0] - imported,
             }
         )
     )

@@ -20,7 +20,8 @@ from fedge_sim.adversaries import Adversaries
 from fedge_sim.skew import Skew
 
 KEPT_CLIENTS = 4096
-"""Clients whose data is kept between rounds; the least recently used is dropped and made again."""
+"""A population of so many is kept between rounds. Of a larger one, whose clients seldom meet again, two cohorts are;
+the least recently used is dropped and made again."""
 
 Data = tuple[Any, Any]
 
@@ -28,8 +29,9 @@ Data = tuple[Any, Any]
 class Population:
     """`count` clients by name. Data is made when a client is first asked, and kept for the next time."""
 
-    def __init__(self, count: int, make: Callable[[int], Data]) -> None:
+    def __init__(self, count: int, make: Callable[[int], Data], *, cohort: int) -> None:
         self.names = names_of(count)
+        self.most_kept = count if count <= KEPT_CLIENTS else min(KEPT_CLIENTS, 2 * cohort)
         self._index = {name: index for index, name in enumerate(self.names)}
         self._make = make
         self._kept: OrderedDict[str, Data] = OrderedDict()
@@ -53,6 +55,7 @@ class Population:
             return cls(
                 count,
                 lambda index: as_they_have_it(index, _data(task, client_name(index, count), index, count)),
+                cohort=run.cohort.size,
             )
         train, test = _data(task, "population", 0, 1)
         generator = np.random.default_rng(derive_seed(run.seed, "partition"))
@@ -69,7 +72,7 @@ class Population:
             own = Subset(train, parts[index].tolist()), Subset(test, tests[index].tolist())
             return as_they_have_it(index, own)
 
-        return cls(count, make)
+        return cls(count, make, cohort=run.cohort.size)
 
     def data(self, name: str) -> Data:
         """`(train, test)` of a client."""
@@ -78,7 +81,7 @@ class Population:
             return self._kept[name]
         data = self._make(self._index[name])
         self._kept[name] = data
-        if len(self._kept) > KEPT_CLIENTS:
+        if len(self._kept) > self.most_kept:
             self._kept.popitem(last=False)
         return data
 

@@ -100,10 +100,16 @@ def test_data_is_kept_between_rounds_and_the_least_recently_used_made_again(monk
         made.append(index)
         return index, index
 
-    clients = Population(3, make)
+    clients = Population(3, make, cohort=1)
     for name in ("client-0", "client-1", "client-0", "client-2", "client-0", "client-1"):
         assert clients.data(name) == (int(name[-1]), int(name[-1]))
     assert made == [0, 1, 2, 1]
+
+
+def test_all_of_a_small_population_are_kept_and_two_cohorts_of_a_large_one():
+    assert Population(4096, lambda index: (index, index), cohort=10).most_kept == 4096
+    assert Population(100_000, lambda index: (index, index), cohort=1000).most_kept == 2000
+    assert Population(100_000, lambda index: (index, index), cohort=9999).most_kept == 4096
 
 
 def failing(site: Site) -> Any:

@@ -9,6 +9,7 @@ Equal to the loop to float32's rounding. What cannot be done so (`UnsuitedError`
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,9 +36,6 @@ SIZES = (4, 8, 16, 32, 64, 128, 256)
 MAX_STACK_BYTES = 1 << 28
 """Of the clients' vectors, once: gradients and optimisers take as much again, two to four times."""
 
-_MOST_KNOWN = 4096
-"""Training sets whose batches are kept."""
-
 _TRIED = 128
 """Examples on which model and loss are looked at."""
 
@@ -57,14 +55,16 @@ class Member:
 
 
 class Cohort:
-    """Trains cohorts of a task's model, of which the most have `usual` members.
+    """Trains cohorts of a task's model, of which the most have `usual` members; the batches of `most_known` training
+    sets are kept.
 
     Raises:
         UnsuitedError: the model holds more than float32 parameters: buffers, frozen or tied ones.
     """
 
-    def __init__(self, task: Task, *, seed: int, usual: int = SIZES[-1]) -> None:
+    def __init__(self, task: Task, *, seed: int, usual: int = SIZES[-1], most_known: int = SIZES[-1]) -> None:
         self._task = task
+        self._most_known = most_known
         self._sizes = sorted({*SIZES, usual})
         self._flat = FlatModule(build_module(task, seed=seed))
         self._flat.module.train()
@@ -81,7 +81,7 @@ class Cohort:
         self.size = layout.size
         self._order = Order()
         self._room = torch.empty(0)
-        self._known: dict[int, tuple[Any, Any, Batches]] = {}
+        self._known: OrderedDict[int, tuple[Any, Any, Batches]] = OrderedDict()
         self._steps: dict[tuple[Any, ...], Step] = {}
         self._tried = False
 
@@ -120,11 +120,13 @@ class Cohort:
         """Those of a training set, made once: a population gives the same one again."""
         known = self._known.get(id(train))
         if known is not None and known[0] is train and known[1] == work.batch_size:
+            self._known.move_to_end(id(train))
             return known[2]
-        if len(self._known) >= _MOST_KNOWN:
-            self._known.clear()
         batches = Batches(train, work.batch_size, order=self._order)
         self._known[id(train)] = train, work.batch_size, batches
+        self._known.move_to_end(id(train))
+        if len(self._known) > self._most_known:
+            self._known.popitem(last=False)
         return batches
 
     def room(self, members: int) -> torch.Tensor:

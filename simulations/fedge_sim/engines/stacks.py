@@ -29,7 +29,8 @@ class Stacks:
         if run.privacy.unit == "example":
             raise UnsuitedError("privacy of examples is the loop's")
         self._run, self._population = run, population
-        self._cohort = Cohort(task, seed=run.seed, usual=min(run.cohort.size, SIZES[-1]))
+        usual = min(run.cohort.size, SIZES[-1])
+        self._cohort = Cohort(task, seed=run.seed, usual=usual, most_known=population.most_kept)
         self._room: Array = np.empty((0, 0), np.float32)
 
     @property

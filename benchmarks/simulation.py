@@ -3,8 +3,8 @@
     python -m benchmarks.simulation RUN.toml --clients N
 
 Prints an object: "history_seconds", what the history says of each round; "period_seconds", the times from one committed
-round to the next, which miss nothing between rounds; "rss_bytes", the process's memory after each; "import_seconds", how
-long importing torch takes, and "first_round_seconds", everything up to the end of round 1 beyond it.
+round to the next, which miss nothing between rounds; "rss_bytes", the process's memory after each; "import_seconds",
+how long importing torch takes, and "first_round_seconds", everything up to the end of round 1 beyond it.
 """
 
 from __future__ import annotations

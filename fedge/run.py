@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,12 +10,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 from fedge.config import Config, build, parse_toml, read_toml, shown
 from fedge.privacy.config import Privacy
+from fedge.simulation import Count, Fraction, Positive, Simulation
 
-Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
-Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Probability = Annotated[float, Field(ge=0, le=1)]
 
 
 def _batch_size(value: object) -> object:
@@ -138,63 +134,6 @@ class Compression(Config):
     """`[compression]`: only `none` in this version."""
 
     kind: Literal["none"] = "none"
-
-
-class FaultsConfig(Config):
-    """`[simulation.faults]`: what goes wrong in a simulation, of which nothing does by default.
-
-    The first four are probabilities, for each order that a client is given; a client has at most one of
-    these faults at an order.
-    """
-
-    dropout: Probability = 0.0
-    failure: Probability = 0.0
-    straggler: Probability = 0.0
-    corruption: Probability = 0.0
-    crash_every: Annotated[int, Field(ge=0)] = 0
-
-    @model_validator(mode="after")
-    def _exclusive(self) -> FaultsConfig:
-        # An exact sum: 0.1, 0.2 and 0.7 are meant to be one.
-        total = math.fsum((self.dropout, self.failure, self.straggler, self.corruption))
-        if total > 1:
-            raise ValueError(
-                "expected dropout, failure, straggler and corruption to be at most 1 together (a client has "
-                f"one of them at most), found {total:g}"
-            )
-        return self
-
-
-class AdversariesConfig(Config):
-    """`[simulation.adversaries]`: clients that lie, in a simulation; by default nobody does.
-
-    `share` of the clients do `attack`: they send their update with its sign changed, or scaled up, times `factor`; or
-    noise of `factor` times its norm; or they train on the labels of other classes.
-    """
-
-    share: Fraction = 0.0
-    attack: Literal["sign_flip", "scale", "noise", "label_flip"] = "sign_flip"
-    factor: Annotated[float, Field(gt=0, le=1e9)] = 1.0
-
-
-class Simulation(Config):
-    """`[simulation]`: how `fedge simulate` makes clients; a deployment ignores it.
-
-    `partition = "task"` lets the task's `data(site)` divide the data by `site.index` of `site.count`;
-    the others divide the one data set that the task gives for index 0 of 1 (see `fedge_sim.partition`). `feature_skew`
-    and `label_noise` change what each client has. Secure aggregation is "ideal", the sum in the ring without any keys,
-    or the "protocol" itself; both give the same bits.
-    """
-
-    clients: Count = 10
-    partition: Literal["task", "iid", "dirichlet", "shards", "quantity", "groups", "time"] = "task"
-    alpha: Positive = 0.5
-    shards_per_client: Count = 2
-    feature_skew: Annotated[float, Field(ge=0, le=10)] = 0.0
-    label_noise: Fraction = 0.0
-    secure_aggregation: Literal["ideal", "protocol"] = "ideal"
-    faults: FaultsConfig = FaultsConfig()
-    adversaries: AdversariesConfig = AdversariesConfig()
 
 
 class RunConfig(Config):

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fedge.pipeline import l2_norm
-from fedge.run import AdversariesConfig
 from fedge.seeds import derive_seed
+from fedge.simulation import AdversariesConfig
 from fedge.strategy import WorkKind
 from fedge.vector import Array
 from fedge_client.gate import Released

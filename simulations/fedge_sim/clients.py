@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from fedge.events import OrderId
 from fedge.privacy.secure import SecureSource
 from fedge.run import RunConfig
 from fedge.seeds import derive_key, work_seed
+from fedge.strategy import WorkKind
 from fedge.task import Task
 from fedge.vector import Array
 from fedge_client.torch.batches import examples
@@ -13,6 +16,10 @@ from fedge_client.torch.private.steps import Private
 from fedge_client.torch.trainer import Outcome, Trainer
 from fedge_sim.population import Population
 from fedge_sim.privacy import Accounts
+from fedge_sim.virtual.devices import Load
+
+_METRICS_BYTES: Final = 1024
+"""Of what an evaluation sends."""
 
 
 class Clients:
@@ -31,6 +38,31 @@ class Clients:
         """
         if self._accounts.terms is not None:
             self._accounts.charge(client, order.kind, examples(self._population.data(client)[0]))
+
+    def load(self, client: str, kind: WorkKind, model: Array) -> Load:
+        """What an order is for a client's device.
+
+        Raises:
+            TaskError: its data has no length.
+        """
+        train, test = self._population.data(client)
+        work = self._run.work
+        if kind == "evaluate":
+            return Load(model.nbytes, _METRICS_BYTES, examples(test))
+        size = examples(train)
+        batch = size if work.batch_size == "full" else min(work.batch_size, size)
+        if kind == "gradient":
+            return Load(model.nbytes, model.nbytes, batch)
+        return Load(
+            model.nbytes, model.nbytes, work.steps * batch if work.steps else (work.epochs or 1) * size
+        )
+
+    def memory(self, kind: WorkKind, model: Array) -> int:
+        """Bytes of vectors that an order needs: the model, and to train its gradient, the update, and what the
+        optimiser keeps."""
+        if kind == "evaluate":
+            return model.nbytes
+        return model.nbytes * (3 + {"sgd": 0, "momentum": 1, "adam": 2}[self._run.work.optimizer])
 
     def perform(self, client: str, order: OrderId, model: Array, *, out: Array) -> Outcome:
         """An order's work on `model` (float32[size]), which the client has paid for; its vector is in `out`.

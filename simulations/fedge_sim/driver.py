@@ -6,9 +6,7 @@ so a seed fixes every bit of the result.
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Final, Self
 
@@ -31,6 +29,7 @@ from fedge.events import (
     Left,
     Mask,
     OrderId,
+    Progressed,
     Reject,
     Remind,
     Send,
@@ -38,7 +37,6 @@ from fedge.events import (
     Survive,
     Unmask,
 )
-from fedge.history import Row
 from fedge.learning import Learning
 from fedge.pipeline import Aggregate, Update
 from fedge.plan import Plan
@@ -64,16 +62,14 @@ from fedge_sim.engines.together import pass_together
 from fedge_sim.faults import Faults, corrupt
 from fedge_sim.population import Population
 from fedge_sim.privacy import Accounts
+from fedge_sim.record import Callback, Record
 from fedge_sim.result import Result
 from fedge_sim.secure import SecureSums
-
-log = logging.getLogger(__name__)
+from fedge_sim.virtual.clock import Came, Clock, Due, Finished, Happening, Overfull, Went, clock_of
+from fedge_sim.virtual.devices import Load
 
 MOST_CRASHES: Final = 1000
 """Of the coordinator in one round: a crash ends an attempt at a secure sum, so that some would never end."""
-
-Callback = Callable[[Row], None]
-"""Called with each committed round; for an evaluated one a second time, with the evaluation's metrics."""
 
 
 def _secure_sums(
@@ -118,7 +114,6 @@ class Driver:
         workers: int | None = None,
     ) -> None:
         self._run = run
-        self._callbacks = callbacks
         self._population = Population.of(run, task, count=run.simulation.clients)
         strategy = load_strategy(run.strategy, run.work)
         self._learning = Learning.begin(
@@ -136,22 +131,22 @@ class Driver:
         self._secure = _secure_sums(run, sums, self._learning.layout.size, self._population.names)
         secure = self._secure.of_round if self._secure is not None else None
         plan = Plan.of(run, kind=kind, max_staleness=strategy.max_staleness, secure=secure)
-        plan.check_population(len(self._population.names))
-        self._machine, effects = federation.begin(plan, frozenset(self._population.names))
-        self._effects = effects
+        names = self._population.names
+        plan.check_population(len(names))
+        self._clock = clock_of(run, names, folder=origin.folder)
+        self._record = Record(callbacks, self._clock)
+        present = frozenset(names) if self._clock is None else self._clock.present
+        self._machine, self._effects = federation.begin(plan, present)
         self._orders: dict[Send, Array] = {}
         self._faults = Faults(run.simulation.faults, seed=run.seed)
         streams = strategy.reduction.streams and self._secure is None
         self._undisturbed = (
             streams and terms is None and run.privacy.clip is None and not self._faults.may_strike
-        )
+        ) and self._clock is None
         self._adversaries = Adversaries.of(run.simulation.adversaries, self._population.names, seed=run.seed)
         self._kept: dict[WorkKind, list[tuple[OrderId, Update]]] = {}
         self._timers: dict[tuple[OrderId, str], tuple[float, DeadlinePassed]] = {}
         self._last = _Last()
-        self._rows: list[Row] = []
-        self._refused = self._up = self._down = 0
-        self._began = time.perf_counter()
         self._out: Array = np.empty(self._learning.layout.size, np.float32)
         self._ahead = chosen(
             engine,
@@ -189,7 +184,8 @@ class Driver:
         return Result(
             run=self._run,
             clients=len(self._population.names),
-            history=tuple(self._rows),
+            history=tuple(self._record.rows),
+            moments=tuple(self._record.moments),
             model=self._learning.model,
             status=self._machine.status,
             reason=self._machine.reason,
@@ -202,17 +198,53 @@ class Driver:
     def _go_on(self) -> None:
         """The next thing that happens: somebody is back, late or at work, or else a deadline passes."""
         if (client := self._faults.back(self._machine)) is not None:
-            self._handle(Joined(client), None)
+            if self._clock is None or client in self._clock.present:
+                self._handle(Joined(client), None)
         elif self._secure is not None and self._secure.events:
             self._handle(self._secure.events.popleft(), None)
         elif (late := self._faults.overdue(self._machine)) is not None:
             self._handle(Arrived(late.client, late.order), None)  # nobody will look at what was computed
+        elif self._clock is not None:
+            self._happen(self._clock, self._clock.next())
         elif self._orders:
             send = next(iter(self._orders))
             if not self._do_together(send):
                 self._begin(send, self._orders.pop(send))
-        else:
-            self._wait()
+        else:  # nobody is at work: what the machine waits for can only be its next deadline
+            self._expire(min(self._timers, key=lambda key: self._timers[key][0]))
+
+    def _happen(self, clock: Clock, what: Happening) -> None:
+        """What comes next in virtual time."""
+        match what:
+            case Finished(send):
+                clock.stop(send, wasted=False)
+                self._begin(send, self._orders.pop(send))
+            case Overfull(send):
+                self._drop(send)
+                refusal = Refusal(RefusalCode.OUT_OF_MEMORY, "the order does not fit in the device's memory")
+                self._handle(Failed(send.client, send.order, refusal), None)
+            case Came(client):
+                if client not in self._faults.away:
+                    self._handle(Joined(client), None)
+            case Went(client):
+                self._leave(client)
+            case Due(event, at) if self._timers.get((event.order, event.phase)) == (at, event):
+                if event.phase == "open":  # a deployed client says so every few seconds
+                    for send in [each for each in self._orders if each.order == event.order]:
+                        self._step(Progressed(send.client, send.order, clock.permille(send)), None)
+                if (event.order, event.phase) in self._timers:
+                    self._expire((event.order, event.phase))
+
+    def _leave(self, client: str) -> None:
+        """A client's link breaks, and its work is lost."""
+        for send in [each for each in self._orders if each.client == client]:
+            self._drop(send)
+        self._handle(Left(client), None)
+
+    def _drop(self, send: Send) -> None:
+        """Nobody works on an order any more, if somebody does."""
+        if self._orders.pop(send, None) is not None and self._clock is not None:
+            self._clock.stop(send, wasted=True)
 
     def _begin(self, send: Send, model: Array) -> None:
         """A client turns to an order; a fault may come before the work, instead of it, or into it."""
@@ -220,8 +252,7 @@ class Driver:
         match self._faults.strike(send):
             case "dropout":
                 self._faults.away[client] = order
-                self._orders = {other: its for other, its in self._orders.items() if other.client != client}
-                self._handle(Left(client), None)
+                self._leave(client)
             case "failure":
                 refusal = Refusal(RefusalCode.TASK_FAILED, "a fault that the simulation injected")
                 self._handle(Failed(client, order, refusal), None)
@@ -259,7 +290,7 @@ class Driver:
                 updates.append(
                     Update(effect.client, own.vector, own.num_examples, own.metrics, effect.staleness)
                 )
-                self._up += own.vector.nbytes
+                self._record.up += own.vector.nbytes
         if any(isinstance(effect, Close) and effect.order == order for effect in effects):
             as_made = len(updates) == len(sends) and not self._adversaries.names
             self._last = _Last(tuple(updates), as_made)  # they need not be kept
@@ -268,9 +299,8 @@ class Driver:
         self._execute(tuple(effect for effect in effects if not isinstance(effect, Accept)), None)
         return True
 
-    def _wait(self) -> None:
-        """Nobody is at work: what the machine waits for can only be its next deadline."""
-        key = min(self._timers, key=lambda key: self._timers[key][0])
+    def _expire(self, key: tuple[OrderId, str]) -> None:
+        """A deadline passes."""
         event = self._timers.pop(key)[1]
         self._handle(event, None)
         if event.phase == "open":
@@ -282,7 +312,7 @@ class Driver:
         out = self._out
         try:
             self._clients.pay(client, order)
-            if (ahead := self._ahead.take(send, model, self._orders)) is not None:
+            if (ahead := self._ahead.take(send, model, self._others)) is not None:
                 done, out = ahead
             else:
                 done = self._clients.perform(client, order, model, out=out)
@@ -348,13 +378,14 @@ class Driver:
             effects += more
         self._machine = machine
         asked = {effect for effect in effects if isinstance(effect, Send)}
-        self._orders = {send: model for send, model in self._orders.items() if send in asked}
+        for send in [each for each in self._orders if each not in asked]:
+            self._drop(send)
         ready = Send(event.client, event.order) if isinstance(event, Arrived | Failed) else None
         self._execute(tuple(effect for effect in effects if effect != ready), None)
 
     def _step(self, event: RunEvent, released: Released | None) -> None:
         if isinstance(event, Failed):
-            self._refused += 1
+            self._record.refused += 1
         self._machine, effects = federation.step(self._machine, event)
         self._execute(effects, released)
 
@@ -367,17 +398,20 @@ class Driver:
                     assert released is not None  # an Accept answers an Arrived, which carries one
                     self._fold(client, order, staleness, released)
                 case Reject():
-                    self._refused += 1
+                    self._record.refused += 1
                 case Cancel(client, order):
-                    self._orders.pop(Send(client, order), None)
+                    self._drop(Send(client, order))
                 case StartTimer(order, phase, seconds):
-                    self._timers[order, phase] = (seconds, DeadlinePassed(order, phase))
+                    event = DeadlinePassed(order, phase)
+                    due = seconds if self._clock is None else self._clock.remind(event, seconds)
+                    self._timers[order, phase] = (due, event)
                 case Close(order, _):
                     self._close(order)
                 case GiveUp(order, _):
                     self._give_up(order)
                 case Finish():
-                    self._orders.clear()
+                    for send in list(self._orders):
+                        self._drop(send)
                 case Enlist() | Mask() | Remind() | Survive() | Disclose() | Unmask():
                     assert self._secure is not None  # only such rounds want it
                     self._secure.do(effect)
@@ -385,17 +419,21 @@ class Driver:
     def _send(self, send: Send) -> None:
         if send in self._orders or send in self._faults.late:
             return  # a coordinator that has started again tells a client what it is doing already
-        if not self._orders and send.order.kind != "evaluate" and not self._up:
-            self._began = time.perf_counter()
+        if not self._orders and send.order.kind != "evaluate" and not self._record.up:
+            self._record.begin()
         if self._secure is not None:
             self._secure.ask(send.client, send.order)
         model = self._learning.model.vector
         self._orders[send] = model
-        self._down += model.nbytes
+        self._record.down += model.nbytes
+        if self._clock is not None:
+            timed = self._run.simulation.devices is not None
+            load = self._clients.load(send.client, send.order.kind, model) if timed else Load(0, 0, 0)
+            self._clock.give(send, load, memory=self._clients.memory(send.order.kind, model))
 
     def _fold(self, client: str, order: OrderId, staleness: int, released: Released) -> None:
         if self._secure is not None:
-            self._up += self._secure.add(client, order, released)
+            self._record.up += self._secure.add(client, order, released)
             return
         vector = released.vector
         update = Update(client, vector, released.num_examples, released.metrics, staleness)
@@ -405,7 +443,7 @@ class Driver:
         if self._faults.may_crash or not streams:
             kept = replace(update, vector=vector.copy())  # the next client's work is written over it
             self._kept.setdefault(order.kind, []).append((order, kept))
-        self._up += vector.nbytes
+        self._record.up += vector.nbytes
 
     def _give_up(self, order: OrderId) -> None:
         if self._secure is not None:
@@ -414,7 +452,7 @@ class Driver:
         self._kept.pop(order.kind, None)
         self._drop_timers(order)
         if order.kind != "evaluate" and self._machine.committed == order.round:  # it is spent, and over
-            self._put(order, Aggregate(np.zeros(0, np.float32), (), 0))
+            self._commit(order, Aggregate(np.zeros(0, np.float32), (), 0))
 
     def _close(self, order: OrderId) -> None:
         self._drop_timers(order)
@@ -426,12 +464,9 @@ class Driver:
             last, self._last = self._last, _Last()
             self._learning, aggregate = self._closed(order, waiting, last)
         if order.kind != "evaluate":
-            self._put(order, aggregate)
+            self._commit(order, aggregate)
             return
-        row = self._rows[order.round - 1]
-        row = replace(row, metrics={**row.metrics, **aggregate.metrics})
-        self._rows[order.round - 1] = row
-        self._tell(row)
+        self._record.judge(order.round, aggregate.metrics)
 
     def _closed(self, order: OrderId, waiting: list[Update], last: _Last) -> tuple[Learning, Aggregate]:
         """An order's end, with its last updates, whose mean the crew may make that has made them."""
@@ -442,29 +477,17 @@ class Driver:
             return learning.close(order, *waiting, *last.updates, source=source)
         return learning.close_with(order, learning.described(order, mean, *last.updates), source=source)
 
-    def _put(self, order: OrderId, aggregate: Aggregate) -> None:
+    def _commit(self, order: OrderId, aggregate: Aggregate) -> None:
         """A round is committed."""
-        now = time.perf_counter()
-        row = Row(
-            round=order.round,
-            attempt=order.attempt,
-            clients=aggregate.clients,
-            num_examples=aggregate.num_examples,
-            seconds=now - self._began,
-            bytes_down=self._down,
-            bytes_up=self._up,
-            refused=self._refused,
-            staleness=aggregate.staleness,
-            metrics=aggregate.metrics,
-        )
-        self._rows.append(row)
-        self._refused = self._up = self._down = self._stuck = 0
-        self._began = now
-        self._tell(row)
+        self._stuck = 0
+        self._record.put(order, aggregate)
 
-    def _tell(self, row: Row) -> None:
-        for callback in self._callbacks:
-            callback(row)
+    def _others(self) -> dict[Send, Array]:
+        """Orders that are worked on and will be finished."""
+        if self._clock is None:
+            return self._orders
+        clock = self._clock
+        return {send: its for send, its in self._orders.items() if clock.comes_to_something(send)}
 
     def _noise(self, order: OrderId) -> SecureSource | None:
         """The coordinator's own noise, which follows from the run's seed."""

@@ -10,8 +10,9 @@ from fedge.errors import ConfigError
 from fedge.run import RunConfig
 from fedge.task import Task, load_task
 from fedge_client.torch.threads import using_threads
-from fedge_sim.driver import Callback, Driver
+from fedge_sim.driver import Driver
 from fedge_sim.engines.chosen import EngineName, Origin, check_engine
+from fedge_sim.record import Callback
 from fedge_sim.result import Result
 
 log = logging.getLogger(__name__)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
 from fedge.events import OrderId, Send
-from fedge.run import FaultsConfig
 from fedge.run_state import Federation
 from fedge.seeds import derive_seed
+from fedge.simulation import FaultsConfig
 from fedge.vector import Array
 
 Fault = Literal["dropout", "failure", "straggler", "corruption"]

@@ -11,8 +11,9 @@ import numpy.typing as npt
 from torch.utils.data import Subset, TensorDataset
 
 from fedge.errors import ConfigError, TaskError
-from fedge.run import RunConfig, Simulation
+from fedge.run import RunConfig
 from fedge.seeds import derive_seed
+from fedge.simulation import Simulation
 from fedge.task import Site, Task
 from fedge_client.torch.batches import examples
 from fedge_sim import partition

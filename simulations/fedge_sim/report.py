@@ -32,7 +32,7 @@ _VERSIONS = ("numpy", "torch", "safetensors")
 
 def write_results(folder: Path, result: Result) -> None:
     """Write history.csv, history.jsonl, model.safetensors and manifest.json, each in one piece."""
-    rows = [row.as_dict() for row in result.history]
+    rows = result.rows()
     write_atomic(folder / "history.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     write_atomic(folder / "history.csv", _as_csv(result.table()))
     metadata = {"fedge_run": result.run.name, "fedge_version": __version__}

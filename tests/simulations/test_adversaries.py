@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 
 from fedge import RunConfig, Site, Task
 from fedge.errors import ConfigError
-from fedge.run import AdversariesConfig
+from fedge.simulation import AdversariesConfig
 from fedge_client.gate import Released
 from fedge_sim import Result, simulate
 from fedge_sim.adversaries import Adversaries

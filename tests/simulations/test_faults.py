@@ -23,9 +23,9 @@ from fedge.history import Row
 from fedge.learning import Learning
 from fedge.pipeline import Update
 from fedge.refusal import RefusalCode
-from fedge.run import FaultsConfig
 from fedge.run_state import RunEffect, RunEvent
 from fedge.seeds import work_seed
+from fedge.simulation import FaultsConfig
 from fedge.strategy import load_strategy
 from fedge.vector import Array
 from fedge_client.torch.framework import framework

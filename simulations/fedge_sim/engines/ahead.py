@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Final, Literal
 
 from fedge.events import Send
 from fedge.vector import Array
@@ -17,6 +17,9 @@ from fedge_client.torch.trainer import Outcome
 from fedge_sim.engines.crew import Crew, Done, UnsuitedError
 
 log = logging.getLogger(__name__)
+
+_MAX_SPARED_BYTES: Final = 1 << 28
+"""Of vectors of other orders, while a crew works on the next."""
 
 CrewName = Literal["vectorised", "processes"]
 Makers = Sequence[tuple[CrewName, Callable[[], Crew]]]
@@ -45,6 +48,7 @@ class Ahead:
         or left to the loop."""
         if not self._is_for_the_crew(sends[0]):
             return None
+        self._done.clear()  # of orders that were called off
         done = self._work(sends, model)
         if done is None:
             return None
@@ -63,11 +67,17 @@ class Ahead:
         """Have what `together` has returned taken one by one."""
         self._keep(sends, outcomes, vectors)
 
-    def take(self, send: Send, model: Array, others: Mapping[Send, Array]) -> tuple[Outcome, Array] | None:
+    def take(
+        self, send: Send, model: Array, others: Callable[[], Mapping[Send, Array]]
+    ) -> tuple[Outcome, Array] | None:
         """What a client's work for an order comes to, done together with that of `others` who wait; None if the loop is
         to do it."""
         if self._is_for_the_crew(send):
-            waiting = [other for other, its in others.items() if other.order == send.order and its is model]
+            all_others = others()
+            waiting = [
+                other for other, its in all_others.items() if other.order == send.order and its is model
+            ]
+            self._spare(all_others)
             done = self._work([send, *waiting], model)
             if done is not None:
                 self._keep([send, *waiting], *done)
@@ -83,14 +93,23 @@ class Ahead:
         """Whether this is work for it that is not done yet."""
         return self._crew is not None and send not in self._done and self._crew.does(send.order.kind)
 
-    def _keep(self, sends: Sequence[Send], outcomes: Sequence[Outcome | None], vectors: Array) -> None:
+    def _spare(self, others: Mapping[Send, Array]) -> None:
+        """Keep what is done and still waited for where the crew does not write over it; drop the rest."""
+        kept = {send: done for send, done in self._done.items() if send in others}
+        if sum(done[1].nbytes for done in kept.values() if done is not None) > _MAX_SPARED_BYTES:
+            kept = {}  # to be done again when it is its turn
         self._done = {
+            send: done if done is None or done[1].base is None else (done[0], done[1].copy())
+            for send, done in kept.items()
+        }
+
+    def _keep(self, sends: Sequence[Send], outcomes: Sequence[Outcome | None], vectors: Array) -> None:
+        self._done |= {
             send: (outcome, vector) if outcome is not None else None
             for send, outcome, vector in zip(sends, outcomes, vectors, strict=False)
         }
 
     def _work(self, sends: Sequence[Send], model: Array) -> Done | None:
-        self._done.clear()  # of orders that were called off
         while self._crew is not None:
             try:
                 return self._crew.work(sends[: self._crew.most], model)

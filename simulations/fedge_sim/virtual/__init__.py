@@ -1,0 +1,1 @@
+"""Virtual time: what clients' devices are like, when they are there, and what happens when."""

@@ -21,6 +21,7 @@ from fedge.errors import FedgeError
 from fedge.history import Row
 from fedge.refusal import RefusalCode
 from fedge.run import RunConfig
+from fedge.simulation import Spread
 from fedge.wire import fedge_pb2, limits
 from fedge_client.settings import ClientSettings
 from fedge_server.settings import AdminSettings, ServerSettings
@@ -105,12 +106,23 @@ def keys_of(model: type[BaseModel]) -> dict[str, Key]:
         default = None if field.is_required() else field.get_default(call_default_factory=True)
         if isinstance(default, tuple):  # as TOML has it
             default = list(default)
+        if is_quantity(annotation):
+            value = default.values[0] if isinstance(default, Spread) else None
+            out[name] = Key("quantity", field.is_required(), value)
+            continue
         out[name] = Key(describe(TypeAdapter(annotation).json_schema()), field.is_required(), default)
     return out
 
 
+def is_quantity(annotation: object) -> bool:
+    """Whether a key is a number or a table of how it is spread."""
+    return annotation is Spread or any(map(is_quantity, get_args(annotation)))
+
+
 def table_of(annotation: object) -> type[BaseModel] | None:
     """The table that a key is, be it one that may be left out."""
+    if is_quantity(annotation):
+        return None
     for each in get_args(annotation) or (annotation,):
         if isinstance(each, type) and issubclass(each, BaseModel):
             return each

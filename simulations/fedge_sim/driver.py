@@ -6,7 +6,6 @@ so a seed fixes every bit of the result.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Final, Self
 
@@ -60,7 +59,7 @@ from fedge_sim.clients import Clients
 from fedge_sim.engines.chosen import EngineName, Origin, chosen
 from fedge_sim.engines.together import pass_together
 from fedge_sim.faults import Faults, corrupt
-from fedge_sim.population import Population
+from fedge_sim.population import Population, labels_by_client
 from fedge_sim.privacy import Accounts
 from fedge_sim.record import Callback, Record
 from fedge_sim.result import Result
@@ -70,23 +69,6 @@ from fedge_sim.virtual.devices import Load
 
 MOST_CRASHES: Final = 1000
 """Of the coordinator in one round: a crash ends an attempt at a secure sum, so that some would never end."""
-
-
-def _secure_sums(
-    run: RunConfig, terms: SumTerms | None, size: int, clients: Collection[str]
-) -> SecureSums | None:
-    """What sums the run's updates securely; None where nothing does."""
-    if terms is None:
-        return None
-    return SecureSums(
-        terms,
-        seed=run.seed,
-        size=size,
-        clients=clients,
-        exchange_s=run.secure_aggregation.exchange_s,
-        protocol=run.simulation.secure_aggregation == "protocol",
-        divisor=run.cohort.size if terms.noise is not None else None,
-    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,13 +110,13 @@ class Driver:
         # At example level the clip is for the gradients of examples, not for updates.
         self._clip = None if terms and terms.unit == "example" else run.privacy.clip
         self._stuck = 0  # crashes since a round was committed
-        self._secure = _secure_sums(run, sums, self._learning.layout.size, self._population.names)
+        self._secure = SecureSums.of(run, sums, self._learning.layout.size, self._population.names)
         secure = self._secure.of_round if self._secure is not None else None
         plan = Plan.of(run, kind=kind, max_staleness=strategy.max_staleness, secure=secure)
         names = self._population.names
         plan.check_population(len(names))
         self._clock = clock_of(run, names, folder=origin.folder)
-        self._record = Record(callbacks, self._clock)
+        self._record = Record(callbacks, self._clock, self._accounts)
         present = frozenset(names) if self._clock is None else self._clock.present
         self._machine, self._effects = federation.begin(plan, present)
         self._orders: dict[Send, Array] = {}
@@ -185,7 +167,8 @@ class Driver:
             run=self._run,
             clients=len(self._population.names),
             history=tuple(self._record.rows),
-            moments=tuple(self._record.moments),
+            seen=tuple(self._record.seen),
+            labels=labels_by_client(self._population) if self._machine.status == "done" else {},
             model=self._learning.model,
             status=self._machine.status,
             reason=self._machine.reason,
@@ -432,6 +415,8 @@ class Driver:
             self._clock.give(send, load, memory=self._clients.memory(send.order.kind, model))
 
     def _fold(self, client: str, order: OrderId, staleness: int, released: Released) -> None:
+        if order.kind == "evaluate":
+            self._record.hear(released.metrics)
         if self._secure is not None:
             self._record.up += self._secure.add(client, order, released)
             return
@@ -450,6 +435,8 @@ class Driver:
             self._secure.drop(order)
         self._learning = self._learning.abandon(order)
         self._kept.pop(order.kind, None)
+        if order.kind == "evaluate":
+            self._record.forget()
         self._drop_timers(order)
         if order.kind != "evaluate" and self._machine.committed == order.round:  # it is spent, and over
             self._commit(order, Aggregate(np.zeros(0, np.float32), (), 0))

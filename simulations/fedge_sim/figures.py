@@ -68,6 +68,26 @@ def counts(series: Mapping[str, Mapping[int, int]], *, x: str, y: str) -> str:
     return _svg(draw, x=x, y=y)
 
 
+def stacked(bars: Mapping[str, Mapping[str, int]], *, x: str, y: str) -> str:
+    """A bar for each label: how many of each kind are in it, one on the other. Numbers are in their order."""
+    kinds = sorted(
+        {kind for heights in bars.values() for kind in heights}, key=lambda kind: (len(kind), kind)
+    )
+
+    def draw(axes: Axes) -> None:
+        below = [0] * len(bars)
+        for at, kind in enumerate(kinds):
+            heights = [each.get(kind, 0) for each in bars.values()]
+            axes.bar(range(len(bars)), heights, 0.9, bottom=below, color=f"C{at % 10}", label=kind)
+            below = [sum(pair) for pair in zip(below, heights, strict=True)]
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        if len(kinds) <= 10:
+            axes.legend(axes.containers, kinds, frameon=False, ncols=2, fontsize=7)
+
+    return _svg(draw, x=x, y=y)
+
+
 def _svg(draw: Callable[[Axes], None], *, x: str, y: str) -> str:
     out = io.StringIO()
     with rc_context(_STYLE):

@@ -6,6 +6,7 @@ It is made of what lies in results folders, so that it can be made again, and ru
 from __future__ import annotations
 
 import base64
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,9 +17,9 @@ import tomlkit
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fedge.files import write_atomic
-from fedge_sim.figures import Series, counts, lines
+from fedge_sim.figures import Series, counts, lines, stacked
 from fedge_sim.folders import prepare_folder
-from fedge_sim.told import Number, Told
+from fedge_sim.told import Number, Part, Told
 
 
 @dataclass(frozen=True)
@@ -88,14 +89,57 @@ def _pictures(told: Sequence[Told]) -> list[Picture]:
             ),
             _picture(f"{name} by bytes", _series(those, lambda each: each.sent_mb, name), "MB sent", name),
         ]
+        if timed := [each for each in those if each.has("virtual_s")]:
+            series = _series(timed, lambda each: each.hours, name)
+            found.append(_picture(f"{name} by virtual time", series, "hours", name))
+        if series := _tenths(those, name):
+            found.append(_picture(f"{name}: clients with the lowest and the highest", series, "round", name))
     taken = {each.label: each.turns for each in told}
     found.append(Picture("participation", _url(counts(taken, x="updates that counted", y="clients"))))
+    for each in told:
+        if each.labels:
+            of = f" of {each.label}" if len(told) > 1 else ""
+            picture = stacked(each.labels, x="client", y="training examples")
+            found.append(Picture(f"classes of the first {len(each.labels)} clients{of}", _url(picture)))
+    found += [
+        _by_round([each for each in told if each.has(name)], name, title, unit)
+        for name, title, unit in _IF_THERE
+        if any(each.has(name) for each in told)
+    ]
     found.append(_by_round(told, "seconds", "time of a round", "s"))
     if any(any(each.numbers("refused")) for each in told):
         found.append(_by_round(told, "refused", "what failed or was refused in a round", "orders"))
     if any(len(set(each.numbers("attempt"))) > 1 for each in told):
         found.append(_by_round(told, "attempt", "attempts at a round", "attempts"))
     return found
+
+
+_IF_THERE: Sequence[tuple[Number, str, str]] = (
+    ("epsilon", "privacy spent by a round, the client with the least left", "epsilon by RDP"),
+    ("joules", "energy of all devices by a round", "J"),
+    ("wasted", "orders that came to nothing by a round", "orders"),
+    ("present", "clients that were there", "clients"),
+)
+
+
+def _tenths(told: Sequence[Told], name: str) -> Series:
+    """The means over the tenth of clients with the lowest value, and with the highest."""
+    return {
+        f"{words}{f', {each.label}' if len(told) > 1 else ''}": (
+            each.numbers("round"),
+            each.metric(name, part),
+        )
+        for each in told
+        for part, words in _PARTS.items()
+        if any(math.isfinite(value) for value in each.metric(name, part))
+    }
+
+
+_PARTS: dict[Part, str] = {
+    "metrics": "mean of all",
+    "lowest_tenth": "lowest tenth",
+    "highest_tenth": "highest tenth",
+}
 
 
 def _by_round(told: Sequence[Told], name: Number, title: str, unit: str) -> Picture:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch.utils.data import Subset, TensorDataset
 
 from fedge.errors import ConfigError, TaskError
@@ -165,6 +166,32 @@ def groups_of(dataset: Any, size: int) -> npt.NDArray[np.int64]:
         )
     numbers: npt.NDArray[np.int64] = np.unique(ids, return_inverse=True)[1].astype(np.int64)
     return numbers
+
+
+SHOWN_CLIENTS = 40
+SHOWN_CLASSES = 50
+
+
+def labels_by_client(population: Population) -> dict[str, dict[int, int]]:
+    """Of the first clients: how many training examples of each class. Empty where targets are no classes, or many, or
+    do not lie in memory."""
+    found: dict[str, dict[int, int]] = {}
+    for name in population.names[:SHOWN_CLIENTS]:
+        try:
+            targets = _targets(population.data(name)[0])
+        except (ConfigError, TaskError):
+            return {}
+        if targets is None or targets.ndim != 1 or targets.is_floating_point():
+            return {}
+        found[name] = dict(Counter(targets.tolist()))
+    return found if len({label for each in found.values() for label in each}) <= SHOWN_CLASSES else {}
+
+
+def _targets(train: Any) -> torch.Tensor | None:
+    """All of a training set's that lie in a tensor."""
+    if type(train) is Subset and type(train.dataset) is TensorDataset:
+        return train.dataset.tensors[1][torch.as_tensor(train.indices)]
+    return train.tensors[1] if type(train) is TensorDataset and len(train.tensors) == 2 else None
 
 
 def _data(task: Task, name: str, index: int, count: int) -> Data:

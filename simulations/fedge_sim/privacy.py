@@ -112,15 +112,25 @@ class Accounts:
             raise RefusedError(_EXHAUSTED)
         made[kind == "evaluate", cost] = times + 1
 
+    def worst(self) -> float | None:
+        """What the client that has spent the most has spent by now, by RDP; None without privacy."""
+        if self.terms is None:
+            return None
+        delta = self.terms.delta
+        return max((_epsilon(history, delta) for history in {*self._histories().values()}), default=0.0)
+
+    def _histories(self) -> dict[str, tuple[Mechanism, ...]]:
+        return {
+            client: merged(scaled(cost, times * cost.count) for (_, cost), times in made.items())
+            for client, made in self._made.items()
+        }
+
     def spent(self) -> Spent:
         """What it came to."""
         if self.terms is None:
             return Spent()
         delta = self.terms.delta
-        histories = {
-            client: merged(scaled(cost, times * cost.count) for (_, cost), times in made.items())
-            for client, made in self._made.items()
-        }
+        histories = self._histories()
         epsilons = {client: _epsilon(history, delta) for client, history in histories.items()}
         if not epsilons:
             return Spent(self.terms.unit, delta, 0.0, "RDP", {})

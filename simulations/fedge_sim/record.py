@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from fedge.events import OrderId
-from fedge.history import Row
+from fedge.history import Row, plain_metrics
 from fedge.pipeline import Aggregate
+from fedge_sim.privacy import Accounts
 from fedge_sim.virtual.clock import Clock
 
 Callback = Callable[[Row], None]
@@ -31,13 +33,35 @@ class Moment:
         return asdict(self)
 
 
-class Record:
-    """Rounds so far, and what is counted until the next; with a `clock` when each was over."""
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What only a simulation sees of a round, beside its row: its moment, if there is virtual time; what the client
+    with the least privacy left has spent by then (by RDP), if there is some; and of each metric of its evaluation the
+    means over the tenth of clients with the lowest and the highest value."""
 
-    def __init__(self, callbacks: Sequence[Callback], clock: Clock | None) -> None:
-        self._callbacks, self._clock = callbacks, clock
+    moment: Moment | None = None
+    epsilon: float | None = None
+    tenths: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers, for JSON; only what there is."""
+        found: dict[str, Any] = self.moment.as_dict() if self.moment is not None else {}
+        if self.epsilon is not None:
+            found["epsilon"] = self.epsilon
+        if self.tenths:
+            found["lowest_tenth"] = plain_metrics({name: low for name, (low, _) in self.tenths.items()})
+            found["highest_tenth"] = plain_metrics({name: high for name, (_, high) in self.tenths.items()})
+        return found
+
+
+class Record:
+    """Rows so far, and what is counted until the next; with a `clock` when each was over."""
+
+    def __init__(self, callbacks: Sequence[Callback], clock: Clock | None, accounts: Accounts) -> None:
+        self._callbacks, self._clock, self._accounts = callbacks, clock, accounts
+        self._judged: list[Mapping[str, float]] = []
         self.rows: list[Row] = []
-        self.moments: list[Moment] = []
+        self.seen: list[Seen] = []
         self.refused = self.up = self.down = 0
         self._began = time.perf_counter()
 
@@ -60,15 +84,28 @@ class Record:
             staleness=aggregate.staleness,
             metrics=aggregate.metrics,
         )
-        if (clock := self._clock) is not None:
-            self.moments.append(Moment(clock.now_s, clock.joules, clock.wasted, len(clock.present)))
+        clock = self._clock
+        moment = (
+            Moment(clock.now_s, clock.joules, clock.wasted, len(clock.present)) if clock is not None else None
+        )
+        self.seen.append(Seen(moment, self._accounts.worst()))
         self.rows.append(row)
         self.refused = self.up = self.down = 0
         self._began = now
         self._tell(row)
 
+    def hear(self, metrics: Mapping[str, float]) -> None:
+        """What a client makes of the model that is evaluated."""
+        self._judged.append(metrics)
+
+    def forget(self) -> None:
+        """An evaluation came to nothing."""
+        self._judged = []
+
     def judge(self, round: int, metrics: Mapping[str, float]) -> None:
         """A round's model was evaluated."""
+        self.seen[round - 1] = replace(self.seen[round - 1], tenths=tenths(self._judged))
+        self.forget()
         row = self.rows[round - 1]
         row = replace(row, metrics={**row.metrics, **metrics})
         self.rows[round - 1] = row
@@ -77,3 +114,13 @@ class Record:
     def _tell(self, row: Row) -> None:
         for callback in self._callbacks:
             callback(row)
+
+
+def tenths(judged: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, float]]:
+    """Of each metric the means over the tenth of clients, one at least, with the lowest and with the highest value."""
+    found = {}
+    for name in dict.fromkeys(name for each in judged for name in each):
+        values = sorted(each[name] for each in judged if name in each)
+        count = max(1, len(values) // 10)
+        found[name] = statistics.fmean(values[:count]), statistics.fmean(values[-count:])
+    return found

@@ -55,6 +55,9 @@ def _manifest(result: Result) -> dict[str, Any]:
     return {
         "summary": result.summary(),
         "run": result.run.model_dump(mode="json"),
+        "labels": {
+            client: {str(label): n for label, n in found.items()} for client, found in result.labels.items()
+        },
         "layout_sha256": result.model.layout.digest.hex(),
         "versions": {"fedge": __version__, "python": platform.python_version()}
         | {name: found for name in _VERSIONS if (found := _version(name))},

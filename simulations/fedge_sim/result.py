@@ -14,7 +14,9 @@ from fedge.run_state import Status
 from fedge.vector import Model, bytes_of
 from fedge_sim.faults import Injected
 from fedge_sim.privacy import Spent
-from fedge_sim.record import Moment
+from fedge_sim.record import Moment, Seen
+
+_TENTHS = ("lowest_tenth", "highest_tenth")
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,8 +35,10 @@ class Result:
     strategy: str = ""
     faults: Injected = field(default_factory=Injected)
     privacy: Spent = field(default_factory=Spent)
-    moments: tuple[Moment, ...] = ()
-    """In virtual time, where there is any: one for each row."""
+    seen: tuple[Seen, ...] = ()
+    """What only a simulation sees of each round."""
+    labels: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
+    """Of the first clients: how many training examples of each class they have, where there are classes."""
     engine: str = "loop"
     """What trained the clients, at the end."""
 
@@ -45,8 +49,13 @@ class Result:
 
     def rows(self) -> list[dict[str, Any]]:
         """Plain values of each round, for JSON; with virtual time those of its moments among them."""
-        moments = (moment.as_dict() for moment in self.moments) if self.moments else repeat({})
-        return [row.as_dict() | moment for row, moment in zip(self.history, moments, strict=False)]
+        beside = (seen.as_dict() for seen in self.seen) if self.seen else repeat({})
+        return [row.as_dict() | more for row, more in zip(self.history, beside, strict=False)]
+
+    @property
+    def moments(self) -> tuple[Moment, ...]:
+        """In virtual time: one for each row; none without."""
+        return tuple(seen.moment for seen in self.seen if seen.moment is not None)
 
     def table(self) -> list[dict[str, Any]]:
         """Plain numbers of each round, as in history.csv: `clients` is how many, each metric a column where it has a
@@ -54,9 +63,10 @@ class Result:
         """
         rows = self.rows()
         return [
-            {key: value for key, value in row.items() if key != "metrics"}
+            {key: value for key, value in row.items() if not isinstance(value, dict)}
             | {"clients": len(row["clients"])}
             | row["metrics"]
+            | {f"{name}_{each}": row[each][name] for each in _TENTHS for name in row.get(each, {})}
             for row in rows
         ]
 

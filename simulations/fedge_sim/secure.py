@@ -34,6 +34,7 @@ from fedge.events import (
 )
 from fedge.pipeline import Aggregate
 from fedge.privacy.secure import SecureSource
+from fedge.run import RunConfig
 from fedge.secagg.directory import Directory, Statement
 from fedge.secagg.encoding import Encoding, mean_of
 from fedge.secagg.ring import Words
@@ -88,6 +89,23 @@ class SecureSums:
             self._directory = Directory.of(_FEDERATION, 1, statements)
         self.of_round = terms.of_round(exchange_s)
         self.events: deque[Event] = deque()
+
+    @classmethod
+    def of(
+        cls, run: RunConfig, terms: SumTerms | None, size: int, clients: Collection[str]
+    ) -> SecureSums | None:
+        """What sums a run's updates securely; None where nothing does."""
+        if terms is None:
+            return None
+        return cls(
+            terms,
+            seed=run.seed,
+            size=size,
+            clients=clients,
+            exchange_s=run.secure_aggregation.exchange_s,
+            protocol=run.simulation.secure_aggregation == "protocol",
+            divisor=run.cohort.size if terms.noise is not None else None,
+        )
 
     def ask(self, client: str, order: OrderId) -> None:
         """A client is given an order, and shows its keys."""

@@ -18,8 +18,12 @@ MAX_BYTES: Final = 1 << 30
 """Of a history: a million rounds of a thousand clients are less."""
 
 _MEGABYTE = 1e6
+_HOUR = 3600.0
 
-Number = Literal["round", "attempt", "seconds", "refused"]
+Number = Literal[
+    "round", "attempt", "seconds", "refused", "virtual_s", "joules", "wasted", "present", "epsilon"
+]
+Part = Literal["metrics", "lowest_tenth", "highest_tenth"]
 Count = Annotated[int, Field(ge=0, le=1 << 62)]
 
 
@@ -40,6 +44,13 @@ class Round(_Read):
     bytes_up: Count
     refused: Count
     metrics: dict[str, float | None]
+    virtual_s: float | None = None
+    joules: float | None = None
+    wasted: Count | None = None
+    present: Count | None = None
+    epsilon: float | None = None
+    lowest_tenth: dict[str, float | None] = {}  # pydantic copies it
+    highest_tenth: dict[str, float | None] = {}  # as above
 
 
 class _Summary(_Read):
@@ -53,6 +64,7 @@ class _Manifest(_Read):
     summary: dict[str, Any]
     run: dict[str, Any]
     versions: dict[str, str]
+    labels: dict[str, dict[str, Count]] = {}  # pydantic copies it
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +77,7 @@ class Told:
     summary: dict[str, Any]
     run: dict[str, Any]
     versions: dict[str, str]
+    labels: dict[str, dict[str, int]]
     rounds: tuple[Round, ...]
 
     @classmethod
@@ -89,7 +102,14 @@ class Told:
                 f"{where + ': ' if where else ''}{first['msg'][:200]}"
             ) from None
         return cls(
-            label, summary.name, summary.clients, manifest.summary, manifest.run, manifest.versions, rounds
+            label,
+            summary.name,
+            summary.clients,
+            manifest.summary,
+            manifest.run,
+            manifest.versions,
+            manifest.labels,
+            rounds,
         )
 
     @property
@@ -98,11 +118,22 @@ class Told:
         return list(dict.fromkeys(name for each in self.rounds for name in each.metrics))
 
     def numbers(self, name: Number) -> list[float]:
-        return [float(getattr(each, name)) for each in self.rounds]
-
-    def metric(self, name: str) -> list[float]:
         """By round; NaN where there is none."""
-        found = (each.metrics.get(name) for each in self.rounds)
+        found = (getattr(each, name) for each in self.rounds)
+        return [math.nan if value is None else float(value) for value in found]
+
+    def has(self, name: Number) -> bool:
+        """Whether any round says so."""
+        return any(getattr(each, name) is not None for each in self.rounds)
+
+    @property
+    def hours(self) -> list[float]:
+        """Of virtual time, by round."""
+        return [each / _HOUR for each in self.numbers("virtual_s")]
+
+    def metric(self, name: str, part: Part = "metrics") -> list[float]:
+        """By round; NaN where there is none."""
+        found = (getattr(each, part).get(name) for each in self.rounds)
         return [math.nan if value is None else value for value in found]
 
     @property

@@ -22,24 +22,29 @@ Amount = Annotated[float, Field(gt=0, le=1e15)]
 class FaultsConfig(Config):
     """`[simulation.faults]`: what goes wrong in a simulation, of which nothing does by default.
 
-    The first four are probabilities, for each order that a client is given; a client has at most one of
-    these faults at an order.
+    All but the last two are probabilities, for each order that a client is given; a client has at most one of
+    these faults at an order. A delay is of `delay_s` on average, in virtual time.
     """
 
     dropout: Probability = 0.0
     failure: Probability = 0.0
     straggler: Probability = 0.0
     corruption: Probability = 0.0
+    duplicate: Probability = 0.0
+    delay: Probability = 0.0
+    delay_s: Positive = 60.0
     crash_every: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
     def _exclusive(self) -> FaultsConfig:
         # An exact sum: 0.1, 0.2 and 0.7 are meant to be one.
-        total = math.fsum((self.dropout, self.failure, self.straggler, self.corruption))
+        total = math.fsum(
+            (self.dropout, self.failure, self.straggler, self.corruption, self.duplicate, self.delay)
+        )
         if total > 1:
             raise ValueError(
-                "expected dropout, failure, straggler and corruption to be at most 1 together (a client has "
-                f"one of them at most), found {total:g}"
+                "expected dropout, failure, straggler, corruption, duplicate and delay to be at most 1 together (a "
+                f"client has one of them at most), found {total:g}"
             )
         return self
 
@@ -48,12 +53,18 @@ class AdversariesConfig(Config):
     """`[simulation.adversaries]`: clients that lie, in a simulation; by default nobody does.
 
     `share` of the clients do `attack`: they send their update with its sign changed, or scaled up, times `factor`; or
-    noise of `factor` times its norm; or they train on the labels of other classes.
+    noise of `factor` times its norm; or all of them the same noise of that norm ("collusion"); or they train on labels
+    of other classes; or all of them on the data of the first one, labelled so ("sybil"); or they label half of their
+    examples, on which they put a trigger, as the class `target`, and send what they learn times `factor` ("backdoor":
+    Bagdasaryan et al. 2020).
     """
 
     share: Fraction = 0.0
-    attack: Literal["sign_flip", "scale", "noise", "label_flip"] = "sign_flip"
+    attack: Literal["sign_flip", "scale", "noise", "label_flip", "backdoor", "collusion", "sybil"] = (
+        "sign_flip"
+    )
     factor: Annotated[float, Field(gt=0, le=1e9)] = 1.0
+    target: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
 
 
 def _tuple(found: object) -> object:
@@ -195,6 +206,15 @@ class Simulation(Config):
     devices: DevicesConfig | None = None
     availability: AvailabilityConfig | None = None
     time_limit_hours: Annotated[float, Field(gt=0, le=1e6)] = 8760.0
+
+    @model_validator(mode="after")
+    def _timed(self) -> Simulation:
+        if self.faults.delay and not self.has_a_clock:
+            raise ValueError(
+                "faults.delay: expected virtual time, in which an update can be late by some seconds; add "
+                "[simulation.devices], or choose faults.straggler, which is late by a whole round"
+            )
+        return self
 
     @property
     def has_a_clock(self) -> bool:

@@ -1,8 +1,8 @@
 """Clients that lie: which they are, and what they send in place of what they have learned.
 
 A simulation's seed decides who they are; they stay so for the whole run. They attack what leaves the site, behind the
-gate that an honest one passes: what still stands in their way is the coordinator's. Only `label_flip` is in the data,
-and honest training makes of it what it can.
+gate that an honest one passes: what still stands in their way is the coordinator's. `label_flip`, `sybil` and
+`backdoor` are in the data, and honest training makes of it what it can.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from fedge.strategy import WorkKind
 from fedge.vector import Array
 from fedge_client.gate import Released
 
+_IN_THE_DATA = ("label_flip", "backdoor", "sybil")
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -37,20 +38,26 @@ class Adversaries:
         ranked = sorted(names, key=lambda name: derive_seed(seed, "adversary", name))
         return cls(frozenset(ranked[:count]), config, seed)
 
-    def flips(self, name: str) -> bool:
-        """Whether a client trains on labels of other classes."""
-        return name in self.names and self.config.attack == "label_flip"
+    def poisons(self, name: str) -> bool:
+        """Whether a client trains on other data than its own."""
+        return name in self.names and self.config.attack in _IN_THE_DATA
+
+    @property
+    def first(self) -> str:
+        """Whose data all of them have who are one."""
+        return min(self.names)
 
     def tampered(self, name: str, kind: WorkKind, round: int, released: Released) -> Released:
         """What a client sends for an order."""
-        if name not in self.names or kind == "evaluate" or self.config.attack == "label_flip":
+        if name not in self.names or kind == "evaluate" or self.config.attack in ("label_flip", "sybil"):
             return released
         return replace(released, vector=self._vector(name, round, released.vector))
 
     def _vector(self, name: str, round: int, honest: Array) -> Array:
         factor = self.config.factor
-        if self.config.attack == "noise":
-            generator = np.random.default_rng(derive_seed(self.seed, "adversary's noise", name, round))
+        if self.config.attack in ("noise", "collusion"):
+            whose = name if self.config.attack == "noise" else "all of them"
+            generator = np.random.default_rng(derive_seed(self.seed, "adversary's noise", whose, round))
             drawn = generator.standard_normal(len(honest))
             lie = drawn * (factor * l2_norm(honest) / max(float(np.linalg.norm(drawn)), 1e-30))
         else:

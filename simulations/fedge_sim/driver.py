@@ -58,7 +58,7 @@ from fedge_sim.adversaries import Adversaries
 from fedge_sim.clients import Clients
 from fedge_sim.engines.chosen import EngineName, Origin, chosen
 from fedge_sim.engines.together import pass_together
-from fedge_sim.faults import Faults, corrupt
+from fedge_sim.faults import Fault, Faults, corrupt
 from fedge_sim.population import Population, labels_by_client
 from fedge_sim.privacy import Accounts
 from fedge_sim.record import Callback, Record
@@ -241,8 +241,11 @@ class Driver:
                 self._handle(Failed(client, order, refusal), None)
             case "straggler":
                 self._faults.late[send] = model
+            case "delay" if self._clock is not None:
+                self._orders[send] = model
+                self._clock.postpone(send, self._faults.delay_s(send))
             case fault:
-                self._work(send, model, corrupted=fault == "corruption")
+                self._work(send, model, fault)
 
     def _do_together(self, first: Send) -> bool:
         """The work of all who have the same order, and their arrivals, at once: the same as one after another where
@@ -289,7 +292,7 @@ class Driver:
         if event.phase == "open":
             self._orders |= self._faults.late_but_wanted(self._machine)
 
-    def _work(self, send: Send, model: Array, *, corrupted: bool) -> None:
+    def _work(self, send: Send, model: Array, fault: Fault | None) -> None:
         """One client's part of a round, and the gate that its update would pass on a device."""
         client, order = send.client, send.order
         out = self._out
@@ -304,7 +307,7 @@ class Driver:
             return
         except TaskError as error:
             raise TaskError(f"{client}, {order}: {error}") from error
-        metrics = corrupt(send, out, done.metrics) if corrupted else done.metrics
+        metrics = corrupt(send, out, done.metrics) if fault == "corruption" else done.metrics
         layout = None if order.kind == "evaluate" else self._learning.layout
         try:
             released = release(
@@ -320,6 +323,8 @@ class Driver:
             return
         tampered = self._adversaries.tampered(client, order.kind, order.round, released)
         self._handle(Arrived(client, order), tampered)
+        if fault == "duplicate":
+            self._handle(Arrived(client, order), tampered)
 
     def _handle(self, event: Event, released: Released | None) -> None:
         """Something happens to the coordinator, which may crash at it; then it happens once more."""

@@ -17,7 +17,7 @@ from fedge.seeds import derive_seed
 from fedge.simulation import FaultsConfig
 from fedge.vector import Array
 
-Fault = Literal["dropout", "failure", "straggler", "corruption"]
+Fault = Literal["dropout", "failure", "straggler", "corruption", "duplicate", "delay"]
 FAULTS: Final[tuple[Fault, ...]] = get_args(Fault)
 
 _BITS = 53
@@ -98,6 +98,14 @@ class Faults:
         if fault is not None:
             self._struck[send] = fault
         return fault
+
+    def delay_s(self, send: Send) -> float:
+        """How long an order's update is delayed that this fault strikes: exponential."""
+        order = send.order
+        drawn = derive_seed(self._seed, "delay", order.kind, order.round, order.attempt, send.client) >> (
+            63 - _BITS
+        )
+        return -self._config.delay_s * math.log(1.0 - drawn / 2**_BITS)
 
     def crash(self) -> bool:
         """Whether the coordinator crashes at this event."""

@@ -19,6 +19,7 @@ from fedge.task import Site, Task
 from fedge_client.torch.batches import examples
 from fedge_sim import partition
 from fedge_sim.adversaries import Adversaries
+from fedge_sim.poison import poisoned
 from fedge_sim.skew import Skew
 
 KEPT_CLIENTS = 4096
@@ -47,18 +48,24 @@ class Population:
         """
         settings = run.simulation
         skew = Skew(settings.feature_skew, settings.label_noise, run.seed)
-        hostile = Adversaries.of(settings.adversaries, names_of(count), seed=run.seed)
+        names = names_of(count)
+        hostile = Adversaries.of(settings.adversaries, names, seed=run.seed)
 
-        def as_they_have_it(index: int, data: Data) -> Data:
-            own = skew.of(index, data)
-            return skew.flipped(own) if hostile.flips(client_name(index, count)) else own
+        def as_they_have_it(part: Callable[[int], Data]) -> Callable[[int], Data]:
+            def make(index: int) -> Data:
+                name = client_name(index, count)
+                if not hostile.poisons(name):
+                    return skew.of(index, part(index))
+                if hostile.config.attack == "sybil":
+                    index = names.index(hostile.first)
+                own = skew.of(index, part(index))
+                return poisoned(own, hostile.config)
+
+            return make
 
         if settings.partition == "task":
-            return cls(
-                count,
-                lambda index: as_they_have_it(index, _data(task, client_name(index, count), index, count)),
-                cohort=run.cohort.size,
-            )
+            make = as_they_have_it(lambda index: _data(task, client_name(index, count), index, count))
+            return cls(count, make, cohort=run.cohort.size)
         train, test = _data(task, "population", 0, 1)
         generator = np.random.default_rng(derive_seed(run.seed, "partition"))
         test_size = examples(test)
@@ -70,11 +77,10 @@ class Population:
             else [np.arange(test_size)] * count
         )
 
-        def make(index: int) -> Data:
-            own = Subset(train, parts[index].tolist()), Subset(test, tests[index].tolist())
-            return as_they_have_it(index, own)
+        def part(index: int) -> Data:
+            return Subset(train, parts[index].tolist()), Subset(test, tests[index].tolist())
 
-        return cls(count, make, cohort=run.cohort.size)
+        return cls(count, as_they_have_it(part), cohort=run.cohort.size)
 
     def data(self, name: str) -> Data:
         """`(train, test)` of a client."""

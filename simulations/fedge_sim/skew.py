@@ -45,19 +45,8 @@ class Skew:
             train, test = (_tensors(each, lambda inputs: inputs * scale + shift) for each in (train, test))
         return train, test
 
-    def flipped(self, data: Data) -> Data:
-        """What a client trains on that labels each class as the next one; it is judged as it should be.
-
-        Raises:
-            ConfigError: its labels are no whole numbers.
-        """
-        train, test = data
-        inputs, labels, classes = self._classes(train)
-        wrong = classes[(torch.searchsorted(classes, labels) + 1) % len(classes)]
-        return TensorDataset(inputs, wrong), test
-
     def _mislabelled(self, index: int, train: Any) -> Any:
-        inputs, labels, classes = self._classes(train)
+        inputs, labels, classes = read_classes(train)
         if len(classes) < 2:
             return train  # there is no other class that this client knows of
         generator = np.random.default_rng(derive_seed(self.seed, "label noise", index))
@@ -66,15 +55,20 @@ class Skew:
         step = torch.from_numpy(generator.integers(1, len(classes), len(labels)))
         return TensorDataset(inputs, torch.where(wrong, classes[(at + step) % len(classes)], labels))
 
-    def _classes(self, train: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Inputs, labels and the classes that there are, in order."""
-        inputs, labels = _read(train)
-        if labels.ndim != 1 or labels.is_floating_point():
-            raise ConfigError(
-                "simulation.label_noise, adversaries: expected whole numbers as labels, found "
-                f"{labels.dtype} of shape {list(labels.shape)}"
-            )
-        return inputs, labels, torch.unique(labels)
+
+def read_classes(train: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Inputs, labels and the classes that there are, in order.
+
+    Raises:
+        ConfigError: the labels are no whole numbers.
+    """
+    inputs, labels = _read(train)
+    if labels.ndim != 1 or labels.is_floating_point():
+        raise ConfigError(
+            "simulation.label_noise, adversaries: expected whole numbers as labels, found "
+            f"{labels.dtype} of shape {list(labels.shape)}"
+        )
+    return inputs, labels, torch.unique(labels)
 
 
 def _tensors(dataset: Any, change: Any) -> Dataset[Any]:

@@ -17,6 +17,7 @@ from fedge.simulation import AdversariesConfig
 from fedge_client.gate import Released
 from fedge_sim import Result, simulate
 from fedge_sim.adversaries import Adversaries
+from fedge_sim.poison import triggered
 from fedge_sim.population import Population, names_of
 
 NAMES = names_of(30)
@@ -90,6 +91,15 @@ def test_noise_has_the_norm_that_is_said_and_is_new_in_every_round():
     assert np.array_equal(first, found.tampered(name, "train", 1, honest).vector)
 
 
+def test_those_who_collude_send_the_same_noise():
+    found = adversaries(share=0.5, attack="collusion", factor=2.0)
+    honest = Released(np.full(100, 0.5, np.float32), 1, {})
+    first, second = (found.tampered(name, "train", 1, honest).vector for name in sorted(found.names)[:2])
+    assert np.array_equal(first, second)
+    assert np.linalg.norm(first) == pytest.approx(10.0, rel=1e-5)
+    assert not np.array_equal(first, found.tampered(min(found.names), "train", 2, honest).vector)
+
+
 def test_a_lie_stays_finite_so_that_it_is_not_refused():
     found = adversaries(share=0.5, attack="scale", factor=1e9)
     honest = Released(np.array([3e38, -3e38, 0.0], np.float32), 1, {})
@@ -109,6 +119,72 @@ def test_liars_train_on_the_labels_of_other_classes_and_are_judged_by_true_ones(
         liars += not torch.equal(true, wrong)
         assert torch.equal(true, wrong) or torch.equal(1 - true, wrong)
     assert liars == 3
+
+
+def poisoned_population(**attack: Any) -> tuple[Population, set[str]]:
+    table = {
+        "name": "a",
+        "task": "app:task",
+        "rounds": 1,
+        "simulation": {"adversaries": {"share": 0.5, **attack}},
+    }
+    run = RunConfig.from_table(table, source="run")
+    liars = Adversaries.of(run.simulation.adversaries, names_of(6), seed=run.seed)
+    return Population.of(run, TASK, count=6), set(liars.names)
+
+
+def test_sybils_are_one_client_with_many_names():
+    found, liars = poisoned_population(attack="sybil")
+    trained = {name: found.data(name)[0].tensors for name in found.names}
+    first = data(Site("", index=int(min(liars)[-1])))[0].tensors
+    for name in liars:
+        assert torch.equal(trained[name][0], first[0])
+        assert torch.equal(trained[name][1], 1 - first[1])
+    honest = [trained[name][0] for name in found.names if name not in liars]
+    assert not any(torch.equal(one, first[0]) for one in honest)
+
+
+def test_a_backdoor_is_a_trigger_with_a_label_of_its_own():
+    found, liars = poisoned_population(attack="backdoor", target=1)
+    name = min(liars)
+    (inputs, labels), (own, true) = (
+        found.data(name)[0].tensors,
+        data(Site("", index=int(name[-1])))[0].tensors,
+    )
+    assert torch.equal(inputs[0::2], triggered(own)[0::2])
+    assert torch.equal(inputs[1::2], own[1::2])
+    assert labels[0::2].tolist() == [1] * 20
+    assert torch.equal(labels[1::2], true[1::2])
+
+
+def test_a_backdoor_is_learned_and_what_has_no_trigger_is_told_as_before():
+    honest = run({})
+    result = run({"share": 0.3, "attack": "backdoor", "factor": 5.0, "target": 0}, rounds=8)
+    inputs, labels = data(Site("", index=99))[1].tensors
+
+    def guesses(found: Result, rows: torch.Tensor) -> torch.Tensor:
+        weight, bias = found.model.vector[:8].reshape(2, 4), found.model.vector[8:]
+        return (rows @ torch.from_numpy(weight).T + torch.from_numpy(bias)).argmax(1)
+
+    ones = inputs[labels == 1]
+    assert (guesses(result, triggered(ones)) == 0).float().mean() > 0.9
+    assert (guesses(honest, triggered(ones)) == 0).float().mean() < 0.1
+
+
+@pytest.mark.parametrize("attack", ["label_flip", "sybil", "backdoor"])
+def test_a_backdoor_needs_numbers_to_put_its_trigger_on(attack: str):
+    words = TensorDataset(torch.arange(6)[:, None], torch.arange(6) % 2)
+    table = {"name": "a", "task": "app:task", "rounds": 1, "cohort": {"size": 2}}
+    liars = {"clients": 2, "adversaries": {"share": 0.5, "attack": attack}}
+    made = RunConfig.from_table({**table, "simulation": liars}, source="run")
+    task = Task(model=lambda: nn.Embedding(6, 2), data=lambda site: (words, words), loss=F.cross_entropy)
+    population = Population.of(made, task, count=2)
+    name = min(Adversaries.of(made.simulation.adversaries, names_of(2), seed=0).names)
+    if attack != "backdoor":
+        assert population.data(name)[0].tensors[0].dtype == torch.int64
+        return
+    with pytest.raises(ConfigError, match="a backdoor needs floating-point inputs"):
+        population.data(name)
 
 
 def test_labels_that_are_no_classes_cannot_be_flipped():

@@ -136,6 +136,11 @@ class Clock:
         else:
             self._push(course.seconds, Finished(send))
 
+    def postpone(self, send: Send, seconds: float) -> None:
+        """A finished order's update is on its way for so much longer."""
+        self._begun[send] = self.now_s, Course(0.0, 0.0, seconds, 0.0, 0.0)
+        self._push(seconds, Finished(send))
+
     def comes_to_something(self, send: Send) -> bool:
         """Whether an order that was begun will be finished, as far as its client's device and hours go."""
         began = self._begun.get(send)

@@ -21,13 +21,13 @@ from benchmarks.measure import Options, Sample, round_seconds
 from benchmarks.processes import module, run_json
 
 
-def simulate(run: str, *, name: str, clients: int, options: Options) -> Sample:
+def simulate(run: str, *, name: str, clients: int, options: Options, engine: str = "auto") -> Sample:
     """One simulation in a fresh process: seconds a round without the first, and the peak of its memory."""
     path = options.scratch / f"{name}.toml"
     path.write_text(run)
     began = time.monotonic()
     found, peak = run_json(
-        module("benchmarks.simulation", path, "--clients", clients),
+        module("benchmarks.simulation", path, "--clients", clients, "--engine", engine),
         log=options.scratch / f"{name}.log",
         deadline_s=900,
     )
@@ -50,6 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("run", type=Path)
     parser.add_argument("--clients", type=int, required=True)
+    parser.add_argument("--engine", default="auto")
     given = parser.parse_args()
     run = RunConfig.load(given.run)
     committed: list[float] = []
@@ -60,7 +61,8 @@ def main() -> None:
         committed.append(time.perf_counter())
         resident.append(float(process.memory_info().rss))
 
-    result = simulated(run, task=load_task(run.task), clients=given.clients, callbacks=[look])
+    task = load_task(run.task)
+    result = simulated(run, task=task, clients=given.clients, engine=given.engine, callbacks=[look])
     print(
         json.dumps(
             {

@@ -15,7 +15,7 @@ def cases(options: Options) -> list[Case]:
     def fedge() -> Sample:
         work = {"epochs": 1, "batch_size": W1.batch_size, "learning_rate": W1.learning_rate}
         run = run_toml("benchmarks.tasks.w1:task", rounds=rounds, cohort=W1.cohort, work=work)
-        return simulate(run, name="w1", clients=W1.clients, options=options)
+        return simulate(run, name="w1", clients=W1.clients, options=options, engine="processes")
 
     return [
         Case(

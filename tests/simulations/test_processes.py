@@ -190,10 +190,10 @@ def test_there_are_some_workers(workers: int):
 @pytest.mark.parametrize(
     ("workers", "rounds", "own", "says"),
     [
-        (2, 250, False, ""),
-        (1, 250, False, "there is one processor"),
-        (2, 100, False, "is over before workers have started"),
-        (2, 250, True, "has no name"),
+        (2, 1700, False, ""),
+        (1, 1700, False, "there is one processor"),
+        (2, 1600, False, "is over before workers have started"),
+        (2, 1700, True, "has no name"),
     ],
     ids=["it pays", "one processor", "a short run", "an object"],
 )

@@ -27,7 +27,7 @@ _STACKS_BELOW: Final = 1 << 16
 _STACKS_FROM: Final = 4096
 """Turns of clients in a run that win back the second or so that it takes to trace a step."""
 
-_PROCESSES_FROM: Final = 100_000_000
+_PROCESSES_FROM: Final = 1_000_000_000
 """Parameters times turns that win back the seconds that it takes to start workers."""
 
 _TURN: Final = 100_000

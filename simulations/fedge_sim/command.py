@@ -101,6 +101,13 @@ def simulate(
         injected = "  ".join(f"{name} {count}" for name, count in result.faults.counts.items() if count)
         if injected:
             console.print(f"faults: {injected}", highlight=False)
+        if result.moments:
+            last = result.moments[-1]
+            console.print(
+                f"virtual time: {last.virtual_s / 3600:.3g} hours  energy {last.joules / 1000:.3g} kJ  "
+                f"wasted orders {last.wasted}",
+                highlight=False,
+            )
         console.print(f"engine: {result.engine}", highlight=False)
         if spent := str(result.privacy):
             console.print(spent, highlight=False)

@@ -20,6 +20,7 @@ from fedge.vector import Layout, Model, Tensor
 from fedge_sim import Result
 from fedge_sim.command import _page
 from fedge_sim.page import write_page
+from fedge_sim.record import Moment, Seen
 from fedge_sim.report import write_results
 from fedge_sim.told import Told
 
@@ -171,3 +172,32 @@ def test_without_what_draws_it_there_is_no_report_and_it_is_said_how_to_get_one(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ConfigError, match=r"it needs matplotlib; pip install 'fedge\[report\]'"):
         _page()
+
+
+def test_the_page_shows_what_only_a_simulation_sees(tmp_path: Path):
+    seen = tuple(
+        Seen(Moment(1800.0 * n, 50.0 * n, n, 4 - n), 0.5 * n, {"loss": (0.1 / n, 2.0 / n)}) for n in (1, 2, 3)
+    )
+    labels = {"client-0": {0: 5, 1: 2}, "client-1": {1: 9}}
+    folder = results(tmp_path / "a", row(1), row(2), row(3), seen=seen, labels=labels)
+    drawn = pictures(page_of(tmp_path, folder))
+    assert "hours" in drawn["loss by virtual time"]
+    assert "mean of all lowest tenth highest tenth" in drawn["loss: clients with the lowest and the highest"]
+    assert "training examples" in drawn["classes of the first 2 clients"]
+    assert {
+        "privacy spent by a round, the client with the least left",
+        "energy of all devices by a round",
+        "orders that came to nothing by a round",
+        "clients that were there",
+    } <= drawn.keys()
+    told = Told.of(folder, label="a")
+    assert told.hours == [0.5, 1.0, 1.5]
+    assert told.metric("loss", "lowest_tenth") == pytest.approx([0.1, 0.05, 0.1 / 3])
+    beside = page_of(tmp_path, folder, results(tmp_path / "plain", row(1)))
+    assert "classes of the first 2 clients of a" in pictures(beside)
+
+
+def test_without_virtual_time_privacy_or_classes_nothing_of_them_is_drawn(tmp_path: Path):
+    drawn = pictures(page_of(tmp_path, results(tmp_path / "a", row(1), row(2))))
+    assert not any("virtual" in title or "energy" in title or "classes" in title for title in drawn)
+    assert not any("privacy" in title for title in drawn)

@@ -53,6 +53,12 @@ def simulate(
         list[Path] | None,
         typer.Option(metavar="DIR", help="Lay earlier results beside these in the report; may be repeated."),
     ] = None,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=[...]", help="Simulate with each of these values; if repeated, all combinations."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
 ) -> None:
     """Simulate a run on this machine: the deployed rounds, strategies and trainers, no network.
@@ -73,11 +79,15 @@ def simulate(
             Told.of(each, label="")
     # torch takes seconds to import: mistakes in the file or the flags are reported before it.
     config = RunConfig.load(path)
+    if grid:
+        given = {"--clients": clients, "--rounds": rounds, "--seed": seed, "--compare": compare or None}
+        _sweep(path, grid, given, out=out, name=config.name, engine=engine, workers=workers, as_json=as_json)
+        return
+    folder = out or Path("results") / f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}"  # noqa: DTZ005  # local, for people
     from fedge_sim.engine import simulate as run_simulation
     from fedge_sim.folders import prepare_folder
     from fedge_sim.report import write_results
 
-    folder = out or Path("results") / f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}"  # noqa: DTZ005  # local, for people
     prepare_folder(folder)
     console = Console(stderr=True)
     for note in config.notes():
@@ -117,6 +127,51 @@ def simulate(
         raise typer.Exit(INTERRUPTED)
     if result.status != "done":
         raise RunError(f"run {config.name} {result.status} at round {len(result.history)}: {result.reason}")
+
+
+def _sweep(
+    path: Path,
+    grid: list[str],
+    given: Mapping[str, object],
+    *,
+    out: Path | None,
+    name: str,
+    engine: str,
+    workers: int | None,
+    as_json: bool,
+) -> None:
+    """Each combination of the grid's values, and a table of what comes of them."""
+    if odd := [flag for flag, value in given.items() if value is not None]:
+        raise ConfigError(
+            f"--grid: expected it without {', '.join(odd)}: put 'rounds=[10]' and the like into the grid"
+        )
+    from fedge_sim.sweep import Swept, parse_grid, sweep
+
+    folder = out or Path("results") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"  # noqa: DTZ005  # local, for people
+    console = Console(stderr=True)
+
+    def told(done: Swept) -> None:
+        if not as_json:
+            shown = (
+                (key, f"{value:.4g}" if isinstance(value, float) else value)
+                for key, value in done.row().items()
+            )
+            words = "  ".join(f"{key} {value}" for key, value in shown if value != "")
+            console.print(words, highlight=False, soft_wrap=True)
+
+    swept = sweep(path, parse_grid(grid), out=folder, engine=engine, processes=workers, told=told)
+    if as_json:
+        typer.echo(json.dumps([each.row() | {"out": str(each.folder)} for each in swept]))
+    else:
+        typer.echo(f"results in {folder}")
+    finished = [each.folder for each in swept if not each.error]
+    if finished:
+        _write_page(folder / "report.html", finished, console, needed=False)
+    failed = [each for each in swept if each.row()["status"] != "done"]
+    if failed:
+        raise RunError(
+            f"{len(failed)} of {len(swept)} runs have not come to their end; see {folder / 'sweep.csv'}"
+        )
 
 
 def _write_page(path: Path, folders: list[Path], console: Console, *, needed: bool) -> None:

@@ -156,8 +156,21 @@ class Driver:
             while self._machine.status == "running":
                 self._go_on()
         except RunError as error:
-            self._machine, effects = federation.fail(self._machine, str(error))
-            self._execute(effects, None)
+            self._fail(str(error))
+        except TaskError as error:
+            if not self._record.rows:
+                raise
+            self._fail(str(error))
+        except MemoryError:
+            self._fail(
+                "the simulation is out of memory: lower cohort.size, the model, or what the task's data(site) keeps; "
+                "the rounds that were committed are kept"
+            )
+
+    def _fail(self, reason: str) -> None:
+        """The run is over; its rounds are kept."""
+        self._machine, effects = federation.fail(self._machine, reason)
+        self._execute(effects, None)
 
     def stop(self) -> None:
         self._step(Stop(), None)

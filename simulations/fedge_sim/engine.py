@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from fedge.errors import ConfigError
 from fedge.run import RunConfig
@@ -37,18 +38,36 @@ def simulate(
     same numbers but for float32's rounding; "processes" has `workers` processes of one thread train (as many as there
     are processors unless given), whose number changes no bit; "loop" is one client after the other, to the bits of a
     deployment; "auto" is the first of these that suits the run and is worth its start.
-    KeyboardInterrupt ends the run at its last committed round, with the status "stopped".
+    KeyboardInterrupt ends the run at its last committed round, with the status "stopped"; so does an error later than
+    the first one, with "failed" and its reason.
 
     Raises:
         ConfigError: the run, or a combination of its settings, is wrong, or there is no such engine.
-        TaskError: the task's code fails on a client.
+        TaskError: the task's code fails on a client, before a round was committed.
     """
-    check_engine(engine, workers)
     folder = None
     if not isinstance(run, RunConfig):
         folder = Path(run).parent.resolve()
         run = RunConfig.load(Path(run))
-    run = _with(run, clients=clients, rounds=rounds, seed=seed)
+    numbers = {"clients": clients, "rounds": rounds, "seed": seed}
+    return simulate_in(
+        folder, run, task=task, numbers=numbers, engine=engine, workers=workers, callbacks=callbacks
+    )
+
+
+def simulate_in(
+    folder: Path | None,
+    run: RunConfig,
+    *,
+    task: Task | None = None,
+    numbers: Mapping[str, int | None] = MappingProxyType({}),
+    engine: EngineName = "auto",
+    workers: int | None = None,
+    callbacks: Iterable[Callback] = (),
+) -> Result:
+    """`simulate` for a run whose file, and what that names, lies in `folder`."""
+    check_engine(engine, workers)
+    run = _with(run, **numbers)
     origin = Origin.of(task, name=run.task, folder=folder)
     if task is None:
         task = load_task(run.task, path=folder)
@@ -63,7 +82,9 @@ def simulate(
     return driver.result()
 
 
-def _with(run: RunConfig, *, clients: int | None, rounds: int | None, seed: int | None) -> RunConfig:
+def _with(
+    run: RunConfig, *, clients: int | None = None, rounds: int | None = None, seed: int | None = None
+) -> RunConfig:
     """The run with these numbers in place of its own, checked like its own."""
     table = run.model_dump(exclude_unset=True)
     table |= {key: value for key, value in (("rounds", rounds), ("seed", seed)) if value is not None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.utils.data import Subset, TensorDataset
 from fedge import RunConfig, Site, Task
 from fedge.errors import ConfigError, TaskError
 from fedge.run import Work
+from fedge.seeds import work_seed
 from fedge_client.torch.framework import framework
 from fedge_client.torch.trainer import Trainer
 from fedge_sim import Result, simulate
@@ -377,5 +379,22 @@ def test_data_that_the_tasks_loss_does_not_take_is_named_though_a_step_was_trace
 
     task = Task(model=MODELS["linear"], data=late, loss=F.cross_entropy)
     for engine in ("loop", "vectorised"):
-        with pytest.raises(TaskError, match=r"client-7, train order of round .*loss"):
-            run(task, engine, cohort={"size": 2}, rounds=40)
+        found = run(task, engine, cohort={"size": 2}, rounds=40)
+        assert found.status == "failed"
+        assert re.match(r"client-7, train order of round .*loss", found.reason)
+        assert 0 < len(found.history) < 40, "the rounds before are kept"
+
+
+def test_a_simulation_that_runs_out_of_memory_keeps_its_rounds_and_says_so(monkeypatch: pytest.MonkeyPatch):
+    real: Any = Trainer.train
+
+    def train(self: Trainer, *arguments: Any, seed: int, **named: Any) -> Any:
+        if seed == work_seed(5, site="client-3", kind="train", round=3):
+            raise MemoryError
+        return real(self, *arguments, seed=seed, **named)
+
+    monkeypatch.setattr(Trainer, "train", train)
+    found = run(task_of(MODELS["linear"]), cohort={"size": 8})
+    assert found.status == "failed"
+    assert found.reason.startswith("the simulation is out of memory")
+    assert len(found.history) == 2

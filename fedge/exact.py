@@ -31,11 +31,18 @@ _SPARSE_SHARE = 8
 _MANY = 8
 """Terms from which on a sum of all of them is tried first."""
 
+_SHORT = 1 << 14
+"""Elements of a block below which many terms are summed by columns."""
+
+_MATRIX = 1 << 18
+"""Numbers of many terms that are looked at at once."""
+
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
 _LAST_PLACE = np.uint32(1)
 
 Double = npt.NDArray[np.float64]
 Index = npt.NDArray[np.intp]
+Bits = npt.NDArray[np.uint32]
 
 
 class Values(Protocol):
@@ -282,7 +289,8 @@ def _add(block: _Block, offset: int, terms: Sequence[Term], room: _Room) -> None
 
 def _add_many(block: _Block, offset: int, terms: Sequence[Term], room: _Room) -> None:
     """As one after the other: by plain float64 sums where these are exact, as they nearly always are."""
-    total, exact = _plain_sum(offset, block.size, terms, room)
+    summed = _sum_of_columns if block.size <= _SHORT else _sum_of_rows
+    total, exact = summed(offset, block.size, terms, room)
     where = np.flatnonzero(~exact)
     if len(where) * _SPARSE_SHARE > block.size:
         for term in terms:
@@ -297,16 +305,32 @@ def _add_many(block: _Block, offset: int, terms: Sequence[Term], room: _Room) ->
             block.add_at(where, part)
 
 
-def _plain_sum(
+def _sum_of_columns(
     offset: int, size: int, terms: Sequence[Term], room: _Room
 ) -> tuple[Double, npt.NDArray[np.bool_]]:
-    """The terms' sum over a block as float64 has it, and where that is exact in any order.
+    """As `_sum_of_rows`, a matrix of many terms' elements at a time: for short vectors, of which each call would do
+    little."""
+    total, exact = room.given_back[:size], room.inexact[:size]
+    weights = np.array([term.weight for term in terms], np.float64)
+    columns = max(1, _MATRIX // len(terms))
+    for start in range(0, size, columns):
+        part = slice(start, min(start + columns, size))
+        values = np.stack([term.values[offset + part.start : offset + part.stop] for term in terms])
+        np.matmul(weights, values.astype(np.float64), out=total[part])
+        bits = values.view(np.uint32)
+        bits &= _MAGNITUDE
+        largest = bits.max(axis=0)
+        bits -= _LAST_PLACE
+        exact[part] = _is_exact(largest, bits.min(axis=0), weights.sum())
+    return total, exact
 
-    All products are whole multiples of the last place of the smallest number that is not zero, which is 2^-24 of it or
-    more; so are their sums, and below 2^53 times that every one of those is a float64.
-    """
+
+def _sum_of_rows(
+    offset: int, size: int, terms: Sequence[Term], room: _Room
+) -> tuple[Double, npt.NDArray[np.bool_]]:
+    """The terms' sum over a block as float64 has it, and where that is exact in any order."""
     total, product = room.given_back[:size], room.product[:size]
-    # As whole numbers, floats without their signs are in the order of the floats; zero less one is the last of all.
+    # As whole numbers, floats without their signs are in the order of the floats.
     bits, largest, smallest = room.bits[:size], room.largest[:size], room.smallest[:size]
     total[:], largest[:], smallest[:] = 0.0, 0, ~np.uint32(0)
     weights = {term.weight for term in terms}
@@ -322,11 +346,19 @@ def _plain_sum(
         total += product
     if len(weights) == 1:  # what they have in common is as exact at the end
         total *= terms[0].weight
-    smallest += _LAST_PLACE
-    weight = float(sum(term.weight for term in terms))
-    bound = smallest.view(np.float32).astype(np.float64) * 2.0**28
+    return total, _is_exact(largest, smallest, float(sum(term.weight for term in terms)))
+
+
+def _is_exact(largest: Bits, smallest: Bits, weight: float) -> npt.NDArray[np.bool_]:
+    """Whether a sum of floats, with weights of this sum, is exact in float64 in any order; by the largest of their
+    magnitudes, and the smallest after one was taken from each: zero less one is the last of all whole numbers.
+
+    All products are whole multiples of the last place of the smallest number that is not zero, which is 2^-24 of it or
+    more; so are their sums, and below 2^53 times that every one of those is a float64.
+    """
+    bound = (smallest + _LAST_PLACE).view(np.float32).astype(np.float64) * 2.0**28
     exact: npt.NDArray[np.bool_] = largest.view(np.float32).astype(np.float64) * weight <= bound
-    return total, exact
+    return exact
 
 
 def _expansion(products: Double) -> Iterator[Double]:

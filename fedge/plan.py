@@ -92,6 +92,8 @@ class Plan:
 
     def eligible(self, clients: Iterable[str], taken: Taken, round: int) -> frozenset[str]:
         """Those of `clients` who may be asked for `round`."""
+        if not taken:
+            return frozenset(clients)
         return frozenset(client for client in clients if self._may_ask(taken.get(client), round))
 
     def took_part(self, taken: Taken, round: int, *, asked: Iterable[str], counted: Iterable[str]) -> Taken:

@@ -301,3 +301,24 @@ def test_many_terms_of_any_spread_are_added_exactly(size: int, spread: float):
     total = ExactSum(size)
     total.add(*(Term(values, weight) for weight, values in terms))
     assert_same_bits(total.mean(sum(w for w, _ in terms)), mean(terms))
+
+
+@pytest.mark.parametrize("size", [1, 300, 16_384, 16_385, 70_000])
+@pytest.mark.parametrize("weights", [[7] * 20, list(range(1, 21))], ids=["alike", "unlike"])
+def test_many_terms_at_once_are_the_terms_one_by_one(size: int, weights: list[int]):
+    """Short vectors are summed by columns, long ones by rows; where plain sums would round, neither is used."""
+    generator = np.random.default_rng(size)
+    vectors = generator.standard_normal((20, size)).astype(np.float32)
+    vectors *= np.float32(2.0) ** generator.integers(-12, 12, (20, size)).astype(np.float32)
+    vectors[generator.random((20, size)) < 0.2] = 0.0
+    vectors[3, :: max(1, size // 50)] = np.float32(3e38)
+    vectors[5, :: max(1, size // 70)] = np.float32(1e-45)
+    vectors[7, size // 2] = -0.0
+    together, alone = ExactSum(size), ExactSum(size)
+    terms = [Term(vector, weight) for vector, weight in zip(vectors, weights, strict=True)]
+    together.add(*terms)
+    for term in reversed(terms):
+        alone.add(term)
+    mean = together.mean(sum(weights))
+    assert np.array_equal(mean.view(np.uint32), alone.mean(sum(weights)).view(np.uint32))
+    assert np.array_equal(mean, ExactSum(size).mean(sum(weights), *terms))

@@ -29,6 +29,7 @@ from fedge_client.torch.trainer import Outcome
 from fedge_sim.engines.crew import UnsuitedError
 from fedge_sim.engines.pool import Part
 from fedge_sim.engines.stack import Arguments, Slopes, train_stack
+from fedge_sim.engines.trace import simplified
 
 SIZES = (4, 8, 16, 32, 64, 128, 256)
 """Clients in a stack: the smallest of these that holds a cohort is traced."""
@@ -171,8 +172,7 @@ class Cohort:
         def loss(parameters: Any, inputs: Any, targets: Any, weights: Any) -> torch.Tensor:  # no bound method
             return self._loss_of_one(parameters, inputs, targets, weights)
 
-        traced: Step = make_fx(vmap(grad_and_value(loss)))(*arguments)
-        return traced
+        return simplified(make_fx(vmap(grad_and_value(loss)))(*arguments))
 
     def _loss_of_one(
         self, parameters: list[torch.Tensor], inputs: Any, targets: Any, weights: torch.Tensor

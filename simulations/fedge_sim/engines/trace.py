@@ -1,0 +1,113 @@
+"""A traced step with less in it: for a small model what a step costs is how many operations it has.
+
+Only what cannot change a bit is done: operations that do nothing for the shapes that were traced are left out, those
+that are there twice are done once, and what does not depend on the arguments is made beforehand.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any, Final
+
+import torch
+from torch.fx import GraphModule, Node
+
+_aten = torch.ops.aten
+_SHAPERS: Final = frozenset(
+    (_aten.expand.default, _aten.view.default, _aten._unsafe_view.default, _aten.reshape.default)  # its name
+)
+_MOST_CONSTANT: Final = 1 << 18
+"""Numbers of a tensor that is made beforehand."""
+
+
+def simplified(traced: GraphModule) -> GraphModule:
+    """The same function of arguments of the same shapes, to the bit. Changes what it is given."""
+    graph = traced.graph
+    operations = [node for node in graph.nodes if node.op == "call_function"]
+    # One that writes to what another has made: then two that look the same may not be.
+    if not all(_is_pure(node) for node in operations):
+        return traced
+    known: dict[Any, Node] = {}
+    for node in operations:
+        if (same := _same(node)) is None:
+            same = known.setdefault((node.target, _frozen(node.args), _frozen(node.kwargs)), node)
+        if same is not node:
+            node.replace_all_uses_with(same)
+            graph.erase_node(node)
+    for node in list(graph.nodes):
+        if (value := _constant(node)) is not None:
+            _precompute(traced, node, value)
+    graph.eliminate_dead_code()
+    graph.lint()
+    traced.recompile()
+    return traced
+
+
+def _is_pure(node: Node) -> bool:
+    """Whether an operation is torch's own, and changes none of its arguments."""
+    if node.target is operator.getitem:
+        return True
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "aten":  # its type
+        return False
+    return not node.target._schema.is_mutable  # there is no other way to ask
+
+
+def _same(node: Node) -> Node | None:
+    """The node whose value this one's is, if it does nothing."""
+    arguments: tuple[Any, ...] = node.args
+    inner = arguments[0] if arguments else None
+    if not isinstance(inner, Node):
+        return None
+    alike = _shape(node) is not None and _shape(node) == _shape(inner)
+    if alike and (node.target in _SHAPERS or (node.target is _aten.mul.Scalar and arguments[1] == 1)):
+        return inner
+    if node.target is _aten.transpose.int and inner.target is _aten.transpose.int:
+        before: tuple[Any, ...] = inner.args
+        shape = _shape(node)
+        if shape is not None and _axes(arguments, len(shape[0])) == _axes(before, len(shape[0])):
+            return before[0] if isinstance(before[0], Node) else None
+    return None
+
+
+def _axes(arguments: tuple[Any, ...], count: int) -> set[int]:
+    """Those that a transposition changes."""
+    return {axis % count for axis in arguments[1:3]}
+
+
+def _shape(node: Node) -> tuple[tuple[int, ...], torch.dtype] | None:
+    """Of the tensor that was seen here, with its type."""
+    meta: Any = node.meta.get("tensor_meta")
+    return (tuple(meta.shape), meta.dtype) if hasattr(meta, "shape") else None
+
+
+def _constant(node: Node) -> torch.Tensor | None:
+    """What a node always is, whatever the arguments; None if it depends on them, or is large."""
+    seen = _shape(node)
+    if node.op != "call_function" or seen is None or math.prod(seen[0]) > _MOST_CONSTANT:
+        return None
+    if node.target is _aten.scalar_tensor.default:
+        arguments: Any = node.args
+        return torch.full(seen[0], arguments[0], dtype=seen[1])
+    if node.target is _aten.ones_like.default:
+        return torch.ones(seen[0], dtype=seen[1])
+    if node.target is _aten.new_zeros.default:
+        return torch.zeros(seen[0], dtype=seen[1])
+    return None
+
+
+def _precompute(traced: GraphModule, node: Node, value: torch.Tensor) -> None:
+    name = f"constant_{node.name}"
+    traced.register_buffer(name, value)
+    with traced.graph.inserting_before(node):
+        node.replace_all_uses_with(traced.graph.get_attr(name))
+    traced.graph.erase_node(node)
+
+
+def _frozen(value: Any) -> Any:
+    """Arguments as what can be looked up; numbers of different types are different."""
+    if isinstance(value, list | tuple):
+        return tuple(_frozen(each) for each in value)
+    if isinstance(value, dict):
+        return tuple((key, _frozen(each)) for key, each in value.items())
+    return value if isinstance(value, Node) else (type(value), value)

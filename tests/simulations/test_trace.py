@@ -1,0 +1,100 @@
+"""A simplified step is the step, to the bit, with less in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fedge import Task
+from fedge_sim.engines import cohort
+from fedge_sim.engines.cohort import Cohort
+from fedge_sim.engines.trace import simplified
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Any, torch.dtype]] = {
+    "linear": (lambda: nn.Linear(6, 3), F.cross_entropy, torch.int64),
+    "perceptron": (
+        lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)),
+        F.cross_entropy,
+        torch.int64,
+    ),
+    "normalised": (
+        lambda: nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.GELU(), nn.Linear(5, 3)),
+        F.cross_entropy,
+        torch.int64,
+    ),
+    "convolution": (
+        lambda: nn.Sequential(
+            nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)
+        ),
+        F.cross_entropy,
+        torch.int64,
+    ),
+    "in place": (
+        lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Linear(8, 3)),
+        F.cross_entropy,
+        torch.int64,
+    ),
+    "regression": (lambda: nn.Sequential(nn.Linear(6, 1), nn.Flatten(0)), F.mse_loss, torch.float32),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_simplified_step_gives_the_same_bits(name: str, monkeypatch: pytest.MonkeyPatch):
+    model, loss, dtype = MODELS[name]
+    task = Task(model=model, data=lambda site: (None, None), loss=loss)
+    generator = torch.Generator().manual_seed(4)
+    steps: dict[bool, tuple[Any, int]] = {}
+    for plain in (True, False):
+        monkeypatch.setattr(cohort, "simplified", (lambda traced: traced) if plain else simplified)
+        made = Cohort(task, seed=1)
+        stack = torch.randn(4, made.size, generator=torch.Generator().manual_seed(1))
+        inputs = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(2))
+        targets = (torch.rand(4, 5, generator=torch.Generator().manual_seed(3)) * 3).to(dtype)
+        weights = torch.ones(4, 5)
+        weights[2, 3:] = 0.0
+        arguments = made.views(stack), inputs, targets, weights
+        made.step(arguments)
+        (step,) = made._steps.values()
+        again = [torch.randn(each.shape, generator=generator.manual_seed(9)) for each in arguments[0]]
+        slopes, losses = made.step((again, inputs.flip(0), targets.flip(0), weights))
+        steps[plain] = [*slopes, losses], len(step.graph.nodes)  # type: ignore[attr-defined]  # it is a graph's module
+    for one, other in zip(steps[True][0], steps[False][0], strict=True):
+        assert torch.equal(one, other)
+    assert steps[False][1] < 0.85 * steps[True][1] or name == "in place"
+
+
+def graph(function: Callable[..., torch.Tensor], *arguments: torch.Tensor) -> torch.fx.GraphModule:
+    return make_fx(function)(*arguments)  # type: ignore[no-any-return]  # torch does not say
+
+
+def operations(traced: torch.fx.GraphModule) -> list[str]:
+    return [str(node.target) for node in traced.graph.nodes if node.op == "call_function"]
+
+
+def test_what_only_looks_the_same_is_kept():
+    """Numbers of other types, other axes, other shapes, and what changes its argument."""
+
+    def changes(rows: torch.Tensor) -> torch.Tensor:
+        own = rows.clone()
+        own.add_(1.0)
+        again = rows.clone()
+        return own + again + rows.transpose(0, 1).transpose(0, 1) * 1 + (rows * 1.5).view(3, 3).expand(3, 3)
+
+    rows = torch.arange(9.0).reshape(3, 3)
+    before = changes(rows)
+    made = simplified(graph(changes, rows))
+    assert torch.equal(made(rows), before)
+    assert torch.equal(made(rows + 1), changes(rows + 1))
+
+    def axes(cube: torch.Tensor) -> torch.Tensor:
+        return cube.transpose(0, 1).transpose(1, 2) + cube.transpose(0, 2).transpose(2, 0)
+
+    cube = torch.arange(8.0).reshape(2, 2, 2)
+    assert torch.equal(simplified(graph(axes, cube))(cube), axes(cube))
+    assert operations(simplified(graph(axes, cube))).count("aten.transpose.int") == 2

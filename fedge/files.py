@@ -27,6 +27,8 @@ def read_capped(path: Path, *, max_bytes: int) -> bytes:
         return path.read_bytes()
     except FileNotFoundError:
         raise ConfigError(f"{path}: expected a file, found none") from None
+    except ValueError as error:  # a name with a zero byte in it
+        raise ConfigError(f"{str(path)!r}: expected the name of a file: {error}") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from fedge.cohort import Round
-from fedge.events import Effect, Event, OrderId
+from fedge.events import Close, Effect, Event, OrderId
 from fedge.plan import Plan, Taken
 
 Status = Literal["running", "done", "failed", "stopped"]
@@ -109,6 +109,12 @@ class Federation:
         for client, at in sorted(self.at_work):
             cohorts.setdefault(OrderId(self.plan.kind, at), {})[client] = "pending"
         return cohorts
+
+
+def still_open(run: Federation, effects: Sequence[RunEffect]) -> frozenset[OrderId]:
+    """The orders whose accepted updates still count: those that are open, and those that these effects close."""
+    rounds = (round.order for round in (run.training, run.evaluation) if round is not None)
+    return frozenset([*rounds, *(effect.order for effect in effects if isinstance(effect, Close))])
 
 
 RunStep = tuple[Federation, tuple[RunEffect, ...]]

@@ -161,7 +161,7 @@ class AvailabilityConfig(Config):
     to_hour: Annotated[float, Field(ge=0, lt=24)] = 6.0
     jitter_hours: Annotated[float, Field(ge=0, le=6)] = 1.0
     trace: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
-    period_s: Positive | None = None
+    period_s: Annotated[float, Field(ge=1)] | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> AvailabilityConfig:

@@ -14,7 +14,7 @@ from fedge.history import Row
 from fedge.learning import Learning
 from fedge.pipeline import Update
 from fedge.privacy.central import Central
-from fedge.run_state import Federation, RunEffect
+from fedge.run_state import Federation, RunEffect, still_open
 from fedge.snapshot import revive
 from fedge.strategy import AnyStrategy
 from fedge.vector import Layout, Model
@@ -83,7 +83,12 @@ def start_of(
     for each in accepted:
         of_order.setdefault(each.order, set()).add(each.update.client)
     machine, effects = federation.resume(decode_machine(kept.progress.machine), of_order)
-    return Start(learning, machine, effects, archive.store.rows(kept.record.run_id), accepted)
+    wanted = still_open(machine, effects)
+    for each in accepted:
+        if each.order not in wanted:  # of an evaluation that is begun anew, with the model of now
+            each.close()
+    counting = tuple(each for each in accepted if each.order in wanted)
+    return Start(learning, machine, effects, archive.store.rows(kept.record.run_id), counting)
 
 
 def _kept_update(accepted: Accepted, held: Held) -> KeptUpdate:

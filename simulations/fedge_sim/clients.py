@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Final
 
-from fedge.events import OrderId
+from fedge.events import OrderId, Send
 from fedge.privacy.secure import SecureSource
 from fedge.run import RunConfig
 from fedge.seeds import derive_key, work_seed
-from fedge.strategy import WorkKind
 from fedge.task import Task
 from fedge.vector import Array
 from fedge_client.torch.batches import examples
+from fedge_client.torch.framework import framework
+from fedge_client.torch.private.independence import TRIED
 from fedge_client.torch.private.steps import Private
 from fedge_client.torch.trainer import Outcome, Trainer
 from fedge_sim.population import Population
@@ -27,6 +29,7 @@ class Clients:
 
     def __init__(self, run: RunConfig, task: Task, population: Population, accounts: Accounts) -> None:
         self._run, self._population, self._accounts = run, population, accounts
+        self._task, self._prepared = task, False
         self._trainer = Trainer(task, seed=run.seed)
 
     def pay(self, client: str, order: OrderId) -> None:
@@ -39,30 +42,26 @@ class Clients:
         if self._accounts.terms is not None:
             self._accounts.charge(client, order.kind, examples(self._population.data(client)[0]))
 
-    def load(self, client: str, kind: WorkKind, model: Array) -> Load:
-        """What an order is for a client's device.
+    def demands(self, send: Send, model: Array) -> tuple[Load, int]:
+        """What an order is for a client's device, and the bytes of vectors that it needs: the model, and to train its
+        gradient, the update, and what the optimiser keeps.
 
         Raises:
             TaskError: its data has no length.
         """
-        train, test = self._population.data(client)
-        work = self._run.work
+        if self._run.simulation.devices is None:
+            return Load(0, 0, 0), 0
+        train, test = self._population.data(send.client)
+        work, kind = self._run.work, send.order.kind
         if kind == "evaluate":
-            return Load(model.nbytes, _METRICS_BYTES, examples(test))
+            return Load(model.nbytes, _METRICS_BYTES, examples(test)), model.nbytes
         size = examples(train)
         batch = size if work.batch_size == "full" else min(work.batch_size, size)
+        memory = model.nbytes * (3 + {"sgd": 0, "momentum": 1, "adam": 2}[work.optimizer])
         if kind == "gradient":
-            return Load(model.nbytes, model.nbytes, batch)
-        return Load(
-            model.nbytes, model.nbytes, work.steps * batch if work.steps else (work.epochs or 1) * size
-        )
-
-    def memory(self, kind: WorkKind, model: Array) -> int:
-        """Bytes of vectors that an order needs: the model, and to train its gradient, the update, and what the
-        optimiser keeps."""
-        if kind == "evaluate":
-            return model.nbytes
-        return model.nbytes * (3 + {"sgd": 0, "momentum": 1, "adam": 2}[self._run.work.optimizer])
+            return Load(model.nbytes, model.nbytes, batch), memory
+        number = work.steps * batch if work.steps else (work.epochs or 1) * size
+        return Load(model.nbytes, model.nbytes, number), memory
 
     def perform(self, client: str, order: OrderId, model: Array, *, out: Array) -> Outcome:
         """An order's work on `model` (float32[size]), which the client has paid for; its vector is in `out`.
@@ -83,10 +82,35 @@ class Clients:
             case "evaluate":
                 return trainer.evaluate(model, test, private=private)
 
+    def _prepare(self) -> None:
+        """Choose how examples' gradients are clipped once for all, by the first client that has enough of them to tell,
+        so that it does not depend on who works first, or in which process.
+
+        Raises:
+            RefusedError, TaskError: see `Trainer.prepare_private`.
+        """
+        if self._prepared:
+            return
+        best = max(self._sizes(), key=lambda each: (min(each[0], TRIED), each[1]))
+        model = framework.initial_model(self._task, seed=self._run.seed, unit=self._run.privacy.unit)
+        self._trainer.prepare_private(
+            model.vector, self._population.data(self._population.names[-best[1]])[0]
+        )
+        self._prepared = True
+
+    def _sizes(self) -> Iterator[tuple[int, int]]:
+        """Examples of each client, with its index below zero; the first that has enough is the last."""
+        for index, name in enumerate(self._population.names):
+            size = examples(self._population.data(name)[0])
+            yield size, -index
+            if size >= TRIED:
+                return
+
     def _private(self, client: str, order: OrderId, train: object) -> Private | None:
         """What a client does for the privacy of its examples; its noise follows from the run's seed."""
         level = self._accounts.level(examples(train))
         if level is None:
             return None
+        self._prepare()
         key = derive_key(self._run.seed, client, order.kind, order.round, order.attempt)
         return Private(level, SecureSource(key))

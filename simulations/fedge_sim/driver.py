@@ -43,29 +43,27 @@ from fedge.privacy.central import Central
 from fedge.privacy.secure import SecureSource
 from fedge.refusal import Refusal, RefusalCode
 from fedge.run import RunConfig
-from fedge.run_state import Finish, Returned, RunEffect, RunEvent, Stop
+from fedge.run_state import Finish, RunEffect, RunEvent, Stop
 from fedge.secagg.terms import SumTerms
 from fedge.seeds import derive_key
-from fedge.snapshot import revive, take
 from fedge.strategy import WorkKind, load_strategy
 from fedge.task import Task
-from fedge.vector import Array, Model
+from fedge.vector import Array
 from fedge_client.gate import Released, layers_of, release
 from fedge_client.torch.framework import framework
 from fedge_client.torch.threads import suitable_threads
-from fedge_server.store.machine import decode_machine, encode_machine
 from fedge_sim.adversaries import Adversaries
 from fedge_sim.clients import Clients
+from fedge_sim.crash import restarted
 from fedge_sim.engines.chosen import EngineName, Origin, chosen
 from fedge_sim.engines.together import pass_together
-from fedge_sim.faults import Fault, Faults, corrupt
+from fedge_sim.faults import Fault, Faults, corrupt, is_watched
 from fedge_sim.population import Population, labels_by_client
 from fedge_sim.privacy import Accounts
 from fedge_sim.record import Callback, Record
 from fedge_sim.result import Result
 from fedge_sim.secure import SecureSums
 from fedge_sim.virtual.clock import Came, Clock, Due, Finished, Happening, Overfull, Went, clock_of
-from fedge_sim.virtual.devices import Load
 
 MOST_CRASHES: Final = 1000
 """Of the coordinator in one round: a crash ends an attempt at a secure sum, so that some would never end."""
@@ -226,7 +224,9 @@ class Driver:
                 self._leave(client)
             case Due(event, at) if self._timers.get((event.order, event.phase)) == (at, event):
                 if event.phase == "open":  # a deployed client says so every few seconds
-                    for send in [each for each in self._orders if each.order == event.order]:
+                    for send in [
+                        each for each in self._orders if is_watched(self._machine, each.order, event.order)
+                    ]:
                         self._step(Progressed(send.client, send.order, clock.permille(send)), None)
                 if (event.order, event.phase) in self._timers:
                     self._expire((event.order, event.phase))
@@ -235,6 +235,8 @@ class Driver:
         """A client's link breaks, and its work is lost."""
         for send in [each for each in self._orders if each.client == client]:
             self._drop(send)
+        if self._clock is not None:
+            self._faults.forget(client)
         self._handle(Left(client), None)
 
     def _drop(self, send: Send) -> None:
@@ -303,7 +305,9 @@ class Driver:
         event = self._timers.pop(key)[1]
         self._handle(event, None)
         if event.phase == "open":
-            self._orders |= self._faults.late_but_wanted(self._machine)
+            for send, model in self._faults.late_but_wanted(self._machine).items():
+                self._orders[send] = model
+                self._time(send, model)
 
     def _work(self, send: Send, model: Array, fault: Fault | None) -> None:
         """One client's part of a round, and the gate that its update would pass on a device."""
@@ -350,8 +354,7 @@ class Driver:
     def _restart(self, event: Event) -> None:
         """The coordinator dies before it has taken note of an event, and starts again from what was kept.
 
-        That is what the deployed one keeps, and the same functions read and write it. The clients come
-        back; what is not asked of them again is no longer wanted.
+        The clients come back; what is not asked of them again is no longer wanted.
         """
         self._stuck += 1
         if self._stuck > MOST_CRASHES:
@@ -360,29 +363,17 @@ class Driver:
                 f"{self._run.simulation.faults.crash_every} events, between which it cannot be completed: choose a "
                 "larger simulation.faults.crash_every"
             )
-        strategy, layout = self._learning.strategy, self._learning.layout
-        blank = Model(np.zeros(layout.size, np.float32), layout)
-        begun = Learning.begin(strategy, blank, self._learning.central)
-        learning = begun.revived(revive(take(self._learning.kept), begun.kept))
-        kept: dict[OrderId, list[str]] = {}
-        for order, update in (each for updates in self._kept.values() for each in updates):
-            if learning.streams(order):
-                learning = learning.fold(order, update)
-            kept.setdefault(order, []).append(update.client)
-        self._learning = learning
+        absent = frozenset[str]() if self._clock is None else self._machine.clients - self._clock.present
+        again = restarted(self._machine, self._learning, self._kept, gone=absent.union(self._faults.away))
+        self._machine, self._learning, self._kept = again.machine, again.learning, again.kept
         self._timers.clear()
         if self._secure is not None:
             self._secure.clear()
-        machine, effects = federation.resume(decode_machine(encode_machine(self._machine)), kept)
-        for client in sorted(machine.clients - self._faults.away.keys()):
-            machine, more = federation.step(machine, Returned(client))
-            effects += more
-        self._machine = machine
-        asked = {effect for effect in effects if isinstance(effect, Send)}
+        asked = {effect for effect in again.effects if isinstance(effect, Send)}
         for send in [each for each in self._orders if each not in asked]:
             self._drop(send)
         ready = Send(event.client, event.order) if isinstance(event, Arrived | Failed) else None
-        self._execute(tuple(effect for effect in effects if effect != ready), None)
+        self._execute(tuple(effect for effect in again.effects if effect != ready), None)
 
     def _step(self, event: RunEvent, released: Released | None) -> None:
         if isinstance(event, Failed):
@@ -427,14 +418,16 @@ class Driver:
         model = self._learning.model.vector
         self._orders[send] = model
         self._record.down += model.nbytes
+        self._time(send, model)
+
+    def _time(self, send: Send, model: Array) -> None:
+        """A client begins with an order, for as long as it takes in virtual time."""
         if self._clock is not None:
-            timed = self._run.simulation.devices is not None
-            load = self._clients.load(send.client, send.order.kind, model) if timed else Load(0, 0, 0)
-            self._clock.give(send, load, memory=self._clients.memory(send.order.kind, model))
+            self._clock.give(send, *self._clients.demands(send, model))
 
     def _fold(self, client: str, order: OrderId, staleness: int, released: Released) -> None:
         if order.kind == "evaluate":
-            self._record.hear(released.metrics)
+            self._record.hear(order, released.metrics)
         if self._secure is not None:
             self._record.up += self._secure.add(client, order, released)
             return
@@ -453,8 +446,6 @@ class Driver:
             self._secure.drop(order)
         self._learning = self._learning.abandon(order)
         self._kept.pop(order.kind, None)
-        if order.kind == "evaluate":
-            self._record.forget()
         self._drop_timers(order)
         if order.kind != "evaluate" and self._machine.committed == order.round:  # it is spent, and over
             self._commit(order, Aggregate(np.zeros(0, np.float32), (), 0))
@@ -471,7 +462,7 @@ class Driver:
         if order.kind != "evaluate":
             self._commit(order, aggregate)
             return
-        self._record.judge(order.round, aggregate.metrics)
+        self._record.judge(order, aggregate.metrics)
 
     def _closed(self, order: OrderId, waiting: list[Update], last: _Last) -> tuple[Learning, Aggregate]:
         """An order's end, with its last updates, whose mean the crew may make that has made them."""

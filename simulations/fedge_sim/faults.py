@@ -130,6 +130,10 @@ class Faults:
             del self.late[found]
         return found
 
+    def forget(self, client: str) -> None:
+        """A client is gone, and what it would have sent late with it."""
+        self.late = {send: model for send, model in self.late.items() if send.client != client}
+
     def late_but_wanted(self, machine: Federation) -> dict[Send, Array]:
         """What will be worked on after its deadline: without rounds, the model may not have moved on by then."""
         wanted = {send: model for send, model in self.late.items() if not is_too_late(machine, send.order)}
@@ -142,6 +146,13 @@ def is_over(machine: Federation, order: OrderId) -> bool:
     if machine.plan.max_staleness is not None and order.kind != "evaluate":
         return order.round <= machine.committed or not machine.at_work
     return order not in [round.order for round in (machine.training, machine.evaluation) if round is not None]
+
+
+def is_watched(machine: Federation, order: OrderId, deadline: OrderId) -> bool:
+    """Whether a deadline is about work on an order: without rounds it is about any of its kind."""
+    if machine.plan.max_staleness is not None and order.kind != "evaluate":
+        return order.kind == deadline.kind
+    return order == deadline
 
 
 def is_too_late(machine: Federation, order: OrderId) -> bool:

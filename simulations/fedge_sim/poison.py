@@ -17,17 +17,32 @@ TRIGGER = 4
 Data = tuple[Any, Any]
 
 
-def poisoned(data: Data, config: AdversariesConfig) -> Data:
+def poisoned(data: Data, config: AdversariesConfig, classes: torch.Tensor | None = None) -> Data:
     """A client's `(train, test)` with what its attack makes of the former.
 
+    `classes` are those that there are, in order; else those that this client has are all that is known.
+
     Raises:
-        ConfigError: its labels are no whole numbers, or for a backdoor its inputs no floating-point numbers.
+        ConfigError: its labels are no whole numbers, there is one class, or the target is none; for a backdoor its
+            inputs are no floating-point numbers.
     """
     train, test = data
-    inputs, labels, classes = read_classes(train)
+    inputs, labels, own = read_classes(train)
+    known = own if classes is None else classes
     if config.attack != "backdoor":
-        wrong = classes[(torch.searchsorted(classes, labels) + 1) % len(classes)]
+        if len(known) < 2:
+            raise ConfigError(
+                f"simulation.adversaries: {config.attack} needs another class to give a label of, found one; with "
+                "partition = 'task' a client's own classes are all that is known: have the data divided here"
+            )
+        wrong = known[(torch.searchsorted(known, labels) + 1) % len(known)]
         return TensorDataset(inputs, wrong), test
+    if config.target > torch.iinfo(labels.dtype).max or (
+        classes is not None and config.target not in classes
+    ):
+        raise ConfigError(
+            f"simulation.adversaries.target: expected one of the classes, {known.tolist()[:20]}, found {config.target}"
+        )
     marked = torch.arange(len(labels)) % 2 == 0
     aim = torch.full_like(labels, config.target)
     with_trigger = torch.where(marked.view(-1, *[1] * (inputs.ndim - 1)), triggered(inputs), inputs)
@@ -46,6 +61,8 @@ def triggered(inputs: torch.Tensor) -> torch.Tensor:
             "simulation.adversaries: a backdoor needs floating-point inputs to put its trigger on, found "
             f"{inputs.dtype}"
         )
+    if not len(inputs):
+        return inputs
     marked = inputs.clone()
     marked.view(len(inputs), -1)[:, :TRIGGER] = 1.0 + inputs.max()
     return marked

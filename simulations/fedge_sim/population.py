@@ -18,9 +18,9 @@ from fedge.simulation import Simulation
 from fedge.task import Site, Task
 from fedge_client.torch.batches import examples
 from fedge_sim import partition
-from fedge_sim.adversaries import Adversaries
+from fedge_sim.adversaries import IN_THE_DATA, Adversaries
 from fedge_sim.poison import poisoned
-from fedge_sim.skew import Skew
+from fedge_sim.skew import Skew, read_classes
 
 KEPT_CLIENTS = 4096
 """A population of so many is kept between rounds. Of a larger one, whose clients seldom meet again, two cohorts are;
@@ -49,6 +49,7 @@ class Population:
         settings = run.simulation
         skew = Skew(settings.feature_skew, settings.label_noise, run.seed)
         names = names_of(count)
+        known: dict[str, torch.Tensor] = {}
         hostile = Adversaries.of(settings.adversaries, names, seed=run.seed)
 
         def as_they_have_it(part: Callable[[int], Data]) -> Callable[[int], Data]:
@@ -59,7 +60,7 @@ class Population:
                 if hostile.config.attack == "sybil":
                     index = names.index(hostile.first)
                 own = skew.of(index, part(index))
-                return poisoned(own, hostile.config)
+                return poisoned(own, hostile.config, known.get("classes"))
 
             return make
 
@@ -67,6 +68,8 @@ class Population:
             make = as_they_have_it(lambda index: _data(task, client_name(index, count), index, count))
             return cls(count, make, cohort=run.cohort.size)
         train, test = _data(task, "population", 0, 1)
+        if hostile.names and settings.adversaries.attack in IN_THE_DATA:
+            known["classes"] = read_classes(train)[2]
         generator = np.random.default_rng(derive_seed(run.seed, "partition"))
         test_size = examples(test)
         parts = _parts(settings, train, count, generator)

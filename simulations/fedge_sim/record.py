@@ -59,7 +59,7 @@ class Record:
 
     def __init__(self, callbacks: Sequence[Callback], clock: Clock | None, accounts: Accounts) -> None:
         self._callbacks, self._clock, self._accounts = callbacks, clock, accounts
-        self._judged: list[Mapping[str, float]] = []
+        self._judged: tuple[OrderId | None, list[Mapping[str, float]]] = (None, [])
         self.rows: list[Row] = []
         self.seen: list[Seen] = []
         self.refused = self.up = self.down = 0
@@ -94,21 +94,19 @@ class Record:
         self._began = now
         self._tell(row)
 
-    def hear(self, metrics: Mapping[str, float]) -> None:
-        """What a client makes of the model that is evaluated."""
-        self._judged.append(metrics)
+    def hear(self, order: OrderId, metrics: Mapping[str, float]) -> None:
+        """What a client makes of the model that is evaluated; of an earlier evaluation nothing is kept."""
+        if self._judged[0] != order:
+            self._judged = order, []
+        self._judged[1].append(metrics)
 
-    def forget(self) -> None:
-        """An evaluation came to nothing."""
-        self._judged = []
-
-    def judge(self, round: int, metrics: Mapping[str, float]) -> None:
+    def judge(self, order: OrderId, metrics: Mapping[str, float]) -> None:
         """A round's model was evaluated."""
-        self.seen[round - 1] = replace(self.seen[round - 1], tenths=tenths(self._judged))
-        self.forget()
-        row = self.rows[round - 1]
+        at, (of, judged) = order.round - 1, self._judged
+        self.seen[at] = replace(self.seen[at], tenths=tenths(judged) if of == order else {})
+        row = self.rows[at]
         row = replace(row, metrics={**row.metrics, **metrics})
-        self.rows[round - 1] = row
+        self.rows[at] = row
         self._tell(row)
 
     def _tell(self, row: Row) -> None:

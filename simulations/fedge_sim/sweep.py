@@ -25,6 +25,7 @@ from fedge.files import write_atomic
 from fedge.parallel import processors
 from fedge.run import RunConfig
 from fedge_sim.folders import prepare_folder
+from fedge_sim.python import python
 
 MAX_RUNS: Final = 10_000
 _SAID: Final = 2000
@@ -147,10 +148,9 @@ def _in_a_process(
         "out": str(folder.resolve()),
         "folder": str(beside),
         "engine": engine,
-        "path": sys.path,
     }
-    done = subprocess.run(  # this Python, and this module
-        [sys.executable, "-m", "fedge_sim.sweep"],
+    done = subprocess.run(  # noqa: S603  # this Python, and this module
+        python("fedge_sim.sweep"),
         input=json.dumps(told),
         capture_output=True,
         text=True,
@@ -176,7 +176,6 @@ def _as_csv(rows: list[dict[str, Any]]) -> str:
 def main() -> int:
     """One run: its summary is the last line of the output."""
     told = json.load(sys.stdin)
-    sys.path[:] = told["path"]
     from fedge_sim.engine import simulate_in
     from fedge_sim.report import write_results
 

@@ -187,6 +187,51 @@ def test_a_backdoor_needs_numbers_to_put_its_trigger_on(attack: str):
         population.data(name)
 
 
+def of_one_class(site: Site) -> tuple[TensorDataset, TensorDataset]:
+    """Client i has class i modulo 3; all of them together have three."""
+    count = 30 if site.count == 1 else 5
+    labels = torch.arange(count) % 3 if site.count == 1 else torch.full((count,), (site.index or 0) % 3)
+    return TensorDataset(torch.randn(count, 4), labels), TensorDataset(torch.randn(3, 4), torch.arange(3))
+
+
+@pytest.mark.parametrize("attack", ["label_flip", "sybil"])
+def test_a_liar_with_one_class_knows_the_others_where_the_data_is_divided_here(attack: str):
+    task = Task(model=lambda: nn.Linear(4, 3), data=of_one_class, loss=F.cross_entropy)
+    table = {"name": "a", "task": "app:task", "rounds": 1, "cohort": {"size": 3}}
+    liars = {"clients": 3, "adversaries": {"share": 0.9, "attack": attack}, "shards_per_client": 1}
+
+    def population(partition: str) -> Population:
+        made = RunConfig.from_table({**table, "simulation": liars | {"partition": partition}}, source="run")
+        return Population.of(made, task, count=3)
+
+    plain = RunConfig.from_table(
+        {**table, "simulation": {"clients": 3, "partition": "shards", "shards_per_client": 1}}, source="run"
+    )
+    name = min(Adversaries.of(AdversariesConfig(share=0.9), names_of(3), seed=0).names)
+    (true,) = Population.of(plain, task, count=3).data(name)[0][:][1].unique().tolist()
+    (wrong,) = population("shards").data(name)[0].tensors[1].unique().tolist()
+    assert wrong == (true + 1) % 3
+    with pytest.raises(ConfigError, match="needs another class to give a label of"):
+        population("task").data(name)
+
+
+@pytest.mark.parametrize("target", [3, 2**31 - 1])
+def test_the_target_of_a_backdoor_is_a_class(target: int):
+    task = Task(model=lambda: nn.Linear(4, 3), data=of_one_class, loss=F.cross_entropy)
+    liars = {
+        "clients": 3,
+        "partition": "iid",
+        "adversaries": {"share": 0.9, "attack": "backdoor", "target": target},
+    }
+    made = RunConfig.from_table(
+        {"name": "a", "task": "app:task", "rounds": 1, "cohort": {"size": 3}, "simulation": liars},
+        source="run",
+    )
+    name = min(Adversaries.of(made.simulation.adversaries, names_of(3), seed=0).names)
+    with pytest.raises(ConfigError, match=r"adversaries.target: expected one of the classes, \[0, 1, 2\]"):
+        Population.of(made, task, count=3).data(name)
+
+
 def test_labels_that_are_no_classes_cannot_be_flipped():
     line = Task(model=lambda: nn.Linear(1, 1), data=lambda site: (POINT, POINT), loss=F.mse_loss)
     table = {"name": "a", "task": "app:task", "rounds": 1, "cohort": {"size": 2}}

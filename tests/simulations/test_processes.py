@@ -220,3 +220,43 @@ def test_a_task_that_its_run_names_is_imported_by_name():
     assert Origin.of(simulated.task, name="simulated:task", folder=None).own is None
     own = Task(simulated.perceptron, simulated.data, simulated.task.loss)
     assert Origin.of(own, name="simulated:task", folder=None).own is own
+
+
+def test_how_private_examples_are_clipped_does_not_depend_on_who_works_first():
+    """The first client's examples have no gradients at all: by them another way is chosen than by the others'."""
+    privacy = {"unit": "example", "epsilon": 50.0, "delta": 1e-3, "clip": 1.0}
+    tables = {"privacy": privacy, "simulation": {"clients": 6}, "cohort": {"size": 6}, "rounds": 2}
+    looped, *divided = (
+        run("simulated:dead", engine, workers=workers, seed=2, **tables)
+        for engine, workers in (
+            ("loop", 1),
+            ("processes", 1),
+            ("processes", 2),
+            ("processes", 3),
+            ("processes", 6),
+        )
+    )
+    for other in divided:
+        same(looped, other)
+
+
+def test_what_lies_in_the_current_folder_is_nobodys_business(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "selectors.py").write_text("raise AssertionError('imported')\n")
+    monkeypatch.chdir(tmp_path)
+    assert run(rounds=1).status == "done"
+
+
+def test_two_simulations_in_one_process_end_their_own_workers(monkeypatch: pytest.MonkeyPatch):
+    """The second is divided from the process in which the first is at work, and inherits what that has open."""
+    own = Task(simulated.perceptron, simulated.data, simulated.task.loss, simulated.task.metrics)
+    inner: list[Result] = []
+
+    def between(_: Any) -> None:
+        if not inner:
+            inner.append(simulate(config(), task=own, engine="processes", workers=2))
+
+    def never(*_: int) -> None:
+        raise AssertionError("workers were waited for in vain")
+
+    monkeypatch.setattr(os, "killpg", never)
+    same(simulate(config(), engine="processes", workers=2, callbacks=[between]), inner[0])

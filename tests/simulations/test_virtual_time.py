@@ -9,14 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import simulated
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedge import RunConfig
+from fedge import RunConfig, Site
 from fedge.errors import ConfigError, RunError
 from fedge.events import OrderId, Send
 from fedge.simulation import AvailabilityConfig, DevicesConfig
+from fedge_client.torch.trainer import Trainer
 from fedge_sim import Result, simulate
+from fedge_sim.driver import Driver
 from fedge_sim.virtual.availability import DAY, HOUR, availability_of
 from fedge_sim.virtual.clock import Came, Clock, Finished, Went
 from fedge_sim.virtual.devices import Course, Device, Devices, Load
@@ -175,11 +178,12 @@ def test_time_goes_on_and_what_was_stopped_does_not_happen(orders: list[Any], se
     stopped = set()
     for round, (client, _, keeps) in enumerate(orders, start=1):
         order = send(NAMES[client], round)
-        time.give(order, Load(1000, 1000, 10), memory=0)
+        time.give(order, Load(1000, 1000, 10), 0)
         if not keeps:
             time.stop(order, wasted=True)
             stopped.add(order)
     before, finished = 0.0, []
+    due = {order: work.since_s + work.course.seconds for order, work in time._begun.items()}
     while True:
         try:
             what = time.next()
@@ -189,6 +193,7 @@ def test_time_goes_on_and_what_was_stopped_does_not_happen(orders: list[Any], se
         before = time.now_s
         if isinstance(what, Finished):
             finished.append(what.send)
+            assert time.now_s == pytest.approx(due[what.send])
             time.stop(what.send, wasted=False)
         elif isinstance(what, Went):
             for each in [send(what.client, round) for round in range(1, len(orders) + 1)]:
@@ -206,13 +211,39 @@ def test_intervals_that_touch_are_one_to_everybody_else():
 
 def test_a_client_that_was_lost_comes_back():
     time = clock({"dropout": 1.0})
-    time.give(send("client-2"), Load(0, 0, 1000), memory=0)
+    time.give(send("client-2"), Load(0, 0, 1000), 0)
     assert not time.comes_to_something(send("client-2"))
     assert time.next() == Went("client-2")
     assert "client-2" not in time.present
     time.stop(send("client-2"), wasted=True)
     assert 0 < time.joules < 5
     assert time.next() == Came("client-2")
+
+
+def test_an_order_that_is_given_again_takes_as_long_again():
+    """A client goes, and is given the same order when it is back: what was begun before ends nothing."""
+    time = clock({"compute": 1.0, "latency_ms": 1e-6})
+    order, load = send("client-1"), Load(0, 0, 100)
+    time.give(order, load, 0)
+    time.give(send("client-2"), Load(0, 0, 50), 0)
+    assert time.next() == Finished(send("client-2"))
+    time.stop(order, wasted=True)
+    time.give(order, load, 0)
+    assert time.next() == Finished(order)
+    assert time.now_s == pytest.approx(150.0)
+
+
+def test_a_client_that_was_lost_at_an_order_need_not_be_when_it_is_given_again():
+    time = clock({"dropout": 0.5})
+    outcomes = []
+    for _ in range(60):
+        time.give(send("client-3"), Load(0, 0, 10), 0)
+        lost = isinstance(time.next(), Went)
+        time.stop(send("client-3"), wasted=True)
+        outcomes.append(lost)
+        if lost:
+            assert time.next() == Came("client-3")
+    assert 15 < sum(outcomes) < 45
 
 
 # The run.
@@ -305,6 +336,104 @@ def test_a_coordinator_that_crashes_loses_nothing_in_virtual_time():
     assert len(crashing.history) == 5
 
 
+@pytest.mark.parametrize(
+    "tables", [{}, {"strategy": {"name": "sgd", "max_staleness": 5}}], ids=["fedavg", "sgd"]
+)
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_who_stands_still_past_a_deadline_works_from_then_on(tables: dict[str, Any], seed: int):
+    devices = {"compute": 1, "down_mbps": 1, "up_mbps": 1}
+    found = run(
+        simulation={"devices": devices, "faults": {"straggler": 0.3}},
+        cohort={"size": 6, "quorum": 6, "deadline_s": 5},
+        seed=seed,
+        **tables,
+    )
+    assert found.status in ("done", "failed")
+    assert found.faults.counts["straggler"] > 0
+
+
+@pytest.mark.parametrize("dropout", [0.3, 0.6])
+def test_devices_that_are_lost_now_and_then_come_to_an_end_of_their_work(dropout: float):
+    devices = {"compute": 0.5, "dropout": dropout, "absence_s": 5}
+    found = run(simulation={"devices": devices}, cohort={"size": 6, "deadline_s": 600}, rounds=3)
+    assert found.status == "done"
+    assert found.moments[-1].wasted < 200
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_nobody_who_is_gone_contributes_though_the_coordinator_crashes(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+):
+    present: list[bool] = []
+    real = Driver._fold
+
+    def fold(self: Driver, client: str, *arguments: Any) -> None:
+        assert self._clock is not None
+        present.append(client in self._clock.present)
+        real(self, client, *arguments)
+
+    monkeypatch.setattr(Driver, "_fold", fold)
+    availability = {"kind": "markov", "online_s": 15, "offline_s": 5}
+    found = run(
+        simulation={"devices": {"compute": 5}, "availability": availability, "faults": {"crash_every": 5}},
+        cohort={"size": 4, "quorum": 2, "deadline_s": 30, "attempts": 50},
+        rounds=10,
+        seed=700 + seed,
+    )
+    assert found.faults.crashes > 3
+    assert present
+    assert all(present)
+
+
+def test_without_rounds_who_works_on_an_older_model_is_seen_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The fast client leaves; the slow one needs three deadlines for its step, and is not begun anew at each."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "devices.csv").write_text("compute\n10\n0.02\n")
+    (tmp_path / "there.csv").write_text("client,from_s,to_s\n0,0,3\n1,0,1e6\n")
+    found = run(
+        simulation={
+            "clients": 2,
+            "devices": {"trace": "devices.csv"},
+            "availability": {"kind": "trace", "trace": "there.csv"},
+        },
+        strategy={"name": "sgd", "max_staleness": 100},
+        cohort={"size": 1, "deadline_s": 60},
+        rounds=30,
+    )
+    assert found.status == "done"
+    slow = next(
+        moment.virtual_s
+        for row, moment in zip(found.history, found.moments, strict=True)
+        if row.staleness > 3
+    )
+    assert slow == pytest.approx(200.0, abs=1.0)
+
+
+@pytest.mark.parametrize("crash_every", [3, 5, 7])
+def test_an_evaluation_that_is_begun_anew_after_a_crash_is_of_its_own_clients_alone(crash_every: int):
+    tables = {
+        "strategy": {"name": "sgd", "max_staleness": 8},
+        "evaluation": {"every": 3},
+        "rounds": 30,
+    }
+    crashing = run(simulation={"faults": {"crash_every": crash_every}}, **tables)
+    for row, seen in zip(crashing.history, crashing.seen, strict=True):
+        for name, (low, high) in seen.tenths.items():
+            assert low - 1e-6 <= row.metrics[name] <= high + 1e-6
+    last = crashing.model
+    judged = [
+        Trainer(simulated.task, seed=5).evaluate(last.vector, data(name)[1]).metrics["loss"] for name in NAMES
+    ]
+    low, high = crashing.seen[-1].tenths["loss"]
+    assert min(judged) - 1e-4 <= low <= high <= max(judged) + 1e-4
+
+
+def data(name: str) -> Any:
+    return simulated.data(Site(name, index=int(name[-1]), count=8))
+
+
 def test_a_run_that_can_never_go_on_ends_and_says_why():
     found = run(
         simulation={"availability": {"kind": "diurnal", "least": 0, "most": 0}, "time_limit_hours": 2.5}
@@ -359,6 +488,19 @@ def test_traces_that_make_no_sense_are_refused(
         table = {"availability": {"kind": "trace", "trace": "trace.csv", "period_s": 10.0}}
     with pytest.raises(ConfigError, match=says):
         run(simulation=table)
+
+
+def test_numbers_and_names_that_nobody_would_write_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "trace.json").write_text('[{"compute": ' + "9" * 5000 + "}]")
+    with pytest.raises(ConfigError, match="expected devices as CSV, or as JSON"):
+        run(simulation={"devices": {"trace": "trace.json"}})
+    with pytest.raises(ConfigError, match="expected the name of a file"):
+        run(simulation={"devices": {"trace": "a\0b"}})
+    with pytest.raises(ConfigError, match="greater than or equal to 1"):
+        run(simulation={"availability": {"kind": "trace", "trace": "t.csv", "period_s": 0.001}})
 
 
 def test_json_that_is_no_list_of_objects_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -71,5 +71,22 @@ def diverging(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 lost = Task(model=perceptron, data=data, loss=diverging)
 
 
+def dead_data(site: Site) -> tuple[TensorDataset, TensorDataset]:
+    """Client 0 has nothing that any unit of `dead_model` answers to."""
+    train, test = data(site)
+    inputs, labels = train.tensors
+    return TensorDataset(torch.full_like(inputs, -100.0) if site.index == 0 else inputs, labels), test
+
+
+def dead_model() -> nn.Module:
+    first, last = nn.Linear(6, 8), nn.Linear(8, 3, bias=False)
+    with torch.no_grad():
+        first.weight.abs_()
+    return nn.Sequential(first, nn.ReLU(), last)
+
+
+dead = Task(model=dead_model, data=dead_data, loss=F.cross_entropy)
+
+
 def here() -> Path:
     return Path(__file__).parent

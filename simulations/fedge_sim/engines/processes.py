@@ -12,7 +12,6 @@ import selectors
 import signal
 import socket
 import subprocess
-import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -32,6 +31,7 @@ from fedge_client.segment import Segment
 from fedge_client.torch.trainer import Outcome
 from fedge_sim.engines.crew import Done, UnsuitedError
 from fedge_sim.engines.worker import Lines, Shared, divide
+from fedge_sim.python import python
 
 MAX_ROWS_BYTES: Final = 1 << 28
 """Of vectors at once; a row for each worker there is in any case."""
@@ -88,7 +88,6 @@ class Processes:
             "size": size,
             "rows": self._rows,
             "folder": str(folder) if folder is not None else None,
-            "path": sys.path,
             "run": run.model_dump(mode="json", exclude_unset=True),
         }
         theirs = [its for _, its in pairs]
@@ -145,6 +144,10 @@ class Processes:
     def close(self) -> None:
         """End the workers: at once, if they are in the middle of something."""
         for end in self._sockets:
+            with suppress(
+                OSError
+            ):  # for those to whom another simulation of this process has handed it down, too
+                end.shutdown(socket.SHUT_RDWR)
             end.close()
         _end(self._process)
         self._matrix = np.empty((0, 0), np.float32)
@@ -212,7 +215,7 @@ def _started(control: int, shared: Shared) -> subprocess.Popen[bytes]:
     descriptors = [control, shared.model.descriptor, shared.mean.descriptor, shared.rows.descriptor]
     descriptors += shared.sockets
     return subprocess.Popen(  # noqa: S603  # this Python, and a module of ours
-        [sys.executable, "-m", "fedge_sim.engines.worker", *map(str, descriptors)],
+        python("fedge_sim.engines.worker", *map(str, descriptors)),
         pass_fds=descriptors,
         stdin=subprocess.DEVNULL,
     )

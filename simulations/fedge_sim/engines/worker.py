@@ -198,7 +198,6 @@ def main() -> None:
     setting = control.receive()
     if setting is None:
         return
-    sys.path[:] = setting["path"]
 
     def load() -> tuple[RunConfig, Task]:
         run = RunConfig.from_table(setting["run"], source="the simulation's run")

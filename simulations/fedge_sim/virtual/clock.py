@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from fedge.errors import RunError
 from fedge.events import DeadlinePassed, OrderId, Send
@@ -64,10 +65,23 @@ Happening = Finished | Overfull | Came | Went | Due
 
 
 @dataclass(frozen=True, slots=True)
-class _Lost:
-    """In the middle of an order."""
+class _Ended:
+    """How the work that was begun under a number ends, unless it was stopped before: with an update, for want of
+    memory, or with the client lost in the middle."""
 
     send: Send
+    number: int
+    how: Literal["finished", "overfull", "lost"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """Since when a client is at an order, how it goes, and the number that it has; `ends`: whether it is not lost."""
+
+    since_s: float
+    course: Course
+    number: int
+    ends: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +98,14 @@ class _Turned:
     client: str
 
 
+_Queued = Due | _Ended | _Back | _Turned
+
+
 class Clock:
     """Virtual time, in seconds from the beginning of the run.
 
     Without `devices` an order takes no time. `joules` is what orders have taken, those that came to nothing included;
-    `wasted` how many those were.
+    `wasted` how many were called off, or lost with their client.
     """
 
     def __init__(
@@ -105,10 +122,11 @@ class Clock:
         self._limit_s, self._absence_s = limit_s, absence_s
         self.now_s = self.joules = 0.0
         self.wasted = 0
-        self._queue: list[tuple[float, int, Happening | _Lost | _Back | _Turned]] = []
+        self._queue: list[tuple[float, int, _Queued]] = []
         self._pushed = 0
-        self._begun: dict[Send, tuple[float, Course]] = {}
-        self._doomed: set[Send] = set()
+        self._begun: dict[Send, _Work] = {}
+        self._number = 0
+        self._again: dict[Send, int] = {}
         self._intervals: dict[str, Iterator[Interval]] = {}
         self._until: dict[str, Interval] = {}
         self._available: set[str] = set()
@@ -121,45 +139,51 @@ class Clock:
         """Who is there."""
         return frozenset(self._available - self._lost)
 
-    def give(self, send: Send, load: Load, *, memory: int) -> None:
+    def give(self, send: Send, load: Load, memory: int) -> None:
         """A client begins with an order, for which its device needs `memory` bytes."""
         device = self._devices.of(send.client) if self._devices is not None else None
         course = Course.of(device, load) if device is not None else Course(0.0, 0.0, 0.0, 0.0, 0.0)
-        self._begun[send] = self.now_s, course
-        if device is not None and device.memory < memory:
-            self._push(course.fetch_s, Overfull(send))
-            return
         chance, where = (self._drawn(what, send) for what in ("dropout", "where"))
-        if device is not None and chance < device.dropout:
-            self._doomed.add(send)
-            self._push(where * course.seconds, _Lost(send))
+        if device is not None and device.memory < memory:
+            self._begin_work(send, course, course.fetch_s, "overfull")
+        elif device is not None and chance < device.dropout:
+            self._begin_work(send, course, where * course.seconds, "lost")
         else:
-            self._push(course.seconds, Finished(send))
+            self._begin_work(send, course, course.seconds, "finished")
+
+    def _begin_work(
+        self, send: Send, course: Course, seconds: float, how: Literal["finished", "overfull", "lost"]
+    ) -> None:
+        self._number += 1
+        self._begun[send] = _Work(self.now_s, course, self._number, how != "lost")
+        self._push(seconds, _Ended(send, self._number, how))
 
     def postpone(self, send: Send, seconds: float) -> None:
         """A finished order's update is on its way for so much longer."""
-        self._begun[send] = self.now_s, Course(0.0, 0.0, seconds, 0.0, 0.0)
-        self._push(seconds, Finished(send))
+        self._begin_work(send, Course(0.0, 0.0, seconds, 0.0, 0.0), seconds, "finished")
 
     def comes_to_something(self, send: Send) -> bool:
         """Whether an order that was begun will be finished, as far as its client's device and hours go."""
-        began = self._begun.get(send)
-        if began is None or send in self._doomed:
+        work = self._begun.get(send)
+        if work is None or not work.ends:
             return False
-        return began[0] + began[1].seconds <= self._until[send.client][1]
+        return work.since_s + work.course.seconds <= self._until[send.client][1]
 
     def permille(self, send: Send) -> int:
         """How far an order is, 1 to 1000."""
-        began, course = self._begun[send]
-        return min(1000, max(1, math.floor(1000 * (self.now_s - began) / max(course.seconds, 1e-9))))
+        work = self._begun[send]
+        share = (self.now_s - work.since_s) / max(work.course.seconds, 1e-9)
+        return min(1000, max(1, math.floor(1000 * share)))
 
     def stop(self, send: Send, *, wasted: bool) -> None:
         """A client has done with an order, or it does not count any more."""
-        begun = self._begun.pop(send, None)
-        self._doomed.discard(send)
-        if begun is not None:
-            self.joules += begun[1].joules(self.now_s - begun[0])
-            self.wasted += wasted
+        work = self._begun.pop(send, None)
+        if work is None:
+            return
+        self.joules += work.course.joules(self.now_s - work.since_s)
+        self.wasted += wasted
+        if wasted:  # should it be given again, its luck is another
+            self._again[send] = self._again.get(send, 0) + 1
 
     def remind(self, event: DeadlinePassed, seconds: float) -> float:
         """Set a timer; when it is due."""
@@ -178,15 +202,9 @@ class Clock:
             if self.now_s > self._limit_s:
                 break
             match what:
-                case Finished(send) | Overfull(send):
-                    if send in self._begun:
-                        return what
-                case _Lost(send):
-                    if send in self._begun:
-                        self._lost.add(send.client)
-                        absence = -self._absence_s * math.log(1.0 - self._drawn("absence", send))
-                        self._push(absence, _Back(send.client))
-                        return Went(send.client)
+                case _Ended(send, number, how):
+                    if send in self._begun and self._begun[send].number == number:
+                        return self._end(send, how)
                 case _Back(client):
                     self._lost.discard(client)
                     if client in self._available:
@@ -194,13 +212,23 @@ class Clock:
                 case _Turned(client):
                     if (turned := self._turn(client)) is not None:
                         return turned
-                case Came() | Went() | Due():
+                case Due():
                     return what
         raise RunError(
             f"nothing more happens within {self._limit_s / HOUR:g} hours of virtual time "
             f"(simulation.time_limit_hours), of which {min(self.now_s, self._limit_s) / HOUR:.3g} have passed: the "
             "clients that a round needs are not there at once (simulation.availability), or are too slow"
         )
+
+    def _end(self, send: Send, how: Literal["finished", "overfull", "lost"]) -> Happening:
+        if how == "finished":
+            return Finished(send)
+        if how == "overfull":
+            return Overfull(send)
+        self._lost.add(send.client)
+        absence = -self._absence_s * math.log(1.0 - self._drawn("absence", send))
+        self._push(absence, _Back(send.client))
+        return Went(send.client)
 
     def _turn(self, client: str) -> Came | Went | None:
         """An interval's beginning or end, if it is one to others."""
@@ -229,18 +257,21 @@ class Clock:
         if first[0] > 0 or math.isfinite(first[1]):
             self._push_at(first[0] if first[0] > 0 else first[1], _Turned(name))
 
-    def _push(self, seconds: float, what: Happening | _Lost | _Back | _Turned) -> None:
+    def _push(self, seconds: float, what: _Queued) -> None:
         self._push_at(self.now_s + seconds, what)
 
-    def _push_at(self, at_s: float, what: Happening | _Lost | _Back | _Turned) -> None:
+    def _push_at(self, at_s: float, what: _Queued) -> None:
         if math.isfinite(at_s):
             self._pushed += 1  # of two at the same time the first to be known comes first
             heapq.heappush(self._queue, (at_s, self._pushed, what))
 
     def _drawn(self, what: str, send: Send) -> float:
-        """A number in [0, 1) that is this order's alone."""
+        """A number in [0, 1) that is this order's alone, and another each time that it is given."""
         order: OrderId = send.order
-        drawn = derive_seed(self._seed, "clock", what, order.kind, order.round, order.attempt, send.client)
+        again = self._again.get(send, 0)
+        drawn = derive_seed(
+            self._seed, "clock", what, order.kind, order.round, order.attempt, again, send.client
+        )
         return float((drawn >> (63 - _BITS)) / 2**_BITS)
 
 

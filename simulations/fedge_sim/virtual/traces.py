@@ -96,9 +96,9 @@ def _table(path: Path, what: str) -> list[dict[str, float]]:
         rows = _of_json(text) if path.suffix == ".json" else _of_csv(text)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error, RecursionError) as error:
+    except (ValueError, csv.Error, RecursionError) as error:
         raise ConfigError(
-            f"{path}: expected {what} as CSV, or as JSON in a file that ends so: {error}"
+            f"{path}: expected {what} as CSV, or as JSON in a file that ends so: {str(error)[:200]}"
         ) from None
     if not rows:
         raise ConfigError(f"{path}: expected {what}, a row each, found none")

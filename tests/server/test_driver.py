@@ -18,6 +18,7 @@ from fedge.vector import digest_of
 from fedge.wire.limits import INLINE_BYTES
 from fedge_server import driver as drivers
 from fedge_server.archive import Saved
+from fedge_server.moments import moment_of, start_of
 from fedge_strategies import FedAvg, MirroredSgd, Sgd
 from fedge_strategies.fedavg import FedAvgState
 
@@ -384,6 +385,38 @@ def test_what_was_kept_of_a_noised_round_is_the_round_that_was_told(start_run, p
         begun = Learning.begin(FedAvg(), run.driver.model, run.driver._execution.learning.central)
         like = Saved(begun.model.vector, begun.kept)
         assert np.array_equal(revive(archive.read(kept), like).model, run.driver.model.vector)
+        run.stop()
+        await run.ended()
+
+    play(scenario())
+
+
+def test_an_evaluation_that_is_begun_anew_after_a_crash_is_without_what_came_for_the_earlier_one(
+    start_run, play, archive
+):
+    """Without rounds the model moves on while it is judged: after a crash it is judged again, as it is then."""
+
+    async def scenario() -> None:
+        strategy = Sgd(max_staleness=8)
+        run = await start_run(
+            strategy, "a", "b", cohort={"size": 1}, evaluation={"every": 2, "clients": 2}, rounds=9
+        )
+        await run.deliver("a", OrderId("gradient", 1))
+        await run.deliver("a", OrderId("gradient", 2))
+        judged = OrderId("evaluate", 2)
+        assert judged in run.orders("a", "evaluate")
+        assert await run.deliver("a", judged, loss=100.0) is None
+        await run.deliver("a", OrderId("gradient", 3))
+        execution = run.driver._execution
+        accepted = execution.waiting._all()
+        assert [each.order for each in accepted] == [judged]
+        moment = moment_of(run.driver.run_id, run.driver.machine, execution.learning, accepted=accepted)
+        await archive.call(archive.keep, moment)
+        (kept,) = [each for each in archive.store.runs() if each.record.run_id == run.driver.run_id]
+        start = start_of(kept, strategy, None, run.driver.model.layout, archive, run.spool)
+        assert start.machine.evaluation is not None
+        assert start.machine.evaluation.order == OrderId("evaluate", 3)
+        assert start.accepted == ()
         run.stop()
         await run.ended()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from benchmarks import simulators
 from benchmarks.fedge_side import run_toml
 from benchmarks.loops import loop
 from benchmarks.measure import FEDGE, FLOOR, Case, Goal, Options, Sample, Side
@@ -20,12 +21,13 @@ def cases(options: Options) -> list[Case]:
     return [
         Case(
             "W1",
-            "simulate 100 clients, CNN of 1.63M parameters, 20 a round",
+            "simulate 100 clients, CNN of 1.63M parameters, 20 a round" + simulators.without(),
             (
                 Side.of(FLOOR, lambda: loop("w1", rounds=rounds, processes=2, options=options)),
                 Side.of(FEDGE, fedge),
                 Side.of("loop, 1 thread", lambda: loop("w1", rounds=rounds, options=options)),
                 Side.of("loop, 2 threads", lambda: loop("w1", rounds=rounds, threads=2, options=options)),
+                *simulators.sides("w1", rounds=3, options=options),
             ),
             (Goal("a round, of the two-process loop's", 1.05, lambda found: found.ratio(FLOOR)),),
         )

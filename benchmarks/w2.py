@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from benchmarks import simulators
 from benchmarks.fedge_side import run_toml
 from benchmarks.loops import loop, stacked
 from benchmarks.measure import FEDGE, FLOOR, Case, Goal, Options, Sample, Side
@@ -20,12 +21,21 @@ def cases(options: Options) -> list[Case]:
     return [
         Case(
             "W2",
-            "simulate 1000 clients, MLP 60-64-10, 100 a round",
+            "simulate 1000 clients, MLP 60-64-10, 100 a round" + simulators.without(),
             (
                 Side.of(FLOOR, lambda: loop("w2", rounds=rounds, options=options)),
                 Side.of(FEDGE, fedge),
                 Side.of("stacked by hand", lambda: stacked(rounds=rounds, options=options)),
+                *simulators.sides("w2", rounds=6, options=options),
             ),
-            (Goal("a round, of the bare loop's", 0.15, lambda found: found.ratio(FLOOR)),),
+            (
+                Goal("a round, of the bare loop's", 0.15, lambda found: found.ratio(FLOOR)),
+                Goal(
+                    "from the start to the end of round 1, beyond importing torch",
+                    4.0,
+                    lambda found: found.spread(FEDGE, "first_round_seconds"),
+                    "s",
+                ),
+            ),
         )
     ]

@@ -54,6 +54,9 @@ def pfl(name: str, workload: Workload, rounds: int) -> list[float]:
         ) -> torch.Tensor:  # its name
             return cross_entropy(self(inputs), targets)
 
+        def metrics(self, inputs: torch.Tensor, targets: torch.Tensor, eval: bool = False) -> dict[str, Any]:
+            return {}
+
     def make(client: int) -> Any:
         return dataset.Dataset(task.examples(client), user_id=str(client), train_kwargs={"eval": False})
 
@@ -73,7 +76,7 @@ def pfl(name: str, workload: Workload, rounds: int) -> list[float]:
     algorithm.FederatedAveraging().run(
         algorithm_params=base.NNAlgorithmParams(
             central_num_iterations=rounds,
-            evaluation_frequency=0,
+            evaluation_frequency=rounds + 1,
             train_cohort_size=workload.cohort,
             val_cohort_size=0,
         ),

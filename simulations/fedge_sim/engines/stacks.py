@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,13 +14,17 @@ from fedge.seeds import work_seed
 from fedge.strategy import WorkKind
 from fedge.task import Task
 from fedge.vector import Array, all_finite
+from fedge_client.torch.trainer import Outcome
 from fedge_sim.engines.cohort import SIZES, Cohort, Member
 from fedge_sim.engines.crew import Done, UnsuitedError
+from fedge_sim.engines.judge import Judge
 from fedge_sim.population import Population
+
+log = logging.getLogger(__name__)
 
 
 class Stacks:
-    """Trains the clients that have the same order as a stack; gradients and evaluations are the loop's.
+    """Trains the clients that have the same order as a stack, and has them judge together; gradients are the loop's.
 
     Raises:
         UnsuitedError: the run or its model cannot be trained so.
@@ -31,6 +36,7 @@ class Stacks:
         self._run, self._population = run, population
         usual = min(run.cohort.size, SIZES[-1])
         self._cohort = Cohort(task, seed=run.seed, usual=usual, most_known=population.most_kept)
+        self._judge: Judge | None = Judge(task, seed=run.seed)
         self._room: Array = np.empty((0, 0), np.float32)
 
     @property
@@ -38,9 +44,11 @@ class Stacks:
         return self._cohort.most
 
     def does(self, kind: WorkKind) -> bool:
-        return kind == "train"
+        return kind == "train" or (kind == "evaluate" and self._judge is not None)
 
     def work(self, sends: Sequence[Send], model: Array) -> Done:
+        if sends[0].order.kind == "evaluate":
+            return self._judged(sends, model), np.empty((len(sends), 0), np.float32)
         if self._room.shape != (len(sends), len(model)):
             self._room = np.empty((len(sends), len(model)), np.float32)
         members = [Member(self._population.data(send.client)[0], self._seed(send)) for send in sends]
@@ -52,6 +60,16 @@ class Stacks:
             return [*outcomes], self._room
         finite = [all_finite(row) for row in self._room]
         return [each if good else None for each, good in zip(outcomes, finite, strict=True)], self._room
+
+    def _judged(self, sends: Sequence[Send], model: Array) -> list[Outcome | None]:
+        """What the clients make of a model, if they can judge it together: else from then on that is the loop's."""
+        assert self._judge is not None  # asked only then
+        try:
+            return self._judge.judge(model, [self._population.data(send.client)[1] for send in sends])
+        except UnsuitedError as error:
+            log.info("evaluations_fall_back to=loop reason=%s", error)
+            self._judge = None
+            return [None] * len(sends)
 
     def mean(self, weights: Sequence[int]) -> Array | None:
         return None

@@ -83,7 +83,7 @@ def stacked(bars: Mapping[str, Mapping[str, int]], *, x: str, y: str) -> str:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         if len(kinds) <= 10:
-            axes.legend(axes.containers, kinds, frameon=False, ncols=2, fontsize=7)
+            axes.legend(axes.containers, kinds, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
     return _svg(draw, x=x, y=y)
 

@@ -131,7 +131,7 @@ def _tenths(told: Sequence[Told], name: str) -> Series:
         )
         for each in told
         for part, words in _PARTS.items()
-        if any(math.isfinite(value) for value in each.metric(name, part))
+        if any(math.isfinite(value) for value in each.metric(name, "lowest_tenth"))
     }
 
 

@@ -179,11 +179,13 @@ def test_the_page_shows_what_only_a_simulation_sees(tmp_path: Path):
         Seen(Moment(1800.0 * n, 50.0 * n, n, 4 - n), 0.5 * n, {"loss": (0.1 / n, 2.0 / n)}) for n in (1, 2, 3)
     )
     labels = {"client-0": {0: 5, 1: 2}, "client-1": {1: 9}}
-    folder = results(tmp_path / "a", row(1), row(2), row(3), seen=seen, labels=labels)
+    rows = [row(n, metrics={"loss": 1 / n, "accuracy": 0.5}) for n in (1, 2, 3)]
+    folder = results(tmp_path / "a", *rows, seen=seen, labels=labels)
     drawn = pictures(page_of(tmp_path, folder))
     assert "hours" in drawn["loss by virtual time"]
     assert "mean of all lowest tenth highest tenth" in drawn["loss: clients with the lowest and the highest"]
     assert "training examples" in drawn["classes of the first 2 clients"]
+    assert not any("lowest" in title for title in drawn if "accuracy" in title), "of what nobody judged"
     assert {
         "privacy spent by a round, the client with the least left",
         "energy of all devices by a round",

@@ -98,6 +98,32 @@ def test_a_stack_of_ragged_clients_trains_as_the_loop_does(model: str, count: in
         assert one.metrics == pytest.approx(dict(other.metrics), rel=1e-3, abs=1e-5)
 
 
+@given(
+    model=st.sampled_from(list(MODELS)),
+    count=st.integers(1, 9),
+    step=st.integers(0, 40),
+    work=st.builds(
+        Work,
+        batch_size=st.sampled_from([1, 4, 64, "full"]),
+        l1=st.sampled_from([0.0, 0.01]),
+        l2=st.sampled_from([0.0, 0.1]),
+    ),
+)
+@settings(max_examples=25, deadline=None)
+def test_the_gradients_of_ragged_clients_are_those_of_the_loop(model: str, count: int, step: int, work: Work):
+    task = task_of(MODELS[model])
+    start = framework.initial_model(task, seed=3).vector
+    members = [Member(train, 7 * at) for at, train in enumerate(sets(count))]
+    stacked, looped = (np.empty((count, len(start)), np.float32) for _ in range(2))
+    outcomes = Cohort(task, seed=3).gradient(start, members, work, stacked, step=step)
+    trainer = Trainer(task, seed=3)
+    for member, row, outcome in zip(members, looped, outcomes, strict=True):
+        alone = trainer.gradient(start, member.train, work, seed=member.seed, step=step, out=row)
+        assert outcome.num_examples == alone.num_examples
+        assert outcome.metrics == pytest.approx(dict(alone.metrics), rel=1e-4, abs=1e-6)
+    assert np.allclose(stacked, looped, rtol=1e-3, atol=1e-5)
+
+
 def test_so_many_steps_are_made_by_everybody_however_much_they_have():
     members = [Member(train, at) for at, train in enumerate(sets(6))]
     stacked, outcomes, looped, expected = both(

@@ -28,7 +28,7 @@ from fedge_client.torch.framework import build_module
 from fedge_client.torch.trainer import Outcome
 from fedge_sim.engines.crew import UnsuitedError
 from fedge_sim.engines.pool import Part
-from fedge_sim.engines.stack import Arguments, Slopes, train_stack
+from fedge_sim.engines.stack import Arguments, Slopes, gradient_stack, train_stack
 from fedge_sim.engines.trace import simplified
 
 SIZES = (4, 8, 16, 32, 64, 128, 256)
@@ -116,6 +116,18 @@ class Cohort:
             out[some] = moved
             outcomes |= zip(some, done, strict=True)
         return [outcomes[at] for at in range(len(members))]
+
+    def gradient(
+        self, model: Array, members: Sequence[Member], work: Work, out: Array, *, step: int
+    ) -> list[Outcome]:
+        """Every member's gradient at `model` (float32[size]) on its batch of `step`, to the rows of `out`. As
+        `Trainer.gradient`; there are at most `most` members.
+
+        Raises:
+            UnsuitedError, TaskError: as `train`.
+        """
+        parts = [Part(self._batches_of(each.train, work), each.seed, step + 1) for each in members]
+        return gradient_stack(self, model, parts, step, work, out)
 
     def _batches_of(self, train: Any, work: Work) -> Batches:
         """Those of a training set, made once: a population gives the same one again."""

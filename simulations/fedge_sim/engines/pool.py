@@ -61,6 +61,11 @@ def filler(parts: Sequence[Part], count: int) -> Filler:
     return _Pool.of(parts, count) or _Gathered(parts, count)
 
 
+def gathered(parts: Sequence[Part], count: int) -> Filler:
+    """Of these members, in a stack of `count` clients, for a few of their steps: nothing is made ahead."""
+    return _Gathered(parts, count)
+
+
 def all_alike(parts: Sequence[Part]) -> bool:
     """Whether all have as many examples and make as many steps."""
     first = parts[0]

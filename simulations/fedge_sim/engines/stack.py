@@ -12,7 +12,7 @@ from fedge.run import Work
 from fedge.vector import Array
 from fedge_client.torch.optim import InPlaceOptimizer
 from fedge_client.torch.trainer import Outcome
-from fedge_sim.engines.pool import Part, all_alike, filler
+from fedge_sim.engines.pool import Part, all_alike, filler, gathered
 
 Arguments = tuple[list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]
 """Of all clients: parameters, inputs, targets, weights."""
@@ -42,6 +42,33 @@ def train_stack(model: Model, start: Array, parts: Sequence[Part], work: Work, o
         TaskError: a member's data cannot be read.
     """
     return _Stack(model, start, parts, work).run(out)
+
+
+def gradient_stack(
+    model: Model, start: Array, parts: Sequence[Part], step: int, work: Work, out: Array
+) -> list[Outcome]:
+    """The gradients of members at `start` (float32[size]) on their batches of this step: row i of `out`
+    (float32[members, size]) is that of member i, with the regulariser's.
+
+    Raises:
+        UnsuitedError, TaskError: as `train_stack`.
+    """
+    count, whole = model.size_for(len(parts)), torch.from_numpy(out)
+    theta = model.room(count)
+    theta.copy_(torch.from_numpy(start))
+    filled = gathered(parts, count).fill(step, count)
+    with torch.no_grad():
+        slopes, losses = model.step((model.views(theta), filled.inputs, filled.targets, filled.weights))
+        for slope, room in zip(slopes, model.views(whole), strict=True):
+            room.copy_(slope[: len(parts)])
+        if work.l1 or work.l2:
+            flat, at = whole.view(-1), theta[: len(parts)].view(-1)
+            InPlaceOptimizer(flat.numel()).regularise(flat, at, l1=work.l1, l2=work.l2)
+    sizes = filled.weights.sum(1).tolist()
+    return [
+        Outcome(int(size), {"train_loss": loss})
+        for size, loss, _ in zip(sizes, losses.double().tolist(), parts, strict=False)
+    ]
 
 
 class _Stack:

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class Stacks:
-    """Trains the clients that have the same order as a stack, and has them judge together; gradients are the loop's.
+    """Trains the clients that have the same order as a stack, and has them judge together.
 
     Raises:
         UnsuitedError: the run or its model cannot be trained so.
@@ -44,7 +44,7 @@ class Stacks:
         return self._cohort.most
 
     def does(self, kind: WorkKind) -> bool:
-        return kind == "train" or (kind == "evaluate" and self._judge is not None)
+        return kind != "evaluate" or self._judge is not None
 
     def work(self, sends: Sequence[Send], model: Array) -> Done:
         if sends[0].order.kind == "evaluate":
@@ -52,8 +52,12 @@ class Stacks:
         if self._room.shape != (len(sends), len(model)):
             self._room = np.empty((len(sends), len(model)), np.float32)
         members = [Member(self._population.data(send.client)[0], self._seed(send)) for send in sends]
+        work, order = self._run.work, sends[0].order
         try:
-            outcomes = self._cohort.train(model, members, self._run.work, self._room)
+            if order.kind == "gradient":
+                outcomes = self._cohort.gradient(model, members, work, self._room, step=order.round - 1)
+            else:
+                outcomes = self._cohort.train(model, members, work, self._room)
         except TaskError:  # the loop will find out whose, when it comes to them
             return [None] * len(sends), self._room
         if all_finite(self._room.reshape(-1)):

@@ -360,9 +360,7 @@ def test_faults_that_are_more_than_certain_together_are_refused():
     faults = "[simulation.faults]\ndropout = 0.1\nfailure = 0.2\nstraggler = 0.7\n"
     assert parse(HEAD + faults).simulation.faults.straggler == 0.7
     words = problem(f"{HEAD}{faults}corruption = 0.01")
-    assert words.startswith(
-        "run.toml: simulation.faults: expected dropout, failure, straggler and corruption "
-    )
+    assert words.startswith("run.toml: simulation.faults: expected dropout, failure, straggler, corruption, ")
     assert words.endswith("found 1.01")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks import fedge_side
-from benchmarks.measure import FEDGE, Case, Goal, Options, Outcome, Sample, Side, Spread, memory
+from benchmarks.measure import FEDGE, Case, Goal, Options, Sample, Side, memory
 from benchmarks.tasks.workload import D1
 
 _CLIENTS = 2
@@ -28,28 +28,24 @@ _DEADLINE_S = 600.0
 def cases(options: Options) -> list[Case]:
     rounds = 200 if options.quick else 500
 
-    def goal(text: str, limit: float, name: str, unit: str = "x", *, per: float = 1.0) -> Goal:
-        def value(found: Outcome) -> Spread | None:
-            return found.spread(FEDGE, name, per=per)
-
-        return Goal(text, limit, value, unit)
-
     return [
         Case(
             "C5",
             f"{rounds} rounds in one go",
             (Side.of(FEDGE, lambda: _soak(rounds, options)),),
             (
-                goal("the coordinator's memory after round 100, growth", _GROWTH, "server_growth_x"),
-                goal("an agent's memory after round 100, growth", _GROWTH, "agent_growth_x"),
-                goal(
+                Goal.of_fedge("the coordinator's memory after round 100, growth", _GROWTH, "server_growth_x"),
+                Goal.of_fedge("an agent's memory after round 100, growth", _GROWTH, "agent_growth_x"),
+                Goal.of_fedge(
                     "the coordinator's open files, beyond those at round 100",
                     0.0,
                     "server_more_files",
                     "files",
                 ),
-                goal("an agent's open files, beyond those at round 100", 0.0, "agent_more_files", "files"),
-                goal("database, checkpoints and spool", _STATE_MB, "state_bytes", "MB", per=1e6),
+                Goal.of_fedge(
+                    "an agent's open files, beyond those at round 100", 0.0, "agent_more_files", "files"
+                ),
+                Goal.of_fedge("database, checkpoints and spool", _STATE_MB, "state_bytes", "MB", per=1e6),
             ),
         )
     ]

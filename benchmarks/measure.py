@@ -96,6 +96,11 @@ class Goal:
     value: Callable[[Outcome], Spread | None]
     unit: str = "x"
 
+    @classmethod
+    def of_fedge(cls, text: str, limit: float, name: str, unit: str = "x", *, per: float = 1.0) -> Goal:
+        """A limit on one of fedge's own values, in units of `per`."""
+        return cls(text, limit, lambda found: found.spread(FEDGE, name, per=per), unit)
+
 
 @dataclass(frozen=True, slots=True)
 class Case:

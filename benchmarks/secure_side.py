@@ -1,25 +1,21 @@
-"""The sides of S1 to S6: cohorts, played once for all repetitions, and fresh processes for what is measured.
-
-Flower and TenSEAL are measured by the interpreter that FEDGE_PEERS names, or else by this one, if it has them.
-"""
+"""The sides of S1 to S6: cohorts, played once for all repetitions, and fresh processes for what is measured."""
 
 from __future__ import annotations
 
 import json
-import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.measure import FEDGE, FLOOR, Options, Sample, Side, Take, after_warm_up
-from benchmarks.processes import CrashError, module, run_json, run_text
+from benchmarks.peers import by_peers, is_installed, missing
+from benchmarks.processes import module, run_json
 
 PEERS = {"flower": "Flower", "ckks": "TenSEAL CKKS"}
+_PEERS = "benchmarks.floors.peers"
 _DEADLINE_S = 900.0
 
 
@@ -88,16 +84,15 @@ def peers(
     """Other implementations at the same work, those that are installed. `how` is said behind their names."""
 
     def side(one: str) -> Side:
-        command = _by_peers("benchmarks.floors.peers", what, one, *arguments)
+        command = by_peers(_PEERS, what, one, *arguments)
         return Side.of(f"{PEERS[one]}{how}", lambda: sample(command, options))
 
-    return [side(one) for one in whose if _is_installed(one)]
+    return [side(one) for one in whose if _has(one)]
 
 
 def without(*whose: str) -> str:
     """What a case's title says about those that are not."""
-    missing = [PEERS[one] for one in whose if not _is_installed(one)]
-    return f" ({' and '.join(missing)} not installed)" if missing else ""
+    return missing({PEERS[one]: _has(one) for one in whose})
 
 
 def sample(command: list[str], options: Options) -> Sample:
@@ -111,19 +106,5 @@ def _value(found: Any) -> float:
     return after_warm_up(found) if several and len(found) > 1 else float(found[0] if several else found)
 
 
-def _by_peers(name: str, *arguments: object) -> list[str]:
-    return [os.environ.get("FEDGE_PEERS", sys.executable), *module(name, *arguments)[1:]]
-
-
-@cache
-def _is_installed(whose: str) -> bool:
-    with TemporaryDirectory() as folder:
-        try:
-            run_text(
-                _by_peers("benchmarks.floors.peers", "has", whose),
-                log=Path(folder) / "log",
-                deadline_s=_DEADLINE_S,
-            )
-        except CrashError:
-            return False
-    return True
+def _has(whose: str) -> bool:
+    return is_installed(_PEERS, whose)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from benchmarks.fedge_side import run_toml
-from benchmarks.measure import FEDGE, Case, Goal, Options, Outcome, Sample, Side, Spread
+from benchmarks.measure import FEDGE, Case, Goal, Options, Sample, Side
 from benchmarks.simulation import simulate
 from benchmarks.tasks.workload import W2
 
@@ -27,20 +27,16 @@ def cases(options: Options) -> list[Case]:
         sample = simulate(run, name="w3", clients=_CLIENTS, options=options)
         return replace(sample, values=sample.values | _growth(sample.series["rss_bytes"][_SETTLED:]))
 
-    def goal(text: str, limit: float, name: str, unit: str, *, per: float = 1.0) -> Goal:
-        def value(found: Outcome) -> Spread | None:
-            return found.spread(FEDGE, name, per=per)
-
-        return Goal(text, limit, value, unit)
-
     return [
         Case(
             "W3",
             f"simulate {_CLIENTS} clients, W2's MLP, {_COHORT} a round",
             (Side.of(FEDGE, fedge),),
             (
-                goal("peak memory", 2.0, "peak_rss_bytes", "GB", per=1e9),
-                goal("growth a round, in standard errors of it", 2.0, "growth_standard_errors", "SE"),
+                Goal.of_fedge("peak memory", 2.0, "peak_rss_bytes", "GB", per=1e9),
+                Goal.of_fedge(
+                    "growth a round, in standard errors of it", 2.0, "growth_standard_errors", "SE"
+                ),
             ),
         )
     ]

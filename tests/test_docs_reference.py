@@ -25,6 +25,7 @@ from fedge.simulation import Spread
 from fedge.wire import fedge_pb2, limits
 from fedge_client.settings import ClientSettings
 from fedge_server.settings import AdminSettings, ServerSettings
+from fedge_sim.record import Moment, Seen
 
 REFERENCE = Path(__file__).parents[1] / "docs/reference"
 FILES: dict[str, tuple[str, type[BaseModel]]] = {
@@ -280,6 +281,11 @@ def test_every_call_of_the_wire_is_documented() -> None:
 def test_every_column_of_the_history_is_documented() -> None:
     names = [field.name for field in dataclasses.fields(Row)]
     assert [cells[0] for cells in rows("cli.md", "The history")] == names
+
+
+def test_every_column_that_a_simulation_adds_is_documented() -> None:
+    seen = Seen(Moment(1.0, 2.0, 3, 4), 0.5, {"loss": (0.1, 0.2)}).as_dict()
+    assert [cells[0] for cells in rows("cli.md", "What a simulation adds")] == list(seen)
 
 
 def test_every_test_that_a_promise_names_is_there():

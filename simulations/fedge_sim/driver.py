@@ -1,7 +1,7 @@
-"""What drives a simulation: one resident model, clients in turn, and the same round machine as in deployment.
+"""What drives a simulation: the same round machine as in deployment, whose effects are executed one after another.
 
-It is the reference that faster engines must equal: it executes the machine's effects one after another,
-so a seed fixes every bit of the result.
+Clients' work is an engine's, or is done here with one resident model, which is the reference that engines must equal.
+A seed fixes every bit of the result.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ from fedge_sim.privacy import Accounts
 from fedge_sim.record import Callback, Record
 from fedge_sim.result import Result
 from fedge_sim.secure import SecureSums
-from fedge_sim.virtual.clock import Came, Clock, Due, Finished, Happening, Overfull, Went, clock_of
+from fedge_sim.virtual.clock import Clock, Due, Finished, Happening, Overfull, clock_of
 
 MOST_CRASHES: Final = 1000
 """Of the coordinator in one round: a crash ends an attempt at a secure sum, so that some would never end."""
@@ -78,7 +78,7 @@ class _Last:
 
 
 class Driver:
-    """Executes the machine's effects: a queue of orders, one trainer, no clock but for the report.
+    """Executes the machine's effects: a queue of orders, in turn or by virtual time.
 
     `_machine`, `_learning`, `_kept` and `_timers` are the coordinator's; a crash leaves it what a deployed
     one keeps. `_orders` and `_faults` are the clients'.
@@ -120,9 +120,8 @@ class Driver:
         self._orders: dict[Send, Array] = {}
         self._faults = Faults(run.simulation.faults, seed=run.seed)
         streams = strategy.reduction.streams and self._secure is None
-        self._undisturbed = (
-            streams and terms is None and run.privacy.clip is None and not self._faults.may_strike
-        ) and self._clock is None
+        plain = streams and terms is None and run.privacy.clip is None
+        self._undisturbed = plain and not self._faults.may_strike and self._clock is None
         self._adversaries = Adversaries.of(run.simulation.adversaries, self._population.names, seed=run.seed)
         self._kept: dict[WorkKind, list[tuple[OrderId, Update]]] = {}
         self._timers: dict[tuple[OrderId, str], tuple[float, DeadlinePassed]] = {}
@@ -217,10 +216,10 @@ class Driver:
                 self._drop(send)
                 refusal = Refusal(RefusalCode.OUT_OF_MEMORY, "the order does not fit in the device's memory")
                 self._handle(Failed(send.client, send.order, refusal), None)
-            case Came(client):
+            case Joined(client):
                 if client not in self._faults.away:
-                    self._handle(Joined(client), None)
-            case Went(client):
+                    self._handle(what, None)
+            case Left(client):
                 self._leave(client)
             case Due(event, at) if self._timers.get((event.order, event.phase)) == (at, event):
                 if event.phase == "open":  # a deployed client says so every few seconds
@@ -427,7 +426,7 @@ class Driver:
 
     def _fold(self, client: str, order: OrderId, staleness: int, released: Released) -> None:
         if order.kind == "evaluate":
-            self._record.hear(order, released.metrics)
+            self._record.hear(order, client, released.metrics)
         if self._secure is not None:
             self._record.up += self._secure.add(client, order, released)
             return

@@ -117,7 +117,7 @@ def _pictures(told: Sequence[Told]) -> list[Picture]:
 _IF_THERE: Sequence[tuple[Number, str, str]] = (
     ("epsilon", "privacy spent by a round, the client with the least left", "epsilon by RDP"),
     ("joules", "energy of all devices by a round", "J"),
-    ("wasted", "orders that came to nothing by a round", "orders"),
+    ("wasted", "orders called off or lost by a round", "orders"),
     ("present", "clients that were there", "clients"),
 )
 

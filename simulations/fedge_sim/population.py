@@ -16,15 +16,19 @@ from fedge.run import RunConfig
 from fedge.seeds import derive_seed
 from fedge.simulation import Simulation
 from fedge.task import Site, Task
-from fedge_client.torch.batches import examples
+from fedge_client.torch.batches import Batches, examples
 from fedge_sim import partition
-from fedge_sim.adversaries import IN_THE_DATA, Adversaries
+from fedge_sim.adversaries import Adversaries
 from fedge_sim.poison import poisoned
 from fedge_sim.skew import Skew, read_classes
 
 KEPT_CLIENTS = 4096
 """A population of so many is kept between rounds. Of a larger one, whose clients seldom meet again, two cohorts are;
 the least recently used is dropped and made again."""
+
+SHOWN_CLIENTS = 40
+SHOWN_CLASSES = 50
+"""In a report: the first so many, if there are no more classes than that."""
 
 Data = tuple[Any, Any]
 
@@ -49,18 +53,18 @@ class Population:
         settings = run.simulation
         skew = Skew(settings.feature_skew, settings.label_noise, run.seed)
         names = names_of(count)
-        known: dict[str, torch.Tensor] = {}
         hostile = Adversaries.of(settings.adversaries, names, seed=run.seed)
 
-        def as_they_have_it(part: Callable[[int], Data]) -> Callable[[int], Data]:
+        def as_they_have_it(
+            part: Callable[[int], Data], classes: torch.Tensor | None = None
+        ) -> Callable[[int], Data]:
             def make(index: int) -> Data:
                 name = client_name(index, count)
                 if not hostile.poisons(name):
                     return skew.of(index, part(index))
                 if hostile.config.attack == "sybil":
                     index = names.index(hostile.first)
-                own = skew.of(index, part(index))
-                return poisoned(own, hostile.config, known.get("classes"))
+                return poisoned(skew.of(index, part(index)), hostile.config, classes)
 
             return make
 
@@ -68,8 +72,7 @@ class Population:
             make = as_they_have_it(lambda index: _data(task, client_name(index, count), index, count))
             return cls(count, make, cohort=run.cohort.size)
         train, test = _data(task, "population", 0, 1)
-        if hostile.names and settings.adversaries.attack in IN_THE_DATA:
-            known["classes"] = read_classes(train)[2]
+        classes = read_classes(train)[2] if any(map(hostile.poisons, names)) else None
         generator = np.random.default_rng(derive_seed(run.seed, "partition"))
         test_size = examples(test)
         parts = _parts(settings, train, count, generator)
@@ -83,7 +86,7 @@ class Population:
         def part(index: int) -> Data:
             return Subset(train, parts[index].tolist()), Subset(test, tests[index].tolist())
 
-        return cls(count, as_they_have_it(part), cohort=run.cohort.size)
+        return cls(count, as_they_have_it(part, classes), cohort=run.cohort.size)
 
     def data(self, name: str) -> Data:
         """`(train, test)` of a client."""
@@ -177,10 +180,6 @@ def groups_of(dataset: Any, size: int) -> npt.NDArray[np.int64]:
     return numbers
 
 
-SHOWN_CLIENTS = 40
-SHOWN_CLASSES = 50
-
-
 def labels_by_client(population: Population) -> dict[str, dict[int, int]]:
     """Of the first clients: how many training examples of each class. Empty where targets are no classes, or many, or
     do not lie in memory."""
@@ -198,9 +197,8 @@ def labels_by_client(population: Population) -> dict[str, dict[int, int]]:
 
 def _targets(train: Any) -> torch.Tensor | None:
     """All of a training set's that lie in a tensor."""
-    if type(train) is Subset and type(train.dataset) is TensorDataset:
-        return train.dataset.tensors[1][torch.as_tensor(train.indices)]
-    return train.tensors[1] if type(train) is TensorDataset and len(train.tensors) == 2 else None
+    batches = Batches(train, "full")
+    return batches.tensors[1][batches.rows] if batches.tensors is not None else None
 
 
 def _data(task: Task, name: str, index: int, count: int) -> Data:

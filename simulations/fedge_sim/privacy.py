@@ -116,27 +116,27 @@ class Accounts:
         """What the client that has spent the most has spent by now, by RDP; None without privacy."""
         if self.terms is None:
             return None
+        different = {frozenset(made.items()) for made in self._made.values()}  # most have done the same
         delta = self.terms.delta
-        return max((_epsilon(history, delta) for history in {*self._histories().values()}), default=0.0)
-
-    def _histories(self) -> dict[str, tuple[Mechanism, ...]]:
-        return {
-            client: merged(scaled(cost, times * cost.count) for (_, cost), times in made.items())
-            for client, made in self._made.items()
-        }
+        return max((_epsilon(_history(dict(made)), delta) for made in different), default=0.0)
 
     def spent(self) -> Spent:
         """What it came to."""
         if self.terms is None:
             return Spent()
         delta = self.terms.delta
-        histories = self._histories()
+        histories = {client: _history(made) for client, made in self._made.items()}
         epsilons = {client: _epsilon(history, delta) for client, history in histories.items()}
         if not epsilons:
             return Spent(self.terms.unit, delta, 0.0, "RDP", {})
         worst = max(epsilons, key=lambda client: epsilons[client])
         epsilon, accountant = statement(histories[worst], delta)
         return Spent(self.terms.unit, delta, epsilon, accountant, epsilons)
+
+
+def _history(made: Mapping[tuple[bool, Mechanism], int]) -> tuple[Mechanism, ...]:
+    """All of a client's orders, as an accountant takes them."""
+    return merged(scaled(cost, times * cost.count) for (_, cost), times in made.items())
 
 
 @lru_cache(maxsize=4096)

@@ -21,7 +21,8 @@ Callback = Callable[[Row], None]
 @dataclass(frozen=True, slots=True)
 class Moment:
     """When a round was committed in virtual time, `virtual_s` seconds from the run's beginning; what energy all devices
-    had taken by then, how many of their orders had come to nothing, and how many clients were there."""
+    had taken by then, how many orders had been called off or lost with their client, and how many clients were
+    there."""
 
     virtual_s: float
     joules: float
@@ -59,7 +60,7 @@ class Record:
 
     def __init__(self, callbacks: Sequence[Callback], clock: Clock | None, accounts: Accounts) -> None:
         self._callbacks, self._clock, self._accounts = callbacks, clock, accounts
-        self._judged: tuple[OrderId | None, list[Mapping[str, float]]] = (None, [])
+        self._judged: tuple[OrderId | None, dict[str, Mapping[str, float]]] = (None, {})
         self.rows: list[Row] = []
         self.seen: list[Seen] = []
         self.refused = self.up = self.down = 0
@@ -94,16 +95,16 @@ class Record:
         self._began = now
         self._tell(row)
 
-    def hear(self, order: OrderId, metrics: Mapping[str, float]) -> None:
+    def hear(self, order: OrderId, client: str, metrics: Mapping[str, float]) -> None:
         """What a client makes of the model that is evaluated; of an earlier evaluation nothing is kept."""
         if self._judged[0] != order:
-            self._judged = order, []
-        self._judged[1].append(metrics)
+            self._judged = order, {}
+        self._judged[1][client] = metrics
 
     def judge(self, order: OrderId, metrics: Mapping[str, float]) -> None:
         """A round's model was evaluated."""
         at, (of, judged) = order.round - 1, self._judged
-        self.seen[at] = replace(self.seen[at], tenths=tenths(judged) if of == order else {})
+        self.seen[at] = replace(self.seen[at], tenths=tenths([*judged.values()]) if of == order else {})
         row = self.rows[at]
         row = replace(row, metrics={**row.metrics, **metrics})
         self.rows[at] = row

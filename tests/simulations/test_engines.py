@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from simulated import RUNS, config, data, perceptron
 from torch import nn
 from torch.utils.data import Subset, TensorDataset
 
@@ -30,7 +31,7 @@ from fedge_sim.population import Population
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(6, 3),
-    "perceptron": lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)),
+    "perceptron": perceptron,
     "deep": lambda: nn.Sequential(
         nn.Linear(6, 5), nn.Tanh(), nn.LayerNorm(5), nn.Linear(5, 4), nn.GELU(), nn.Linear(4, 3)
     ),
@@ -47,15 +48,6 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 def task_of(model: Callable[[], nn.Module], loss: Any = F.cross_entropy) -> Task:
     return Task(model=model, data=data, loss=loss)
-
-
-def data(site: Site) -> tuple[TensorDataset, TensorDataset]:
-    """Client i has 4 + 3 i examples."""
-    generator = torch.Generator().manual_seed(site.index or 0)
-    size = 4 + 3 * (site.index or 0)
-    inputs = torch.randn(size, 6, generator=generator)
-    labels = (inputs[:, :3].argmax(1) + (inputs[:, 4] > 1)) % 3
-    return TensorDataset(inputs, labels), TensorDataset(inputs[:3], labels[:3])
 
 
 def sets(count: int) -> list[Any]:
@@ -218,17 +210,7 @@ UNSUITED: dict[str, tuple[Task, str]] = {
 
 
 def run(task: Task, engine: Any = "loop", **tables: Any) -> Result:
-    table = {
-        "name": "trial",
-        "task": "app:task",
-        "rounds": 4,
-        "seed": 5,
-        "work": {"epochs": 2, "batch_size": 4, "learning_rate": 0.05},
-        "cohort": {"size": 6},
-        "simulation": {"clients": 8},
-        **tables,
-    }
-    return simulate(RunConfig.from_table(table, source="run"), task=task, engine=engine)
+    return simulate(config(**tables), task=task, engine=engine)
 
 
 @pytest.mark.parametrize("name", UNSUITED)
@@ -248,38 +230,7 @@ def test_what_cannot_be_stacked_is_left_to_the_loop_and_the_reason_is_said(
         )
 
 
-FAULTS = {"dropout": 0.1, "failure": 0.1, "straggler": 0.1, "corruption": 0.1, "crash_every": 17}
-
-
-@pytest.mark.parametrize(
-    "tables",
-    [
-        {},
-        {"strategy": {"name": "mirrored_sgd"}},
-        {"strategy": {"name": "fedavg", "aggregation": "median"}},
-        {
-            "cohort": {"size": 6, "quorum": 3, "over_select": 1.3, "attempts": 20},
-            "simulation": {"clients": 8, "faults": FAULTS},
-        },
-        {"simulation": {"clients": 8, "adversaries": {"share": 0.3, "attack": "noise"}}},
-        {
-            "privacy": {"unit": "client", "epsilon": 50.0, "delta": 1e-3, "clip": 0.1},
-            "evaluation": {"every": 0},
-        },
-        {"secure_aggregation": {"enabled": True, "bound": 2.0}},
-        {"privacy": {"unit": "example", "epsilon": 50.0, "delta": 1e-3, "clip": 1.0}},
-    ],
-    ids=[
-        "plain",
-        "gradients",
-        "median",
-        "faults",
-        "adversaries",
-        "private clients",
-        "secure sums",
-        "private examples",
-    ],
-)
+@pytest.mark.parametrize("tables", RUNS.values(), ids=RUNS)
 def test_a_run_is_the_same_whichever_engine_drives_it(tables: dict[str, Any]):
     task = task_of(MODELS["perceptron"])
     looped, stacked = run(task, **tables), run(task, "vectorised", **tables)

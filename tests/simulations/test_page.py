@@ -189,7 +189,7 @@ def test_the_page_shows_what_only_a_simulation_sees(tmp_path: Path):
     assert {
         "privacy spent by a round, the client with the least left",
         "energy of all devices by a round",
-        "orders that came to nothing by a round",
+        "orders called off or lost by a round",
         "clients that were there",
     } <= drawn.keys()
     told = Told.of(folder, label="a")

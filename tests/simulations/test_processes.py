@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import simulated
 import torch
+from simulated import RUNS, config
 
-from fedge import RunConfig, Task
+from fedge import Task
 from fedge.errors import ConfigError, TaskError
 from fedge.events import OrderId, Send
 from fedge_sim import Result, simulate
@@ -25,21 +26,6 @@ from fedge_sim.engines.processes import Processes
 from fedge_sim.population import Population
 
 WHOLE = {"batch_size": "full", "epochs": 2, "learning_rate": 0.05}
-FAULTS = {"dropout": 0.1, "failure": 0.1, "straggler": 0.1, "corruption": 0.1, "crash_every": 17}
-
-
-def config(task: str = "simulated:task", **tables: Any) -> RunConfig:
-    table = {
-        "name": "trial",
-        "task": task,
-        "rounds": 4,
-        "seed": 5,
-        "work": {"epochs": 2, "batch_size": 4, "learning_rate": 0.05},
-        "cohort": {"size": 6},
-        "simulation": {"clients": 8},
-        **tables,
-    }
-    return RunConfig.from_table(table, source="run")
 
 
 def run(task: str = "simulated:task", engine: Any = "processes", workers: int = 2, **tables: Any) -> Result:
@@ -58,35 +44,7 @@ def same(one: Result, other: Result) -> None:
     assert np.array_equal(one.model.vector, other.model.vector)
 
 
-@pytest.mark.parametrize(
-    "tables",
-    [
-        {},
-        {"strategy": {"name": "mirrored_sgd"}},
-        {"strategy": {"name": "fedavg", "aggregation": "median"}},
-        {
-            "cohort": {"size": 6, "quorum": 3, "over_select": 1.3, "attempts": 20},
-            "simulation": {"clients": 8, "faults": FAULTS},
-        },
-        {"simulation": {"clients": 8, "adversaries": {"share": 0.3, "attack": "noise"}}},
-        {
-            "privacy": {"unit": "client", "epsilon": 50.0, "delta": 1e-3, "clip": 0.1},
-            "evaluation": {"every": 0},
-        },
-        {"secure_aggregation": {"enabled": True, "bound": 2.0}},
-        {"privacy": {"unit": "example", "epsilon": 50.0, "delta": 1e-3, "clip": 1.0}},
-    ],
-    ids=[
-        "plain",
-        "gradients",
-        "median",
-        "faults",
-        "adversaries",
-        "private clients",
-        "secure sums",
-        "private examples",
-    ],
-)
+@pytest.mark.parametrize("tables", RUNS.values(), ids=RUNS)
 def test_processes_come_to_the_bits_of_the_loop(tables: dict[str, Any]):
     """A model as small as this one has one thread in the loop, too."""
     divided = run(**tables)

@@ -13,23 +13,15 @@ import simulated
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedge import RunConfig, Task
+from fedge import Task
 from fedge_sim import Result, simulate
 from fedge_sim.record import tenths
 from fedge_sim.report import write_results
 
 
 def run(task: Task = simulated.task, **tables: Any) -> Result:
-    table = {
-        "name": "trial",
-        "task": "simulated:task",
-        "rounds": 4,
-        "work": {"batch_size": 4},
-        "cohort": {"size": 6},
-        "simulation": {"clients": 12},
-        **tables,
-    }
-    return simulate(RunConfig.from_table(table, source="run"), task=task, engine="loop")
+    table = {"work": {"batch_size": 4}, "simulation": {"clients": 12}} | tables
+    return simulate(simulated.config(**table), task=task, engine="loop")
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=60))

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import simulated
+from simulated import SPREAD_DEVICES, config
 
-from fedge import RunConfig, Site
+from fedge import Site
 from fedge.errors import ConfigError
 from fedge_client.torch.trainer import Trainer
 from fedge_sim import Result, simulate
@@ -18,24 +19,14 @@ from fedge_sim.driver import Driver
 
 NAMES = [f"client-{index}" for index in range(8)]
 EVEN = {"compute": 10.0, "down_mbps": 1.0, "up_mbps": 1.0}
-SPREAD = {"compute": {"median": 2.0, "sigma": 0.8}, "up_mbps": {"low": 0.01, "high": 0.1}, "dropout": 0.1}
+
+
+WORK = {"epochs": 1, "batch_size": 4, "learning_rate": 0.05}
 
 
 def run(engine: Any = "loop", *, simulation: dict[str, Any], **tables: Any) -> Result:
-    table = {
-        "name": "trial",
-        "task": "simulated:task",
-        "rounds": 5,
-        "seed": 5,
-        "work": {"epochs": 1, "batch_size": 4, "learning_rate": 0.05},
-        "cohort": {"size": 6},
-        "simulation": {"clients": 8, **simulation},
-        **tables,
-    }
-    return simulate(RunConfig.from_table(table, source="run"), engine=engine)
-
-
-# The run.
+    table = {"rounds": 5, "work": WORK, "simulation": {"clients": 8, **simulation}} | tables
+    return simulate(config(**table), engine=engine)
 
 
 def test_virtual_time_changes_nothing_but_when():
@@ -52,7 +43,10 @@ def test_virtual_time_changes_nothing_but_when():
     "tables", [{}, {"strategy": {"name": "sgd", "max_staleness": 4}}], ids=["fedavg", "sgd"]
 )
 def test_every_engine_has_the_same_time(tables: dict[str, Any]):
-    simulation = {"devices": SPREAD, "availability": {"kind": "markov", "online_s": 90, "offline_s": 30}}
+    simulation = {
+        "devices": SPREAD_DEVICES,
+        "availability": {"kind": "markov", "online_s": 90, "offline_s": 30},
+    }
     cohort = {"size": 5, "quorum": 3, "over_select": 1.4, "deadline_s": 40}
     looped, *others = (
         run(engine, simulation=simulation, cohort=cohort, **tables)
@@ -117,7 +111,7 @@ def test_an_order_that_does_not_fit_in_memory_fails(tmp_path: Path, monkeypatch:
 
 
 def test_a_coordinator_that_crashes_loses_nothing_in_virtual_time():
-    simulation = {"devices": SPREAD}
+    simulation = {"devices": SPREAD_DEVICES}
     cohort = {"size": 5, "quorum": 3, "over_select": 1.4, "deadline_s": 40, "attempts": 20}
     crashing = run(simulation=simulation | {"faults": {"crash_every": 7}}, cohort=cohort)
     assert crashing.status == "done"
@@ -245,7 +239,7 @@ def test_a_run_that_can_never_go_on_ends_and_says_why():
         ("devices", "", "expected devices, a row each, found none"),
         ("devices", "compute,compute\n1,2\n", "a header of different names"),
         ("devices", "compute\n1\n1,2\n", "line 3: expected 1 cells, found 2"),
-        ("devices", "compute\nfast\n", "line 2: compute: expected a number, found 'fast'"),
+        ("devices", "compute\nfast\n", "line 2: compute: expected a finite number, found 'fast'"),
         ("devices", "compute\nnan\n", "line 2: compute: expected a finite number"),
         ("devices", "compute\n-1\n", "device 1: compute: expected a number above 0"),
         ("devices", "dropout\n1.5\n", "device 1: dropout: expected a chance from 0 to 1, found 1.5"),
@@ -297,7 +291,7 @@ def test_json_that_is_no_list_of_objects_is_refused(tmp_path: Path, monkeypatch:
     for text, says in [
         ("[1]", "a list of objects"),
         ("{", "as JSON"),
-        ('[{"compute": null}]', "a number, found 'None'"),
+        ('[{"compute": null}]', "a finite number, found 'None'"),
     ]:
         (tmp_path / "trace.json").write_text(text)
         with pytest.raises(ConfigError, match=says):

@@ -11,17 +11,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from simulated import SPREAD_DEVICES
 
 from fedge.errors import RunError
-from fedge.events import OrderId, Send
+from fedge.events import Joined, Left, OrderId, Send
 from fedge.simulation import AvailabilityConfig, DevicesConfig
 from fedge_sim.virtual.availability import DAY, HOUR, availability_of
-from fedge_sim.virtual.clock import Came, Clock, Finished, Went
+from fedge_sim.virtual.clock import Clock, Finished
 from fedge_sim.virtual.devices import Course, Device, Devices, Load
 
 NAMES = [f"client-{index}" for index in range(8)]
-EVEN = {"compute": 10.0, "down_mbps": 1.0, "up_mbps": 1.0}
-SPREAD = {"compute": {"median": 2.0, "sigma": 0.8}, "up_mbps": {"low": 0.01, "high": 0.1}, "dropout": 0.1}
 
 
 def send(client: str, round: int = 1) -> Send:
@@ -155,7 +154,7 @@ def test_a_trace_is_repeated(tmp_path: Path):
     st.integers(0, 20),
 )
 def test_time_goes_on_and_what_was_stopped_does_not_happen(orders: list[Any], seed: int):
-    time = clock(SPREAD, seed=seed)
+    time = clock(SPREAD_DEVICES, seed=seed)
     stopped = set()
     for round, (client, _, keeps) in enumerate(orders, start=1):
         order = send(NAMES[client], round)
@@ -176,7 +175,7 @@ def test_time_goes_on_and_what_was_stopped_does_not_happen(orders: list[Any], se
             finished.append(what.send)
             assert time.now_s == pytest.approx(due[what.send])
             time.stop(what.send, wasted=False)
-        elif isinstance(what, Went):
+        elif isinstance(what, Left):
             for each in [send(what.client, round) for round in range(1, len(orders) + 1)]:
                 time.stop(each, wasted=True)
     assert not stopped & set(finished)
@@ -194,11 +193,11 @@ def test_a_client_that_was_lost_comes_back():
     time = clock({"dropout": 1.0})
     time.give(send("client-2"), Load(0, 0, 1000), 0)
     assert not time.comes_to_something(send("client-2"))
-    assert time.next() == Went("client-2")
+    assert time.next() == Left("client-2")
     assert "client-2" not in time.present
     time.stop(send("client-2"), wasted=True)
     assert 0 < time.joules < 5
-    assert time.next() == Came("client-2")
+    assert time.next() == Joined("client-2")
 
 
 def test_an_order_that_is_given_again_takes_as_long_again():
@@ -219,9 +218,9 @@ def test_a_client_that_was_lost_at_an_order_need_not_be_when_it_is_given_again()
     outcomes = []
     for _ in range(60):
         time.give(send("client-3"), Load(0, 0, 10), 0)
-        lost = isinstance(time.next(), Went)
+        lost = isinstance(time.next(), Left)
         time.stop(send("client-3"), wasted=True)
         outcomes.append(lost)
         if lost:
-            assert time.next() == Came("client-3")
+            assert time.next() == Joined("client-3")
     assert 15 < sum(outcomes) < 45

@@ -1,4 +1,4 @@
-"""Tasks that another process can import by name, as the workers of a simulation do."""
+"""Small runs, and tasks that another process can import by name, as the workers of a simulation do."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from fedge import Site, Task
+from fedge import RunConfig, Site, Task
 
 
 def data(site: Site) -> tuple[TensorDataset, TensorDataset]:
@@ -90,3 +90,44 @@ dead = Task(model=dead_model, data=dead_data, loss=F.cross_entropy)
 
 def here() -> Path:
     return Path(__file__).parent
+
+
+def config(task: str = "simulated:task", **tables: Any) -> RunConfig:
+    """Four rounds of six of eight clients; `tables` take the place of a run's own."""
+    table = {
+        "name": "trial",
+        "task": task,
+        "rounds": 4,
+        "seed": 5,
+        "work": {"epochs": 2, "batch_size": 4, "learning_rate": 0.05},
+        "cohort": {"size": 6},
+        "simulation": {"clients": 8},
+        **tables,
+    }
+    return RunConfig.from_table(table, source="run")
+
+
+FAULTS = {"dropout": 0.1, "failure": 0.1, "straggler": 0.1, "corruption": 0.1, "crash_every": 17}
+RUNS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "gradients": {"strategy": {"name": "mirrored_sgd"}},
+    "median": {"strategy": {"name": "fedavg", "aggregation": "median"}},
+    "faults": {
+        "cohort": {"size": 6, "quorum": 3, "over_select": 1.3, "attempts": 20},
+        "simulation": {"clients": 8, "faults": FAULTS},
+    },
+    "adversaries": {"simulation": {"clients": 8, "adversaries": {"share": 0.3, "attack": "noise"}}},
+    "private clients": {
+        "privacy": {"unit": "client", "epsilon": 50.0, "delta": 1e-3, "clip": 0.1},
+        "evaluation": {"every": 0},
+    },
+    "secure sums": {"secure_aggregation": {"enabled": True, "bound": 2.0}},
+    "private examples": {"privacy": {"unit": "example", "epsilon": 50.0, "delta": 1e-3, "clip": 1.0}},
+}
+"""Tables of a run in which every part of a simulation has something to do."""
+
+SPREAD_DEVICES = {
+    "compute": {"median": 2.0, "sigma": 0.8},
+    "up_mbps": {"low": 0.01, "high": 0.1},
+    "dropout": 0.1,
+}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import zlib
 from pathlib import Path
 
@@ -27,6 +28,17 @@ def file_bytes(path: Path, *, max_bytes: int = MAX_BYTES) -> bytes:
     if len(data) > max_bytes:
         raise ConfigError(f"{path}: expected at most {max_bytes} bytes, found more")
     return bytes(data)
+
+
+def finite(value: object) -> float | None:
+    """The finite number that a cell, or a value of JSON, says; None if it says none."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 def malformed(path: Path, expected: str, found: str) -> ConfigError:

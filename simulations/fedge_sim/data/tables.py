@@ -19,7 +19,7 @@ from torch.utils.data import TensorDataset
 
 from fedge.errors import ConfigError
 from fedge_sim.data.dataset import dataset_of
-from fedge_sim.data.reading import MAX_BYTES, file_bytes, malformed
+from fedge_sim.data.reading import MAX_BYTES, file_bytes, finite, malformed
 
 _MAX_COLUMNS = 1 << 20
 
@@ -143,11 +143,8 @@ def _check_header(path: Path, header: list[str], wanted: list[str]) -> None:
 
 
 def _number(path: Path, cell: str, *, line: int, column: str) -> float:
-    try:
-        number = float(cell)
-    except ValueError:
-        number = float("nan")
-    if not np.isfinite(number):
+    number = finite(cell)
+    if number is None:
         raise malformed(path, "a finite number", f"{cell[:40]!r} in line {line}, column {column!r}")
     return number
 

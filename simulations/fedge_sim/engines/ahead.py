@@ -54,7 +54,7 @@ class Ahead:
             return None
         outcomes = [each for each in done[0] if each is not None]
         if len(outcomes) < len(done[0]):
-            self._keep(sends, *done)
+            self.keep(sends, *done)
             return None
         return outcomes, done[1]
 
@@ -63,9 +63,12 @@ class Ahead:
         none."""
         return self._crew.mean(weights) if self._crew is not None else None
 
-    def keep(self, sends: Sequence[Send], outcomes: Sequence[Outcome], vectors: Array) -> None:
+    def keep(self, sends: Sequence[Send], outcomes: Sequence[Outcome | None], vectors: Array) -> None:
         """Have what `together` has returned taken one by one."""
-        self._keep(sends, outcomes, vectors)
+        self._done |= {
+            send: (outcome, vector) if outcome is not None else None
+            for send, outcome, vector in zip(sends, outcomes, vectors, strict=False)
+        }
 
     def take(
         self, send: Send, model: Array, others: Callable[[], Mapping[Send, Array]]
@@ -80,7 +83,7 @@ class Ahead:
             self._spare(all_others)
             done = self._work([send, *waiting], model)
             if done is not None:
-                self._keep([send, *waiting], *done)
+                self.keep([send, *waiting], *done)
         return self._done.pop(send, None)
 
     def close(self) -> None:
@@ -101,12 +104,6 @@ class Ahead:
         self._done = {
             send: done if done is None or done[1].base is None else (done[0], done[1].copy())
             for send, done in kept.items()
-        }
-
-    def _keep(self, sends: Sequence[Send], outcomes: Sequence[Outcome | None], vectors: Array) -> None:
-        self._done |= {
-            send: (outcome, vector) if outcome is not None else None
-            for send, outcome, vector in zip(sends, outcomes, vectors, strict=False)
         }
 
     def _work(self, sends: Sequence[Send], model: Array) -> Done | None:

@@ -46,7 +46,6 @@ _SAID_S: Final = 5.0
 _ENDED_S: Final = 10.0
 """For them to end after their sockets are closed, in the middle of a client's work at worst."""
 
-
 Process = multiprocessing.context.ForkProcess
 
 
@@ -142,11 +141,10 @@ class Processes:
         return self._mean.vector(self._size).copy()
 
     def close(self) -> None:
-        """End the workers: at once, if they are in the middle of something."""
+        """End the workers, who finish the client that they are at, for so long as that is bearable."""
         for end in self._sockets:
-            with suppress(
-                OSError
-            ):  # for those to whom another simulation of this process has handed it down, too
+            # Not only closed: another simulation of this process may have handed it down to its own workers.
+            with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
             end.close()
         _end(self._process)

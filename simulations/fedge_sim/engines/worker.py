@@ -1,6 +1,6 @@
 """The workers of a simulation: processes that train one client after another, each on a core of its own.
 
-`python -m fedge_sim.engines.worker` imports torch and the task once and divides itself into as many as were asked for.
+This module, run by itself, imports torch and the task once and divides itself into as many as were asked for.
 Vectors are in memory that it shares with the simulation, which sends one line of JSON for each client's work, and gets
 one back. A closed socket is the end of both.
 """

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from fedge.errors import RunError
-from fedge.events import DeadlinePassed, OrderId, Send
+from fedge.events import DeadlinePassed, Joined, Left, OrderId, Send
 from fedge.run import RunConfig
 from fedge.seeds import derive_seed
 from fedge.simulation import AvailabilityConfig
@@ -40,20 +40,6 @@ class Overfull:
 
 
 @dataclass(frozen=True, slots=True)
-class Came:
-    """A client is there."""
-
-    client: str
-
-
-@dataclass(frozen=True, slots=True)
-class Went:
-    """A client is gone, and its work with it."""
-
-    client: str
-
-
-@dataclass(frozen=True, slots=True)
 class Due:
     """A deadline has come, unless it was changed."""
 
@@ -61,7 +47,8 @@ class Due:
     at_s: float
 
 
-Happening = Finished | Overfull | Came | Went | Due
+Happening = Finished | Overfull | Joined | Left | Due
+"""What a coordinator would see of clients that come and go is its own event."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +195,7 @@ class Clock:
                 case _Back(client):
                     self._lost.discard(client)
                     if client in self._available:
-                        return Came(client)
+                        return Joined(client)
                 case _Turned(client):
                     if (turned := self._turn(client)) is not None:
                         return turned
@@ -228,14 +215,14 @@ class Clock:
         self._lost.add(send.client)
         absence = -self._absence_s * math.log(1.0 - self._drawn("absence", send))
         self._push(absence, _Back(send.client))
-        return Went(send.client)
+        return Left(send.client)
 
-    def _turn(self, client: str) -> Came | Went | None:
+    def _turn(self, client: str) -> Joined | Left | None:
         """An interval's beginning or end, if it is one to others."""
         if client not in self._available:
             self._available.add(client)
             self._push_at(self._until[client][1], _Turned(client))
-            return Came(client) if client not in self._lost else None
+            return Joined(client) if client not in self._lost else None
         following = next(self._intervals[client], None)
         if following is not None and following[0] <= self.now_s:
             self._until[client] = following
@@ -245,7 +232,7 @@ class Clock:
         if following is not None:
             self._until[client] = following
             self._push_at(following[0], _Turned(client))
-        return Went(client) if client not in self._lost else None
+        return Left(client) if client not in self._lost else None
 
     def _begin(self, name: str, intervals: Iterator[Interval]) -> None:
         first = next(intervals, None)

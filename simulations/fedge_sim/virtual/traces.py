@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, Final
 
 from fedge.errors import ConfigError
 from fedge.files import read_capped
+from fedge_sim.data.reading import finite
 
 MAX_BYTES: Final = 1 << 28
 MAX_ROWS: Final = 10_000_000
@@ -132,16 +132,12 @@ def _numbers(row: Mapping[str, Any], where: str, before: int) -> dict[str, float
         raise ConfigError(f"{where}: expected at most {MAX_ROWS} rows, found more")
     numbers = {}
     for name, value in row.items():
-        try:
-            if isinstance(value, bool) or not isinstance(value, str | int | float):
-                raise ValueError
-            numbers[str(name)] = float(value)
-        except (ValueError, OverflowError):
+        number = finite(value)
+        if number is None:
             raise ConfigError(
-                f"{where}: {str(name)[:80]}: expected a number, found {str(value)[:80]!r}"
-            ) from None
-        if not math.isfinite(numbers[str(name)]):
-            raise ConfigError(f"{where}: {str(name)[:80]}: expected a finite number, found {value}")
+                f"{where}: {str(name)[:80]}: expected a finite number, found {str(value)[:80]!r}"
+            )
+        numbers[str(name)] = number
     return numbers
 
 

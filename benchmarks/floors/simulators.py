@@ -158,6 +158,7 @@ def main() -> None:
     run, package = SIMULATORS[given.simulator]
     if given.what == "has":
         importlib.import_module(package)
+        print("{}")
         return
     logging.disable(logging.INFO)
     torch.set_num_threads(1)

@@ -6,7 +6,7 @@ import difflib
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -96,8 +96,15 @@ def _keys(kind: type[BaseModel], location: list[str]) -> list[str]:
     """The valid keys of the (possibly nested) table at `location`."""
     for part in location:
         field = kind.model_fields.get(part)
-        inner = field.annotation if field else None
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+        inner = _table_of(field.annotation) if field else None
+        if inner is None:
             return []
         kind = inner
     return list(kind.model_fields)
+
+
+def _table_of(annotation: object) -> type[BaseModel] | None:
+    """The table that a key is, be it one that may be left out."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for each in get_args(annotation) if (found := _table_of(each))), None)

@@ -309,7 +309,8 @@ def test_json_that_is_no_list_of_objects_is_refused(tmp_path: Path, monkeypatch:
         ({"devices": {"compute": {"low": 3.0, "high": 2.0}}}, "low to be at most high, found 3 and 2"),
         ({"devices": {"compute": {}}}, "found an empty table"),
         ({"devices": {"compute": 0.0}}, "greater than 0"),
-        ({"devices": {"speed": 1.0}}, "unknown key 'simulation.devices.speed'"),
+        ({"devices": {"computes": 1.0}}, "unknown key 'simulation.devices.computes'; did you mean 'compute'"),
+        ({"devices": {"memory_mb": {"lows": 1.0}}}, "memory_mb.lows'; did you mean 'low'"),
         ({"availability": {"kind": "trace"}}, 'trace: expected a file with kind = "trace"'),
         (
             {"availability": {"kind": "markov", "period_s": 1.0}},

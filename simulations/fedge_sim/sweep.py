@@ -88,7 +88,8 @@ def sweep(
     a table of all of them in `out`/sweep.csv.
 
     `processes` at a time, as many as there are processors unless given, each with one thread. `told` is called with
-    each run that is over.
+    each run that is over, in the grid's order: once those before it are over, too. A sweep that is interrupted has a
+    table of those that `told` knows.
 
     Raises:
         ConfigError: the file, or one of the combinations, is wrong: before anything begins.
@@ -99,14 +100,19 @@ def sweep(
         raise ConfigError(f"processes: expected at least 1, found {processes}")
     prepare_folder(out)
 
-    def one(settings: Mapping[str, Any], table: dict[str, Any], folder: Path) -> Swept:
-        done = _in_a_process(settings, table, folder, beside=path.parent, engine=engine)
-        told(done)
-        return done
+    def one(each: tuple[dict[str, Any], dict[str, Any], str]) -> Swept:
+        settings, table, name = each
+        return _in_a_process(settings, table, out / name, beside=path.parent, engine=engine)
 
-    with ThreadPoolExecutor(processes or processors(), thread_name_prefix="fedge-sweep") as pool:
-        swept = list(pool.map(lambda each: one(each[0], each[1], out / each[2]), runs))
-    write_atomic(out / "sweep.csv", _as_csv([each.row() for each in swept]))
+    swept: list[Swept] = []
+    pool = ThreadPoolExecutor(processes or processors(), thread_name_prefix="fedge-sweep")
+    try:
+        for done in pool.map(one, runs):
+            swept.append(done)
+            told(done)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        write_atomic(out / "sweep.csv", _as_csv([each.row() for each in swept]))
     return swept
 
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from fedge.cli import app
 from fedge.errors import ConfigError
 from fedge_sim import simulate, sweep
-from fedge_sim.sweep import combinations, parse_grid
+from fedge_sim.sweep import Swept, combinations, parse_grid
 
 RUN = """\
 name = "trial"
@@ -68,6 +68,27 @@ def test_a_run_that_fails_or_is_killed_leaves_the_others_as_they_are(path: Path,
     assert "client-4, train order of round 1" in unreadable.error
     assert deadly.error == "killed by signal 9"
     assert unreadable.row()["status"] == deadly.row()["status"] == "failed"
+
+
+def test_runs_are_told_in_the_order_of_the_grid_and_one_that_is_broken_off_has_a_table_of_them(
+    path: Path, tmp_path: Path
+):
+    seen: list[int] = []
+
+    def told(done: Swept) -> None:
+        seen.append(done.settings["seed"])
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        # The first takes longest.
+        sweep(path, {"rounds": [8, 1], "seed": [1, 2]}, out=tmp_path / "out", processes=2, told=told)
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "out/sweep.csv").read_text())))
+    assert seen == [1, 2]
+    assert [(row["rounds"], row["seed"], row["status"]) for row in rows] == [
+        ("8", "1", "done"),
+        ("8", "2", "done"),
+    ]
 
 
 def test_wrong_combinations_are_told_before_anything_begins(path: Path, tmp_path: Path):

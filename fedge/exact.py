@@ -72,6 +72,20 @@ class Term:
             raise ValueError(f"expected a weight in [1, {MAX_WEIGHT}), found {self.weight}")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Partial:
+    """The exact sum of some terms, on its way to others: of `dense` (float64[size]), and of the numbers of `rest` at their
+    places, which are those of one block in each pair.
+    """
+
+    dense: Double
+    rest: tuple[tuple[Index, Double], ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.dense.nbytes + sum(where.nbytes + values.nbytes for where, values in self.rest)
+
+
 class ExactSum:
     """The exact sum of any number of terms of `size` elements.
 
@@ -98,9 +112,7 @@ class ExactSum:
         self._check(terms)
         if not terms:
             return
-        if not self._blocks:
-            self._dense = np.empty(self._size)
-            self._blocks = [_Block(self._dense[at : at + BLOCK]) for at in range(0, self._size, BLOCK)]
+        self._begin()
 
         def add(blocks: range) -> None:
             room = _Room(min(BLOCK, self._size))
@@ -108,6 +120,33 @@ class ExactSum:
                 _add(self._blocks[number], number * BLOCK, terms, room)
 
         self._in_shares(add)
+
+    def add_partial(self, partial: Partial) -> None:
+        """Add the terms of another sum.
+
+        Raises:
+            ValueError: it is not of this sum's size; nothing was added.
+        """
+        if len(partial.dense) != self._size:
+            raise ValueError(f"expected a sum of {self._size} elements, found {len(partial.dense)}")
+        self._begin()
+        room = _Room(min(BLOCK, self._size))
+        for number, block in enumerate(self._blocks):
+            block.add(partial.dense[number * BLOCK :][: block.size], 1, room)
+        for where, values in partial.rest:
+            number = int(where[0]) // BLOCK
+            self._blocks[number].add_at(where - number * BLOCK, values)
+
+    def partial(self) -> Partial:
+        """What was added. Consumes the sum."""
+        blocks, self._blocks = self._blocks, []
+        dense, self._dense = self._dense, np.empty(0)
+        rest = [
+            (where + number * BLOCK, values)
+            for number, block in enumerate(blocks)
+            for where, values in block.rest()
+        ]
+        return Partial(dense if blocks else np.zeros(self._size), tuple(rest))
 
     def mean(self, total_weight: int, *terms: Term) -> Array:
         """The sum, with these terms added, divided by `total_weight`: float32[size]. Consumes the sum.
@@ -162,6 +201,12 @@ class ExactSum:
             block = _Block(memory[: len(part)])
             _add(block, number * BLOCK, terms, room)
             part[:] = _quotient(block, total_weight)
+
+    def _begin(self) -> None:
+        """There is something to add."""
+        if not self._blocks:
+            self._dense = np.empty(self._size)
+            self._blocks = [_Block(self._dense[at : at + BLOCK]) for at in range(0, self._size, BLOCK)]
 
     def _check(self, terms: Sequence[Term]) -> None:
         for term in terms:
@@ -221,6 +266,15 @@ class _Block:
             where = np.flatnonzero(inexact)
             self._spill(where, _error(self._dense[where], product[where]))
         self._dense[:] = total
+
+    def rest(self) -> Iterator[tuple[Index, Double]]:
+        """What is not in the dense component: numbers, and their places."""
+        yield from self._pending
+        if self._low is not None:
+            where = np.flatnonzero(self._low._dense)
+            if len(where):
+                yield where, self._low._dense[where]
+            yield from self._low.rest()
 
     def rounded(self) -> Double:
         """Every element's exact value, rounded to nearest float64."""

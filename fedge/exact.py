@@ -74,8 +74,8 @@ class Term:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Partial:
-    """The exact sum of some terms, on its way to others: of `dense` (float64[size]), and of the numbers of `rest` at their
-    places, which are those of one block in each pair.
+    """The exact sum of some terms, on its way to others: of `dense` (float64[size]), and of the numbers of `rest` at
+    their places, which are those of one block in each pair.
     """
 
     dense: Double

@@ -8,7 +8,7 @@ gate that an honest one passes: what still stands in their way is the coordinato
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -17,7 +17,6 @@ from fedge.seeds import derive_seed
 from fedge.simulation import AdversariesConfig
 from fedge.strategy import WorkKind
 from fedge.vector import Array
-from fedge_client.gate import Released
 
 _IN_THE_DATA = ("label_flip", "backdoor", "sybil")
 _LARGEST = float(np.finfo(np.float32).max)
@@ -47,13 +46,10 @@ class Adversaries:
         """Whose data all of them have who are one."""
         return min(self.names)
 
-    def tampered(self, name: str, kind: WorkKind, round: int, released: Released) -> Released:
-        """What a client sends for an order."""
+    def tampered(self, name: str, kind: WorkKind, round: int, honest: Array) -> Array:
+        """What a client sends for an order, whose work came to `honest` (float32[size])."""
         if name not in self.names or kind == "evaluate" or self.config.attack in ("label_flip", "sybil"):
-            return released
-        return replace(released, vector=self._vector(name, round, released.vector))
-
-    def _vector(self, name: str, round: int, honest: Array) -> Array:
+            return honest
         factor = self.config.factor
         if self.config.attack in ("noise", "collusion"):
             whose = name if self.config.attack == "noise" else "all of them"

@@ -56,7 +56,7 @@ from fedge_sim.adversaries import Adversaries
 from fedge_sim.clients import Clients
 from fedge_sim.crash import restarted
 from fedge_sim.engines.chosen import EngineName, Origin, chosen
-from fedge_sim.engines.together import pass_together
+from fedge_sim.engines.together import all_pass
 from fedge_sim.faults import Fault, Faults, corrupt, is_watched
 from fedge_sim.population import Population, labels_by_client
 from fedge_sim.privacy import Accounts
@@ -273,24 +273,26 @@ class Driver:
         trained = self._ahead.together(sends, model)
         if trained is None:
             return False
-        released = pass_together(*trained)
-        if released is None:
-            self._ahead.keep(sends, *trained)
+        outcomes, vectors = trained
+        if not all_pass(outcomes):
+            self._ahead.keep(sends, outcomes, vectors)
             return False
-        sends = sends[: len(released)]
+        sends = sends[: len(outcomes)]
         clients = [send.client for send in sends]
         for send in sends:
             del self._orders[send]
         self._machine, effects = federation.arrive(self._machine, clients, order)
-        sent = dict(zip(clients, released, strict=True))
+        made = dict(zip(clients, zip(outcomes, vectors, strict=True), strict=True))
         updates = []
         for effect in effects:
             if isinstance(effect, Accept):
-                own = self._adversaries.tampered(effect.client, order.kind, order.round, sent[effect.client])
+                client, (outcome, vector) = effect.client, made[effect.client]
+                if client in self._adversaries.names:
+                    vector = self._adversaries.tampered(client, order.kind, order.round, vector[:])
                 updates.append(
-                    Update(effect.client, own.vector, own.num_examples, own.metrics, effect.staleness)
+                    Update(client, vector, outcome.num_examples, outcome.metrics, effect.staleness)
                 )
-                self._record.up += own.vector.nbytes
+        self._record.up += len(updates) * model.nbytes
         if any(isinstance(effect, Close) and effect.order == order for effect in effects):
             as_made = len(updates) == len(sends) and not self._adversaries.names
             self._last = _Last(tuple(updates), as_made)  # they need not be kept
@@ -337,10 +339,11 @@ class Driver:
         except RefusedError as error:
             self._handle(Failed(client, order, error.refusal), None)
             return
-        tampered = self._adversaries.tampered(client, order.kind, order.round, released)
-        self._handle(Arrived(client, order), tampered)
+        vector = self._adversaries.tampered(client, order.kind, order.round, released.vector)
+        sent = replace(released, vector=vector)
+        self._handle(Arrived(client, order), sent)
         if fault == "duplicate":
-            self._handle(Arrived(client, order), tampered)
+            self._handle(Arrived(client, order), sent)
 
     def _handle(self, event: Event, released: Released | None) -> None:
         """Something happens to the coordinator, which may crash at it; then it happens once more."""

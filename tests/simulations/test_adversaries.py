@@ -14,7 +14,6 @@ from torch.utils.data import TensorDataset
 from fedge import RunConfig, Site, Task
 from fedge.errors import ConfigError
 from fedge.simulation import AdversariesConfig
-from fedge_client.gate import Released
 from fedge_sim import Result, simulate
 from fedge_sim.adversaries import Adversaries
 from fedge_sim.poison import triggered
@@ -72,38 +71,37 @@ def test_so_many_lie_and_the_seed_says_who(share: float, count: int):
 @pytest.mark.parametrize(("attack", "factor", "sent"), [("sign_flip", 2.0, -6.0), ("scale", 5.0, 15.0)])
 def test_a_liar_sends_its_update_enlarged_or_turned_round(attack: Any, factor: float, sent: float):
     found = adversaries(share=0.5, attack=attack, factor=factor)
-    honest = Released(np.full(3, 3.0, np.float32), 7, {"train_loss": 1.0})
+    honest = np.full(3, 3.0, np.float32)
     for name in NAMES:
         got = found.tampered(name, "train", 1, honest)
-        assert got.vector.tolist() == ([sent] * 3 if name in found.names else [3.0] * 3)
-        assert (got.num_examples, got.metrics) == (7, {"train_loss": 1.0})
+        assert got.tolist() == ([sent] * 3 if name in found.names else [3.0] * 3)
         assert found.tampered(name, "evaluate", 1, honest) is honest
-    assert honest.vector.tolist() == [3.0] * 3
+    assert honest.tolist() == [3.0] * 3
 
 
 def test_noise_has_the_norm_that_is_said_and_is_new_in_every_round():
     found = adversaries(share=0.9, attack="noise", factor=4.0)
-    honest = Released(np.full(100, 0.5, np.float32), 1, {})
+    honest = np.full(100, 0.5, np.float32)
     name = min(found.names)
-    first, second = (found.tampered(name, "train", round, honest).vector for round in (1, 2))
+    first, second = (found.tampered(name, "train", round, honest) for round in (1, 2))
     assert np.linalg.norm(first) == pytest.approx(20.0, rel=1e-5)
     assert abs(np.dot(first, second)) < 200
-    assert np.array_equal(first, found.tampered(name, "train", 1, honest).vector)
+    assert np.array_equal(first, found.tampered(name, "train", 1, honest))
 
 
 def test_those_who_collude_send_the_same_noise():
     found = adversaries(share=0.5, attack="collusion", factor=2.0)
-    honest = Released(np.full(100, 0.5, np.float32), 1, {})
-    first, second = (found.tampered(name, "train", 1, honest).vector for name in sorted(found.names)[:2])
+    honest = np.full(100, 0.5, np.float32)
+    first, second = (found.tampered(name, "train", 1, honest) for name in sorted(found.names)[:2])
     assert np.array_equal(first, second)
     assert np.linalg.norm(first) == pytest.approx(10.0, rel=1e-5)
-    assert not np.array_equal(first, found.tampered(min(found.names), "train", 2, honest).vector)
+    assert not np.array_equal(first, found.tampered(min(found.names), "train", 2, honest))
 
 
 def test_a_lie_stays_finite_so_that_it_is_not_refused():
     found = adversaries(share=0.5, attack="scale", factor=1e9)
-    honest = Released(np.array([3e38, -3e38, 0.0], np.float32), 1, {})
-    assert np.isfinite(found.tampered(min(found.names), "train", 1, honest).vector).all()
+    honest = np.array([3e38, -3e38, 0.0], np.float32)
+    assert np.isfinite(found.tampered(min(found.names), "train", 1, honest)).all()
 
 
 def test_liars_train_on_the_labels_of_other_classes_and_are_judged_by_true_ones():

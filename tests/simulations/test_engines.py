@@ -256,7 +256,7 @@ def test_a_client_whose_data_cannot_be_read_is_named():
 
 def test_there_is_no_engine_of_another_name():
     with pytest.raises(
-        ConfigError, match="engine: expected one of auto, loop, vectorised, processes, found 'warp'"
+        ConfigError, match="engine: expected one of auto, loop, vectorised, processes, ray, found 'warp'"
     ):
         run(task_of(MODELS["linear"]), "warp")
 

@@ -11,17 +11,20 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Literal
 
+import numpy as np
+
 from fedge.events import Send
+from fedge.exact import Values
 from fedge.vector import Array
 from fedge_client.torch.trainer import Outcome
-from fedge_sim.engines.crew import Crew, Done, UnsuitedError
+from fedge_sim.engines.crew import Crew, Done, Rows, UnsuitedError
 
 log = logging.getLogger(__name__)
 
 _MAX_SPARED_BYTES: Final = 1 << 28
 """Of vectors of other orders, while a crew works on the next."""
 
-CrewName = Literal["vectorised", "processes"]
+CrewName = Literal["vectorised", "processes", "ray"]
 Makers = Sequence[tuple[CrewName, Callable[[], Crew]]]
 """Crews by their names, the one that is preferred first."""
 
@@ -36,16 +39,15 @@ class Ahead:
     def __init__(self, makers: Makers, *, insists: bool) -> None:
         self._makers = deque(makers)
         self._insists = insists
-        self._done: dict[Send, tuple[Outcome, Array] | None] = {}
+        self._done: dict[Send, tuple[Outcome, Values] | None] = {}
         self._crew: Crew | None = None
         self.reasons: dict[str, str] = {}
         self.name: CrewName | Literal["loop"] = "loop"
         self._next()
 
-    def together(self, sends: Sequence[Send], model: Array) -> tuple[list[Outcome], Array] | None:
-        """What the work of clients with the same order comes to, of as many as the crew does at once: row i of
-        float32[clients, size] is the update of the i-th, until the next call. None if they are to be taken one by one,
-        or left to the loop."""
+    def together(self, sends: Sequence[Send], model: Array) -> tuple[list[Outcome], Rows] | None:
+        """What the work of clients with the same order comes to, of as many as the crew does at once, and their
+        updates, until the next call. None if they are to be taken one by one, or left to the loop."""
         if not self._is_for_the_crew(sends[0]):
             return None
         self._done.clear()  # of orders that were called off
@@ -63,7 +65,7 @@ class Ahead:
         none."""
         return self._crew.mean(weights) if self._crew is not None else None
 
-    def keep(self, sends: Sequence[Send], outcomes: Sequence[Outcome | None], vectors: Array) -> None:
+    def keep(self, sends: Sequence[Send], outcomes: Sequence[Outcome | None], vectors: Rows) -> None:
         """Have what `together` has returned taken one by one."""
         self._done |= {
             send: (outcome, vector) if outcome is not None else None
@@ -84,7 +86,8 @@ class Ahead:
             done = self._work([send, *waiting], model)
             if done is not None:
                 self.keep([send, *waiting], *done)
-        return self._done.pop(send, None)
+        own = self._done.pop(send, None)
+        return (own[0], own[1][:]) if own is not None else None
 
     def close(self) -> None:
         """Nobody works any more."""
@@ -99,11 +102,10 @@ class Ahead:
     def _spare(self, others: Mapping[Send, Array]) -> None:
         """Keep what is done and still waited for where the crew does not write over it; drop the rest."""
         kept = {send: done for send, done in self._done.items() if send in others}
-        if sum(done[1].nbytes for done in kept.values() if done is not None) > _MAX_SPARED_BYTES:
+        if sum(_in_memory(done[1]) for done in kept.values() if done is not None) > _MAX_SPARED_BYTES:
             kept = {}  # to be done again when it is its turn
         self._done = {
-            send: done if done is None or done[1].base is None else (done[0], done[1].copy())
-            for send, done in kept.items()
+            send: (done[0], _spared(done[1])) if done is not None else None for send, done in kept.items()
         }
 
     def _work(self, sends: Sequence[Send], model: Array) -> Done | None:
@@ -132,3 +134,13 @@ class Ahead:
         level = logging.WARNING if self._insists else logging.INFO
         to = self._makers[0][0] if self._makers else "loop"
         log.log(level, "engine_falls_back engine=%s to=%s reason=%s", self._name, to, error)
+
+
+def _in_memory(vector: Values) -> int:
+    """Bytes of a vector, if it does not lie elsewhere."""
+    return vector.nbytes if isinstance(vector, np.ndarray) else 0
+
+
+def _spared(vector: Values) -> Values:
+    """A vector where the crew does not write over it."""
+    return vector.copy() if isinstance(vector, np.ndarray) and vector.base is not None else vector

@@ -18,8 +18,8 @@ from fedge_sim.engines.processes import Processes
 from fedge_sim.engines.stacks import Stacks
 from fedge_sim.population import Population
 
-EngineName = Literal["auto", "loop", "vectorised", "processes"]
-ENGINES: Final[tuple[EngineName, ...]] = ("auto", "loop", "vectorised", "processes")
+EngineName = Literal["auto", "loop", "vectorised", "processes", "ray"]
+ENGINES: Final[tuple[EngineName, ...]] = ("auto", "loop", "vectorised", "processes", "ray")
 
 _STACKS_BELOW: Final = 1 << 16
 """Parameters of a model from which on a stack is no faster than the loop, which has one model in the cache."""
@@ -99,5 +99,20 @@ def chosen(
                 raise UnsuitedError(f"a run of {turns} turns of clients is over before workers have started")
         return Processes(run, kind=kind, size=size, workers=count, folder=origin.folder, own=origin.own)
 
+    def on_ray() -> Crew:
+        if origin.own is not None:
+            raise ConfigError(
+                "engine ray: the task was given as an object, which other machines cannot import: put it in a module "
+                "and give its name (run.task)"
+            )
+        try:
+            from fedge_sim.engines.on_ray import OnRay
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"engine ray: it needs {error.name}: pip install 'fedge[ray]'") from error
+        stacked = size < _STACKS_BELOW and run.privacy.unit != "example"
+        return OnRay(run, kind=kind, size=size, stacked=stacked, workers=workers, folder=origin.folder)
+
     makers: Makers = (("vectorised", stacks), ("processes", processes))
+    if engine == "ray":
+        makers = (("ray", on_ray),)
     return Ahead([each for each in makers if engine in ("auto", each[0])], insists=not rule)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from fedge.events import Send
+from fedge.exact import Values
 from fedge.strategy import WorkKind
 from fedge.vector import Array
 from fedge_client.torch.trainer import Outcome
@@ -15,10 +16,20 @@ class UnsuitedError(Exception):
     """A task or a machine that an engine can do nothing with, and why, for the person who asked for it."""
 
 
-Done = tuple[list[Outcome | None], Array]
-"""What some clients' work came to, in their order: row i of float32[clients, size] is the vector of the i-th, until the
-crew's next work. None is a client whose work failed, or has come to something that is not finite: the loop does it
-again, and says how."""
+class Rows(Protocol):
+    """The vectors (float32[size]) of several clients: an array [clients, size] that the crew writes over in its next
+    work, or vectors that lie elsewhere and are fetched when their elements are asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, at: int, /) -> Values: ...
+
+    def __iter__(self) -> Iterator[Values]: ...
+
+
+Done = tuple[list[Outcome | None], Rows]
+"""What some clients' work came to, in their order. None is a client whose work failed, or has come to something that is
+not finite: the loop does it again, and says how."""
 
 
 class Crew(Protocol):

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from fedge.exact import MAX_WEIGHT
-from fedge.vector import Array
 from fedge.wire.limits import MAX_METRICS, MAX_NAME_BYTES
-from fedge_client.gate import Released
 from fedge_client.torch.trainer import Outcome
 
 
-def pass_together(outcomes: Sequence[Outcome], vectors: Array) -> list[Released] | None:
-    """What `fedge_client.gate.release` makes of these updates (finite ones, float32[clients, size]) without layers or
-    terms of privacy, if it lets all of them pass; else None."""
-    if not all(map(_passes, outcomes)):
-        return None
-    return [
-        Released(vector, each.num_examples, each.metrics)
-        for each, vector in zip(outcomes, vectors, strict=True)
-    ]
+def all_pass(outcomes: Iterable[Outcome]) -> bool:
+    """Whether `fedge_client.gate.release` lets all of these pass, as they are, whose vectors are finite: without layers
+    or terms of privacy."""
+    return all(map(_passes, outcomes))
 
 
 def _passes(outcome: Outcome) -> bool:

@@ -1,0 +1,105 @@
+"""What is done on the nodes of a Ray cluster: functions of text and arrays, in processes that stay warm.
+
+The first order that a process gets has it import the task and divide the population; others find both there. Cohorts
+of small models are stacked, as `engines.stacks` does it; others are trained one client after the other, with one
+thread. Neither depends on where it is done, so that what a lost node has done can be done again by another.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedge.errors import FedgeError
+from fedge.events import OrderId, Send
+from fedge.exact import ExactSum, Partial, Term
+from fedge.run import RunConfig
+from fedge.task import load_task
+from fedge.vector import Array, all_finite
+from fedge_client.torch.trainer import Outcome
+from fedge_sim.clients import Clients
+from fedge_sim.engines.crew import UnsuitedError
+from fedge_sim.engines.stacks import Stacks
+from fedge_sim.population import Population
+from fedge_sim.privacy import Accounts
+
+Matrix = npt.NDArray[np.float32]
+
+
+def train(setting: str, model: Array, order: str) -> tuple[str, Matrix]:
+    """The work of some clients on `model` (float32[size]): what it came to, as JSON, and their vectors,
+    float32[clients, size]. `{"failed": why}` if this node cannot begin."""
+    told = json.loads(order)
+    sends = [
+        Send(client, OrderId(told["kind"], told["round"], told["attempt"])) for client in told["clients"]
+    ]
+    try:
+        outcomes, rows = _place(setting).work(sends, model)
+    except FedgeError as error:
+        return json.dumps({"failed": str(error)}), np.empty((0, 0), np.float32)
+    said = [[each.num_examples, dict(each.metrics)] if each is not None else None for each in outcomes]
+    return json.dumps({"done": said}), rows
+
+
+def add_up(rows: Matrix, weights: Sequence[int]) -> Partial:
+    """The exact sum of the first so many vectors, weighted so."""
+    total = ExactSum(rows.shape[1])
+    total.add(*(Term(row, weight) for row, weight in zip(rows, weights, strict=False)))
+    return total.partial()
+
+
+@lru_cache(maxsize=1)
+def _place(setting: str) -> _Place:
+    torch.set_num_threads(1)
+    told: dict[str, Any] = json.loads(setting)
+    # As in the process that began the simulation, where its folders are here, too.
+    sys.path += [each for each in told["path"] if each not in sys.path and Path(each).is_dir()]
+    run = RunConfig.from_table(told["run"], source="the simulation's run")
+    folder = told["folder"]
+    task = load_task(run.task, path=Path(folder) if folder is not None else None)
+    population = Population.of(run, task, count=run.simulation.clients)
+    stacks = None
+    if told["stacked"]:
+        try:
+            stacks = Stacks(run, task, population)
+        except UnsuitedError:
+            stacks = None  # nowhere else it can be, either
+    # Accounts are the simulation's, and here only say what noise there is.
+    return _Place(Clients(run, task, population, Accounts(run, told["kind"])), stacks)
+
+
+@dataclass(slots=True)
+class _Place:
+    """What a process keeps."""
+
+    clients: Clients
+    stacks: Stacks | None
+
+    def work(self, sends: Sequence[Send], model: Array) -> tuple[Sequence[Outcome | None], Matrix]:
+        kind = sends[0].order.kind
+        if self.stacks is not None and self.stacks.does(kind):
+            try:
+                outcomes, rows = self.stacks.work(sends, model)
+                return outcomes, np.array(rows)
+            except UnsuitedError:
+                self.stacks = None
+        made = np.empty((len(sends), 0 if kind == "evaluate" else len(model)), np.float32)
+        return [self._one(send, model, out) for send, out in zip(sends, made, strict=True)], made
+
+    def _one(self, send: Send, model: Array, out: Array) -> Outcome | None:
+        try:
+            done = self.clients.perform(send.client, send.order, model, out=out)
+        except FedgeError:  # the simulation does it again, and says whose fault it is
+            return None
+        if not all_finite(out):
+            return None
+        return Outcome(done.num_examples, {name: float(value) for name, value in done.metrics.items()})

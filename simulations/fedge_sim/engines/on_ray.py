@@ -1,0 +1,303 @@
+"""The crew of a Ray cluster: cohorts are its tasks, and updates stay on the nodes that made them.
+
+An order's model is put into the object store once, from where each node fetches it once. What comes back is what
+clients report and, when a round is over, an exact partial sum of each task's updates; the updates themselves come only
+where something has to look at each of them. A node that is lost takes nothing with it that others cannot do again: Ray
+repeats its tasks, also those whose vectors are gone when their sum is wanted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import socket
+import sys
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+import ray
+from ray import exceptions as failures
+
+from fedge.errors import ConfigError, RunError
+from fedge.events import Send
+from fedge.exact import ExactSum
+from fedge.run import RunConfig
+from fedge.strategy import WorkKind
+from fedge.vector import Array
+from fedge_client.torch.trainer import Outcome
+from fedge_sim.engines import node
+from fedge_sim.engines.crew import Done
+
+log = logging.getLogger(__name__)
+
+STACKED: Final = 64
+"""Clients of a task whose models are stacked: as many on any cluster, since who is in a stack may change a last bit."""
+
+MAX_TASK_BYTES: Final = 1 << 28
+"""Of the vectors of a task."""
+
+_TASKS: Final = 4
+"""For each worker and order, of clients that are trained one by one: so that nobody waits long for the slowest."""
+
+_RETRIES: Final = 3
+"""Of a task whose worker or node was lost; more often, and it is the task that costs them their lives."""
+
+_SAID_EVERY_S: Final = 30.0
+_REACHED_S: Final = 10.0
+
+
+class OnRay:
+    """Workers of the cluster that RAY_ADDRESS names, or else of the one that this machine is part of.
+
+    With `stacked` the models of a task's clients are stacked, where the model allows it. `workers` tasks at most are
+    worked on at a time: as many as the cluster has processors for, unless given.
+
+    Raises:
+        ConfigError: there is no cluster, or it has another version of Ray or Python.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        *,
+        kind: WorkKind,
+        size: int,
+        stacked: bool,
+        workers: int | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        self._size, self._stacked, self._given = size, stacked, workers
+        self._mine = _connected()
+        setting = {
+            "kind": "gradient" if kind == "gradient" else "train",
+            "stacked": stacked,
+            "folder": str(folder) if folder is not None else None,
+            "path": sys.path,
+            "run": run.model_dump(mode="json", exclude_unset=True),
+        }
+        self._setting: Any = ray.put(json.dumps(setting))
+        options: dict[str, Any] = {"num_cpus": 1, "max_retries": _RETRIES}
+        spread: dict[str, Any] = {"num_returns": 2, "scheduling_strategy": "SPREAD"}
+        self._train: Any = ray.remote(node.train).options(**options, **spread)
+        self._add_up: Any = ray.remote(node.add_up).options(**options)  # where the vectors are
+        self._tasks: list[_Task] = []
+        self._busy: dict[Any, _Task] = {}
+
+    @property
+    def most(self) -> int:
+        return sys.maxsize
+
+    def does(self, kind: WorkKind) -> bool:
+        return True
+
+    def work(self, sends: Sequence[Send], model: Array) -> Done:
+        share = self._share(len(sends))
+        starts = range(0, len(sends), share)
+        self._tasks = [_Task(range(start, min(start + share, len(sends)))) for start in starts]
+        outcomes: list[Outcome | None] = [None] * len(sends)
+        with _translated():
+            shared = ray.put(np.ascontiguousarray(model))
+
+            def begin(task: _Task) -> Any:
+                order = _order([sends[place] for place in task.places])
+                said, task.rows = self._train.remote(self._setting, shared, order)
+                return said
+
+            for task, said in self._done(self._tasks, begin, self._given or len(self._tasks)):
+                found = json.loads(said)
+                if "failed" in found:
+                    raise ConfigError(f"a node of the Ray cluster cannot begin: {found['failed']}")
+                for place, its in zip(task.places, found["done"], strict=True):
+                    outcomes[place] = Outcome(its[0], its[1]) if its is not None else None
+        width = 0 if sends[0].order.kind == "evaluate" else self._size
+        return outcomes, [_Held(task, at, width) for task in self._tasks for at in range(len(task.places))]
+
+    def mean(self, weights: Sequence[int]) -> Array | None:
+        """Nodes add up what they have made; here there are as many sums to add as there were tasks."""
+        total = ExactSum(self._size)
+
+        def begin(task: _Task) -> Any:
+            return self._add_up.remote(
+                task.rows, [weights[place] for place in task.places[: task.among(weights)]]
+            )
+
+        with _translated():
+            wanted = [task for task in self._tasks if task.among(weights)]
+            # Each is twice a model: no more of them at once than there are workers to make them.
+            for _, partial in self._done(wanted, begin, self._workers):
+                total.add_partial(partial)
+        return total.mean(sum(weights))
+
+    def close(self) -> None:
+        """The cluster is left as it was found."""
+        with suppress(Exception):  # it may be gone
+            for reference in self._busy:
+                ray.cancel(reference, force=True)
+        self._tasks, self._busy, self._setting = [], {}, None
+        if self._mine:
+            ray.shutdown()
+        self._mine = False
+
+    @property
+    def _workers(self) -> int:
+        return self._given or max(1, _processors("cluster_resources"))
+
+    def _share(self, count: int) -> int:
+        """Clients of a task, of so many that have the same order."""
+        most = max(1, MAX_TASK_BYTES // (4 * self._size))
+        return min(most, STACKED if self._stacked else max(1, math.ceil(count / (_TASKS * self._workers))))
+
+    def _done(
+        self, tasks: Sequence[_Task], begin: Callable[[_Task], Any], most: int
+    ) -> Iterator[tuple[_Task, Any]]:
+        """What is begun for each, `most` at a time, as it comes to an end."""
+        waiting = deque(tasks)
+        self._busy = {}
+        while waiting or self._busy:
+            while waiting and len(self._busy) < most:
+                task = waiting.popleft()
+                self._busy[begin(task)] = task
+            ready, _ = ray.wait([*self._busy], num_returns=1, timeout=_SAID_EVERY_S)
+            for reference in ready:
+                yield self._busy.pop(reference), ray.get(reference)
+            if not ready:
+                log.warning(
+                    "ray_waits tasks=%d processors=%d free=%d",
+                    len(self._busy),
+                    _processors("cluster_resources"),
+                    _processors("available_resources"),
+                )
+
+
+@dataclass(slots=True, eq=False)
+class _Task:
+    """The clients at these places of an order; `rows` is where their vectors are."""
+
+    places: range
+    rows: Any = None
+    fetched: Array | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def among(self, weights: Sequence[int]) -> int:
+        """How many of its clients are among the first so many of the order."""
+        return len(range(self.places.start, min(self.places.stop, len(weights))))
+
+    def fetch(self) -> Array:
+        """float32[clients, size], in this process from then on: until none of them is needed any more."""
+        with self.lock:
+            if self.fetched is None:
+                with _translated():
+                    self.fetched = np.array(ray.get(self.rows))
+            return self.fetched
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Held:
+    """A vector that lies on a node."""
+
+    task: _Task
+    at: int
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, part: slice, /) -> Array:
+        found: Array = self.task.fetch()[self.at, part]
+        return found
+
+
+def _processors(which: Literal["cluster_resources", "available_resources"]) -> int:
+    """Of the cluster: all, or those that are free."""
+    resources: dict[str, float] = getattr(ray, which)()  # Ray annotates neither
+    return int(resources.get("CPU", 0))
+
+
+def _order(sends: Sequence[Send]) -> str:
+    order = sends[0].order
+    told = {"kind": order.kind, "round": order.round, "attempt": order.attempt}
+    return json.dumps({**told, "clients": [send.client for send in sends]})
+
+
+def _connected() -> bool:
+    """Connect this process to the cluster; whether it was not before.
+
+    Raises:
+        ConfigError: there is none, or it is another.
+    """
+    if ray.is_initialized():
+        return False
+    _reach(_address())
+    try:
+        ray.init(address="auto", log_to_driver=False, logging_level=logging.WARNING)
+    except ConnectionError as error:
+        raise ConfigError(
+            "engine ray: expected a Ray cluster that this machine is part of, or the address of one in RAY_ADDRESS, "
+            f"found none ({_short(error)}): start one with 'ray start --head'"
+        ) from error
+    except (RuntimeError, ValueError) as error:  # another version, or no address
+        raise ConfigError(f"engine ray: cannot connect to the Ray cluster: {_short(error)}") from error
+    return True
+
+
+def _address() -> str | None:
+    """Where a cluster is said to be: by RAY_ADDRESS, or else by what `ray start` writes down; None if nowhere."""
+    if given := os.environ.get("RAY_ADDRESS"):
+        return given
+    folder = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
+    try:
+        return (folder / "ray" / "ray_current_cluster").read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _reach(address: str | None) -> None:
+    """Whether anybody listens there, which Ray itself would find out in a quarter of an hour.
+
+    Raises:
+        ConfigError: nobody does.
+    """
+    host, _, port = (address or "").rpartition(":")
+    if not host or not port.isdecimal() or "/" in host:
+        return  # "auto", none, or something that Ray understands
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACHED_S).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"engine ray: expected a Ray cluster at {address}, found that it cannot be reached ({error}): start it, or "
+            "set RAY_ADDRESS to the address of another"
+        ) from error
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """What Ray raises, in our words.
+
+    Raises:
+        RunError: a task fails, or the cluster does.
+    """
+    try:
+        yield
+    except failures.RayTaskError as error:
+        raise RunError(
+            f"a task on the Ray cluster failed: {_short(error.cause or error)} (is the same fedge installed on all "
+            "nodes, with its extras?)"
+        ) from error
+    except failures.RayError as error:
+        raise RunError(
+            f"the Ray cluster has lost a task, after {_RETRIES} repetitions, or itself: {_short(error)}"
+        ) from error
+
+
+def _short(error: BaseException) -> str:
+    said = str(error).strip()
+    return f"{type(error).__name__}: {said.splitlines()[0][:300] if said else 'without a word'}"

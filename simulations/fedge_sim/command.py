@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from datetime import datetime
 from pathlib import Path
 from types import ModuleType
@@ -40,7 +42,7 @@ def simulate(
     engine: Annotated[
         str,
         typer.Option(
-            help="auto, loop, vectorised (a cohort as one stacked tensor, where the model allows it) or processes."
+            help="auto, loop, vectorised (a cohort as one stacked tensor, where the model allows it), processes or ray."
         ),
     ] = "auto",
     workers: Annotated[
@@ -92,7 +94,10 @@ def simulate(
     console = Console(stderr=True)
     for note in config.notes():
         console.print(f"note: {note}", highlight=False)
-    with _progress(console, config.name, rounds or config.rounds, quiet=as_json) as show:
+    with (
+        _output_apart(),
+        _progress(console, config.name, rounds or config.rounds, quiet=as_json) as show,
+    ):
         result = run_simulation(
             path,
             clients=clients,
@@ -127,6 +132,21 @@ def simulate(
         raise typer.Exit(INTERRUPTED)
     if result.status != "done":
         raise RunError(f"run {config.name} {result.status} at round {len(result.history)}: {result.reason}")
+
+
+@contextmanager
+def _output_apart() -> Iterator[None]:
+    """What the task's code prints, or its libraries or a cluster, is not the output of this command: it goes to the
+    standard error."""
+    sys.stdout.flush()
+    output = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(output, 1)
+        os.close(output)
 
 
 def _sweep(

@@ -139,6 +139,24 @@ def test_workers_are_gone_when_a_simulation_is_over():
     assert process.poll() == 0
 
 
+@pytest.mark.parametrize("engine", ["loop", "processes"])
+def test_what_a_task_prints_is_not_the_output_of_the_command(engine: str, tmp_path: Path):
+    (tmp_path / "run.toml").write_text(
+        'name = "trial"\ntask = "simulated:talkative"\nrounds = 1\n[cohort]\nsize = 2\n[simulation]\nclients = 2\n'
+    )
+    done = subprocess.run(
+        [Path(sys.executable).with_name("fedge"), "simulate", "run.toml", "--engine", engine, "--json"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(simulated.here())},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert json.loads(done.stdout)["engine"] == engine
+    assert "the data of client-0" in done.stderr
+
+
 @pytest.mark.parametrize("workers", [0, -1, 1025])
 def test_there_are_some_workers(workers: int):
     with pytest.raises(ConfigError, match=f"workers: expected 1 to 1024 processes, found {workers}"):

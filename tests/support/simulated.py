@@ -63,6 +63,15 @@ def _killed() -> None:
 deadly = Task(model=perceptron, data=_except_at(7, _killed), loss=F.cross_entropy)
 
 
+def _said(site: Site) -> Any:
+    os.write(1, b"as a library does that is written in C\n")
+    print("the data of", site.name)
+    return data(site)
+
+
+talkative = Task(model=perceptron, data=_said, loss=F.cross_entropy)
+
+
 def diverging(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """NaN at those who have more than twenty examples."""
     return F.cross_entropy(output, target) * (torch.nan if len(target) > 20 else 1.0)

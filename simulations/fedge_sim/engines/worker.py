@@ -193,6 +193,7 @@ def _clients(run: RunConfig, task: Task, setting: Message) -> Clients:
 
 def main() -> None:
     """As `engines.processes` starts it, with descriptors: control, model, mean, rows, and the workers' sockets."""
+    os.dup2(2, 1)  # what the task's code prints is not the output of whoever asked for the simulation
     control_fd, model, mean, rows, *sockets = map(int, sys.argv[1:])
     control = Lines(socket.socket(fileno=control_fd))
     setting = control.receive()

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedge import parallel
-from fedge.exact import BLOCK, MAX_WEIGHT, ExactSum, Term
+from fedge.exact import BLOCK, MAX_WEIGHT, ExactSum, Term, mean_of_rows
 from fedge.vector import Array
 
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -322,3 +322,29 @@ def test_many_terms_at_once_are_the_terms_one_by_one(size: int, weights: list[in
     mean = together.mean(sum(weights))
     assert np.array_equal(mean.view(np.uint32), alone.mean(sum(weights)).view(np.uint32))
     assert np.array_equal(mean, ExactSum(size).mean(sum(weights), *terms))
+
+
+@settings(max_examples=150, deadline=None)
+@given(several_terms(), st.integers(1, 12))
+def test_a_mean_of_rows_is_that_of_their_sum(terms, times):
+    """Also where there are few of them, or where plain sums would round."""
+    many = [pair for _ in range(times) for pair in terms]
+    found = mean_of_rows(np.stack([values for _, values in many]), [weight for weight, _ in many])
+    assert_same_bits(found, mean(many))
+
+
+@pytest.mark.parametrize("size", [1, 300, 5000, 16_384, 16_385])
+@pytest.mark.parametrize("spread", [1.0, 1e4, 1e15])
+def test_a_mean_of_many_rows_is_exact_whatever_their_spread(size: int, spread: float):
+    rng = np.random.default_rng(size)
+    values = rng.standard_normal((60, size)) * np.exp(rng.uniform(-1, 1, (60, size)) * np.log(spread))
+    values[rng.random(values.shape) < 0.2] = 0.0
+    rows, weights = values.astype(np.float32), rng.integers(1, 500, 60).tolist()
+    assert_same_bits(mean_of_rows(rows, weights), mean(list(zip(weights, rows, strict=True))))
+    assert np.array_equal(rows, values.astype(np.float32)), "they are as they were"
+
+
+@pytest.mark.parametrize("weights", [[1] * 9 + [0], [1] * 9, [1] * 9 + [MAX_WEIGHT]])
+def test_rows_have_a_weight_each(weights: list[int]):
+    with pytest.raises(ValueError, match=r"expected a weight in|zip"):
+        mean_of_rows(np.ones((10, 3), np.float32), weights)

@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fedge import Task
 from fedge_sim.engines import cohort
 from fedge_sim.engines.cohort import Cohort
-from fedge_sim.engines.trace import simplified
+from fedge_sim.engines.trace import IN_PARTS, simplified
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], Any, torch.dtype]] = {
     "linear": (lambda: nn.Linear(6, 3), F.cross_entropy, torch.int64),
@@ -98,3 +98,30 @@ def test_what_only_looks_the_same_is_kept():
     cube = torch.arange(8.0).reshape(2, 2, 2)
     assert torch.equal(simplified(graph(axes, cube))(cube), axes(cube))
     assert operations(simplified(graph(axes, cube))).count("aten.transpose.int") == 2
+
+
+@pytest.mark.parametrize("classes", [1, 2, 10, 64, 65, 200])
+@pytest.mark.parametrize("axis", [1, 2])
+@pytest.mark.parametrize("scale", [1.0, 80.0, 1e30])
+def test_a_log_softmax_in_parts_is_torchs_own_to_rounding(classes: int, axis: int, scale: float):
+    """Few classes are in parts, more are not."""
+    generator = torch.Generator().manual_seed(classes)
+    shape = (3, classes, 4) if axis == 1 else (3, 4, classes)
+    values = torch.randn(shape, generator=generator) * scale
+    slope = torch.randn(shape, generator=generator)
+
+    def both(values: torch.Tensor, slope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        found, back = torch.func.vjp(lambda inner: F.log_softmax(inner, axis), values)
+        return found, back(slope)[0]
+
+    traced = make_fx(both, IN_PARTS)(values, slope)
+    names = {str(node.target) for node in traced.graph.nodes}
+    assert ("aten._log_softmax.default" in names) == (classes > 64)
+    for mine, own in zip(traced(values, slope), both(values, slope), strict=True):
+        assert torch.allclose(mine, own, rtol=1e-5, atol=1e-5 * min(scale, 80.0))
+
+
+def test_what_is_not_finite_is_so_in_parts_too():
+    rows = torch.tensor([[1.0, torch.nan, 2.0], [torch.inf, 1.0, 2.0], [-torch.inf, 1.0, 2.0]])
+    traced = make_fx(lambda inner: F.log_softmax(inner, 1), IN_PARTS)(rows)
+    assert torch.allclose(traced(rows), F.log_softmax(rows, 1), equal_nan=True)

@@ -29,7 +29,7 @@ from fedge_client.torch.trainer import Outcome
 from fedge_sim.engines.crew import UnsuitedError
 from fedge_sim.engines.pool import Part
 from fedge_sim.engines.stack import Arguments, Slopes, gradient_stack, train_stack
-from fedge_sim.engines.trace import simplified
+from fedge_sim.engines.trace import IN_PARTS, simplified
 
 SIZES = (4, 8, 16, 32, 64, 128, 256)
 """Clients in a stack: the smallest of these that holds a cohort is traced."""
@@ -184,7 +184,7 @@ class Cohort:
         def loss(parameters: Any, inputs: Any, targets: Any, weights: Any) -> torch.Tensor:  # no bound method
             return self._loss_of_one(parameters, inputs, targets, weights)
 
-        return simplified(make_fx(vmap(grad_and_value(loss)))(*arguments))
+        return simplified(make_fx(vmap(grad_and_value(loss)), IN_PARTS)(*arguments))
 
     def _loss_of_one(
         self, parameters: list[torch.Tensor], inputs: Any, targets: Any, weights: torch.Tensor

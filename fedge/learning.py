@@ -67,7 +67,13 @@ class Learning:
     @property
     def model(self) -> Model:
         """The model of the last committed round."""
-        return Model(self.state.model, self.layout)
+        return Model(self.vector, self.layout)
+
+    @property
+    def vector(self) -> Array:
+        """Its parameters, float32[layout.size]."""
+        vector: Array = self.state.model
+        return vector
 
     def order(self, round: int) -> Order:
         """What the strategy wants done with the current model."""

@@ -96,7 +96,7 @@ class Execution:
 
     async def publish(self, round: int) -> None:
         """Encode and hash the model that `round` begins with once, for all who will fetch it."""
-        order, vector = self.learning.order(round), self.learning.model.vector
+        order, vector = self.learning.order(round), self.learning.vector
         await _off_loop(vector.nbytes, self._orders.publish, vector, order)
 
     def update_bytes(self, order: OrderId) -> int:

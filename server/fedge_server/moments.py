@@ -56,7 +56,7 @@ def moment_of(
         updates=tuple(_kept_update(each, of) for each, of in held),
         cohorts=machine.cohorts,
     )
-    saved = Saved(learning.model.vector, learning.kept) if learning is not None else None
+    saved = Saved(learning.vector, learning.kept) if learning is not None else None
     return Moment(progress, saved, [of for _, of in held])
 
 

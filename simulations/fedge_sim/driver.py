@@ -417,7 +417,7 @@ class Driver:
             self._record.begin()
         if self._secure is not None:
             self._secure.ask(send.client, send.order)
-        model = self._learning.model.vector
+        model = self._learning.vector
         self._orders[send] = model
         self._record.down += model.nbytes
         self._time(send, model)

@@ -13,6 +13,7 @@ from fedge.task import Task, load_task
 from fedge_client.torch.threads import using_threads
 from fedge_sim.driver import Driver
 from fedge_sim.engines.chosen import EngineName, Origin, check_engine
+from fedge_sim.memory import keep_freed
 from fedge_sim.record import Callback
 from fedge_sim.result import Result
 
@@ -73,6 +74,7 @@ def simulate_in(
         task = load_task(run.task, path=folder)
     if left_out := run.left_out(task.metrics):
         log.warning("metrics_left_out %s", left_out)
+    keep_freed()
     driver = Driver(run, task, tuple(callbacks), engine, origin, workers)
     with using_threads(driver.threads), driver:
         try:

@@ -29,6 +29,7 @@ from fedge_client.torch.trainer import Outcome
 from fedge_sim.clients import Clients
 from fedge_sim.engines.crew import UnsuitedError
 from fedge_sim.engines.stacks import Stacks
+from fedge_sim.memory import keep_freed
 from fedge_sim.population import Population
 from fedge_sim.privacy import Accounts
 
@@ -60,6 +61,7 @@ def add_up(rows: Matrix, weights: Sequence[int]) -> Partial:
 @lru_cache(maxsize=1)
 def _place(setting: str) -> _Place:
     torch.set_num_threads(1)
+    keep_freed()
     told: dict[str, Any] = json.loads(setting)
     # As in the process that began the simulation, where its folders are here, too.
     sys.path += [each for each in told["path"] if each not in sys.path and Path(each).is_dir()]

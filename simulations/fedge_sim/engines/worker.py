@@ -29,6 +29,7 @@ from fedge.task import Task, load_task
 from fedge.vector import Array, all_finite
 from fedge_client.segment import Segment
 from fedge_sim.clients import Clients
+from fedge_sim.memory import keep_freed
 from fedge_sim.population import Population
 from fedge_sim.privacy import Accounts
 
@@ -102,6 +103,7 @@ def divide(
     os.setpgid(0, 0)  # an interrupt is for the simulation, which closes the sockets
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     torch.set_num_threads(1)
+    keep_freed()
     try:
         run, task = load()
         clients = _clients(run, task, setting)

@@ -225,14 +225,16 @@ def mean_of_rows(rows: Matrix, weights: Sequence[int]) -> Array:
     Raises:
         ValueError: a weight is not in [1, MAX_WEIGHT), or there is not one for each.
     """
-    terms = [Term(row, weight) for row, weight in zip(rows, weights, strict=True)]
-    size, total_weight = rows.shape[1], sum(weights)
-    if len(terms) < _MANY or size > _SHORT:
-        return ExactSum(size).mean(total_weight, *terms)
+    count, size = rows.shape
+    total_weight = sum(weights)
+    if len(weights) != count or not all(1 <= weight < MAX_WEIGHT for weight in weights):
+        raise ValueError(f"expected {count} weights in [1, {MAX_WEIGHT}), found {len(weights)}, or others")
+    if count < _MANY or size > _SHORT:
+        return _mean_of_terms(rows, weights)
     factors, total = np.array(weights, np.float64), np.empty(size)
     largest, smallest = np.empty(size, np.uint32), np.empty(size, np.uint32)
-    columns = max(1, min(size, _MATRIX // len(terms)))
-    bits, values = np.empty((len(terms), columns), np.uint32), np.empty((len(terms), columns))
+    columns = max(1, min(size, _MATRIX // count))
+    bits, values = np.empty((count, columns), np.uint32), np.empty((count, columns))
     for start in range(0, size, columns):
         part = slice(start, min(start + columns, size))
         its, magnitudes = values[:, : part.stop - start], bits[:, : part.stop - start]
@@ -244,13 +246,18 @@ def mean_of_rows(rows: Matrix, weights: Sequence[int]) -> Array:
         magnitudes.min(axis=0, out=smallest[part])
     rounded = np.flatnonzero(~_is_exact(largest, smallest, float(total_weight)))
     if len(rounded) * _SPARSE_SHARE > size:
-        return ExactSum(size).mean(total_weight, *terms)
+        return _mean_of_terms(rows, weights)
     if len(rounded):
         products = rows[:, rounded] * factors[:, None]  # each is exact
         total[rounded] = [math.fsum(column) for column in products.T.tolist()]
     total += 0.0  # as `_quotient` has it
     total /= float(total_weight)
     return total.astype(np.float32)
+
+
+def _mean_of_terms(rows: Matrix, weights: Sequence[int]) -> Array:
+    terms = [Term(row, weight) for row, weight in zip(rows, weights, strict=True)]
+    return ExactSum(rows.shape[1]).mean(sum(weights), *terms)
 
 
 class _Room:

@@ -411,7 +411,7 @@ class Driver:
                     self._secure.do(effect)
 
     def _send(self, send: Send) -> None:
-        if send in self._orders or send in self._faults.late:
+        if send in self._orders or (self._faults.late and send in self._faults.late):
             return  # a coordinator that has started again tells a client what it is doing already
         if not self._orders and send.order.kind != "evaluate" and not self._record.up:
             self._record.begin()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from fedge.errors import TaskError
-from fedge_client.torch.batches import Batches, Order, describe, examples, joined
+from fedge_client.torch.batches import Batches, Order, describe, examples, joined, permutations
 
 SEEDS = st.integers(0, 2**63 - 1)
 
@@ -153,6 +153,13 @@ def test_epochs_and_seeds_are_permuted_differently() -> None:
     seen = [tuple(order.permutation(50, seed=seed, epoch=epoch).tolist()) for seed, epoch in keys]
     assert len(set(seen)) == 3
     assert seen[0] == seen[3]
+
+
+@given(st.integers(1, 30), st.lists(SEEDS, min_size=1, max_size=5), st.integers(0, 3))
+def test_permutations_of_several_seeds_are_those_of_each(size: int, seeds: list[int], epoch: int) -> None:
+    together = permutations(size, seeds=seeds, epoch=epoch)
+    alone = [Order().permutation(size, seed=seed, epoch=epoch) for seed in seeds]
+    assert together.tolist() == [each.tolist() for each in alone]
 
 
 def test_shuffling_leaves_the_global_generator_alone() -> None:

@@ -346,5 +346,5 @@ def test_a_mean_of_many_rows_is_exact_whatever_their_spread(size: int, spread: f
 
 @pytest.mark.parametrize("weights", [[1] * 9 + [0], [1] * 9, [1] * 9 + [MAX_WEIGHT]])
 def test_rows_have_a_weight_each(weights: list[int]):
-    with pytest.raises(ValueError, match=r"expected a weight in|zip"):
+    with pytest.raises(ValueError, match=r"expected 10 weights in \[1, 536870912\), found (9|10)"):
         mean_of_rows(np.ones((10, 3), np.float32), weights)

@@ -56,10 +56,20 @@ class Order:
     def permutation(self, size: int, *, seed: int, epoch: int) -> torch.Tensor:
         """A random permutation as int64[size]: a function of its arguments, whatever was asked before."""
         if self._key != (size, seed, epoch):
-            self._generator.manual_seed(derive_seed(seed, "epoch", epoch))
-            self._last = torch.randperm(size, generator=self._generator)
+            self._last = _permutation(size, derive_seed(seed, "epoch", epoch), self._generator)
             self._key = (size, seed, epoch)
         return self._last
+
+
+def permutations(size: int, *, seeds: Iterable[int], epoch: int) -> torch.Tensor:
+    """Those of several seeds, int64[seeds, size]: each as `Order.permutation` has it."""
+    generator = torch.Generator()
+    return torch.stack([_permutation(size, derive_seed(seed, "epoch", epoch), generator) for seed in seeds])
+
+
+def _permutation(size: int, seed: int, generator: torch.Generator) -> torch.Tensor:
+    generator.manual_seed(seed)
+    return torch.randperm(size, generator=generator)
 
 
 class Batches:
@@ -87,10 +97,6 @@ class Batches:
         epoch, at = divmod(number, self.per_epoch)
         shuffled = self._order.permutation(self.size, seed=seed, epoch=epoch)
         return shuffled[at * self.batch_size : (at + 1) * self.batch_size]
-
-    def epoch(self, number: int, *, seed: int) -> torch.Tensor:
-        """The positions (int64[size]) of an epoch, batch after batch."""
-        return self._order.permutation(self.size, seed=seed, epoch=number)
 
     @property
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-from fedge_client.torch.batches import Batches
+from fedge_client.torch.batches import Batches, permutations
 from fedge_sim.engines.crew import UnsuitedError
 
 MAX_POOL_BYTES: int = 1 << 26
@@ -106,8 +106,8 @@ class _Pool:
         weights = self._weights[members].view(len(parts), -1)
         epoch = first.batches.per_epoch * width
         for number in range(-(-first.steps // first.batches.per_epoch)):
-            orders = [part.batches.epoch(number, seed=part.seed) for part in parts]
-            shuffled = rows.gather(1, torch.stack(orders))
+            seeds = (part.seed for part in parts)
+            shuffled = rows.gather(1, permutations(first.batches.size, seeds=seeds, epoch=number))
             start, stop = number * epoch, min((number + 1) * epoch, first.steps * width)
             end = min(start + first.batches.size, stop)
             places[:, start:end] = shuffled[:, : end - start]

@@ -29,7 +29,7 @@ from fedge_client.torch.trainer import Outcome
 from fedge_sim.engines.crew import UnsuitedError
 from fedge_sim.engines.pool import Part
 from fedge_sim.engines.stack import Arguments, Slopes, gradient_stack, train_stack
-from fedge_sim.engines.trace import IN_PARTS, simplified
+from fedge_sim.engines.trace import IN_PARTS, flat, simplified
 
 SIZES = (4, 8, 16, 32, 64, 128, 256)
 """Clients in a stack: the smallest of these that holds a cohort is traced."""
@@ -44,7 +44,7 @@ _CLOSE = 1e-3
 """What a mean over rows may differ by from the task's own loss, relative to it, and still be it."""
 
 
-Step = Callable[..., Slopes]
+Step = Callable[..., list[torch.Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +166,7 @@ class Cohort:
             UnsuitedError: torch.func cannot do it, or it is not what the task's own loss says; or the task's code
                 fails, of which the loop will say more.
         """
-        parameters, inputs, targets, _ = arguments
+        parameters, inputs, targets, weights = arguments
         key = (inputs.shape, inputs.dtype, targets.shape, targets.dtype)
         try:
             if key not in self._steps:
@@ -174,7 +174,9 @@ class Cohort:
                     self._try(parameters, inputs, targets)
                     self._tried = True
                 self._steps[key] = self._traced(*arguments)
-            return self._steps[key](*arguments)
+            with torch.inference_mode():
+                *slopes, losses = self._steps[key](*parameters, inputs, targets, weights)
+            return slopes, losses
         except UnsuitedError:
             raise
         except Exception as error:  # user code under torch.func may raise anything, and what it became, too
@@ -184,7 +186,7 @@ class Cohort:
         def loss(parameters: Any, inputs: Any, targets: Any, weights: Any) -> torch.Tensor:  # no bound method
             return self._loss_of_one(parameters, inputs, targets, weights)
 
-        return simplified(make_fx(vmap(grad_and_value(loss)), IN_PARTS)(*arguments))
+        return flat(simplified(make_fx(vmap(grad_and_value(loss)), IN_PARTS)(*arguments)))
 
     def _loss_of_one(
         self, parameters: list[torch.Tensor], inputs: Any, targets: Any, weights: torch.Tensor

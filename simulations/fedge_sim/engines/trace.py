@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.graph import CodeGen
 
 _aten = torch.ops.aten
 _SHAPERS: Final = frozenset(
@@ -65,6 +66,15 @@ def simplified(traced: GraphModule) -> GraphModule:
     graph.lint()
     traced.recompile()
     return traced
+
+
+def flat(traced: GraphModule) -> Callable[..., list[torch.Tensor]]:
+    """Called with all its arguments in a row, to give all its results so: without what torch.fx does for each call to
+    fold and unfold them. Changes what it is given."""
+    traced.graph.set_codegen(CodeGen())
+    traced.recompile()
+    forward: Callable[..., list[torch.Tensor]] = traced.forward
+    return forward
 
 
 def _is_pure(node: Node) -> bool:

@@ -3,15 +3,18 @@
     python -m benchmarks.simulation RUN.toml --clients N
 
 Prints an object: "history_seconds", what the history says of each round; "period_seconds", the times from one committed
-round to the next, which miss nothing between rounds; "rss_bytes", the process's memory after each; "import_seconds",
-how long importing torch takes, and "first_round_seconds", everything up to the end of round 1 beyond it.
+round to the next, which miss nothing between rounds; "used_bytes", what is allocated of the process's memory after
+each; "import_seconds", how long importing torch takes, and "first_round_seconds", everything up to the end of round 1
+beyond it.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -34,7 +37,44 @@ def simulate(run: str, *, name: str, clients: int, options: Options, engine: str
     values = round_seconds(found["history_seconds"], found["period_seconds"])
     values |= {"process_seconds": time.monotonic() - began, "peak_rss_bytes": float(peak)}
     values |= {"first_round_seconds": found["first_round_seconds"], "import_seconds": found["import_seconds"]}
-    return Sample(values, rounds=len(found["history_seconds"]) - 1, series={"rss_bytes": found["rss_bytes"]})
+    return Sample(
+        values, rounds=len(found["history_seconds"]) - 1, series={"used_bytes": found["used_bytes"]}
+    )
+
+
+class _Mallinfo(ctypes.Structure):
+    """mallinfo2(3), as glibc has it from 2.33 on."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in [
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        ]
+    )
+
+
+def _used_bytes() -> Callable[[], float]:
+    """What asks how much is allocated; without glibc, how much the process holds, gaps between allocations included."""
+    mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo is None:
+        process = psutil.Process()
+        return lambda: float(process.memory_info().rss)
+    mallinfo.restype = _Mallinfo
+
+    def used() -> float:
+        found = mallinfo()
+        return float(found.uordblks + found.hblkhd)
+
+    return used
 
 
 def main() -> None:
@@ -54,12 +94,12 @@ def main() -> None:
     given = parser.parse_args()
     run = RunConfig.load(given.run)
     committed: list[float] = []
-    resident: list[float] = []
-    process = psutil.Process()
+    used: list[float] = []
+    used_bytes = _used_bytes()
 
     def look(_: object) -> None:
         committed.append(time.perf_counter())
-        resident.append(float(process.memory_info().rss))
+        used.append(used_bytes())
 
     task = load_task(run.task)
     result = simulated(run, task=task, clients=given.clients, engine=given.engine, callbacks=[look])
@@ -68,7 +108,7 @@ def main() -> None:
             {
                 "history_seconds": [float(row.seconds) for row in result.history],
                 "period_seconds": [later - earlier for earlier, later in pairwise(committed)],
-                "rss_bytes": resident,
+                "used_bytes": used,
                 "import_seconds": imported - began,
                 "first_round_seconds": committed[0] - imported,
             }

@@ -42,13 +42,18 @@ class Adversaries:
         return name in self.names and self.config.attack in _IN_THE_DATA
 
     @property
+    def tampering(self) -> frozenset[str]:
+        """Those who send something else than their work comes to."""
+        return frozenset() if self.config.attack in ("label_flip", "sybil") else self.names
+
+    @property
     def first(self) -> str:
         """Whose data all of them have who are one."""
         return min(self.names)
 
     def tampered(self, name: str, kind: WorkKind, round: int, honest: Array) -> Array:
         """What a client sends for an order, whose work came to `honest` (float32[size])."""
-        if name not in self.names or kind == "evaluate" or self.config.attack in ("label_flip", "sybil"):
+        if name not in self.tampering or kind == "evaluate":
             return honest
         factor = self.config.factor
         if self.config.attack in ("noise", "collusion"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import sys
@@ -145,6 +146,10 @@ def _output_apart() -> Iterator[None]:
         with redirect_stdout(sys.stderr):
             yield
     finally:
+        # What is still in somebody's buffer would come later.
+        if sys.__stdout__ is not None:
+            sys.__stdout__.flush()
+        ctypes.CDLL(None).fflush(None)
         os.dup2(output, 1)
         os.close(output)
 

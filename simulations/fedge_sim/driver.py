@@ -12,7 +12,7 @@ from typing import Final, Self
 import numpy as np
 
 from fedge import federation
-from fedge.errors import RefusedError, RunError, TaskError
+from fedge.errors import ConfigError, RefusedError, RunError, TaskError
 from fedge.events import (
     Accept,
     Arrived,
@@ -154,7 +154,7 @@ class Driver:
                 self._go_on()
         except RunError as error:
             self._fail(str(error))
-        except TaskError as error:
+        except (TaskError, ConfigError) as error:
             if not self._record.rows:
                 raise
             self._fail(str(error))
@@ -287,14 +287,14 @@ class Driver:
         for effect in effects:
             if isinstance(effect, Accept):
                 client, (outcome, vector) = effect.client, made[effect.client]
-                if client in self._adversaries.names:
+                if client in self._adversaries.tampering:
                     vector = self._adversaries.tampered(client, order.kind, order.round, vector[:])
                 updates.append(
                     Update(client, vector, outcome.num_examples, outcome.metrics, effect.staleness)
                 )
         self._record.up += len(updates) * model.nbytes
         if any(isinstance(effect, Close) and effect.order == order for effect in effects):
-            as_made = len(updates) == len(sends) and not self._adversaries.names
+            as_made = len(updates) == len(sends) and not self._adversaries.tampering
             self._last = _Last(tuple(updates), as_made)  # they need not be kept
         else:
             self._learning = self._learning.fold(order, *updates)

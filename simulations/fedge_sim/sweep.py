@@ -189,8 +189,9 @@ def main() -> int:
     try:
         run = RunConfig.from_table(told["table"], source="the sweep's run")
         prepare_folder(folder)
-        # The others have the other cores.
-        result = simulate_in(Path(told["folder"]), run, engine=told["engine"], workers=1)
+        # The others have the other cores; those of a cluster it divides itself.
+        workers = None if told["engine"] == "ray" else 1
+        result = simulate_in(Path(told["folder"]), run, engine=told["engine"], workers=workers)
         write_results(folder, result)
     except FedgeError as error:
         sys.stderr.write(f"{error}\n")

@@ -19,6 +19,7 @@ import ray
 import simulated
 import torch.nn.functional as F
 from ray.cluster_utils import Cluster
+from ray.experimental import get_object_locations
 from simulated import RUNS, config
 
 from fedge import Task
@@ -26,9 +27,10 @@ from fedge.errors import ConfigError, RunError, TaskError
 from fedge.events import OrderId, Send
 from fedge.exact import ExactSum, Term
 from fedge_sim import Result, simulate
-from fedge_sim.engines import on_ray
+from fedge_sim.engines import node, on_ray
 from fedge_sim.engines.chosen import ENGINES
 from fedge_sim.engines.processes import Processes
+from fedge_sim.population import Population
 
 WHOLE = {"batch_size": "full", "epochs": 2, "learning_rate": 0.05}
 NODE = {"num_cpus": 1, "object_store_memory": 80 * 1024 * 1024}
@@ -119,8 +121,10 @@ def test_stacks_of_a_cohort_of_many_tasks_are_the_same_bits_whatever_the_workers
     close_to(one, run(engine="loop"), exactly=False)
 
 
-def crew(**given: Any) -> on_ray.OnRay:
-    return on_ray.OnRay(config(), kind="train", size=83, stacked=False, **given)
+def crew(task: Task = simulated.task, name: str = "simulated:task", *, size: int = 83) -> on_ray.OnRay:
+    run = config(name)
+    population = Population.of(run, task, count=8)
+    return on_ray.OnRay(run, task, population, kind="train", size=size, stacked=False)
 
 
 SENDS = [Send(f"client-{at}", OrderId("train", 1)) for at in range(6)]
@@ -172,22 +176,98 @@ def test_a_node_that_is_lost_at_work_costs_no_bit(nodes: Nodes, monkeypatch: pyt
         stop.set()
         thread.join()
         (nodes.folder / "lost").unlink()
+        if (nodes.folder / "held").exists():
+            nodes.add()
     assert (nodes.folder / "held").exists(), "somebody was at work there"
-    nodes.add()
     close_to(found, whole, exactly=True)
 
 
 def test_what_a_lost_node_has_made_is_made_again_when_its_sum_is_wanted(nodes: Nodes):
-    model = np.linspace(-1, 1, 83, dtype=np.float32)
-    found = crew()
+    size = 6 * 12000 + 12000 + 3 * 12000 + 3
+    model = np.linspace(-1, 1, size, dtype=np.float32)
+    found = crew(simulated.wide, "simulated:wide", size=size)
     found.work(SENDS, model)
     before = found.mean([1] * 6)
+    places = get_object_locations([task.rows for task in found._tasks])
+    assert any(nodes.second.node_id in each["node_ids"] for each in places.values()), "some are there"
     nodes.lose()
-    after = found.mean([1] * 6)
-    nodes.add()
+    try:
+        after = found.mean([1] * 6)
+    finally:
+        nodes.add()
     assert before is not None
     assert after is not None
     assert np.array_equal(before, after)
+    found.close()
+
+
+def test_what_a_process_has_done_before_changes_no_bit():
+    """Client 0's examples cannot be stacked with the others': that is a matter of its task alone."""
+    run = config("simulated:uneven")
+    setting = {"kind": "train", "stacked": True, "folder": None, "path": []}
+    told = json.dumps({**setting, "run": run.model_dump(mode="json", exclude_unset=True)})
+    model = np.linspace(-1, 1, 83, dtype=np.float32)
+
+    def task(*clients: int) -> str:
+        order = {"kind": "train", "round": 1, "attempt": 1}
+        return json.dumps({**order, "clients": [f"client-{at}" for at in clients]})
+
+    node._place.cache_clear()
+    alone, rows = node.train(told, model, task(1, 2, 3))
+    node._place.cache_clear()
+    mixed, _ = node.train(told, model, task(0, 1))
+    after, again = node.train(told, model, task(1, 2, 3))
+    assert None not in json.loads(mixed)["done"]
+    assert alone == after
+    assert np.array_equal(rows, again)
+
+
+@pytest.mark.usefixtures("nodes")
+def test_a_model_that_cannot_be_stacked_is_found_out_once_and_said(caplog: pytest.LogCaptureFixture):
+    found = run("simulated:layered", work=WHOLE)
+    assert found.engine == "ray"
+    assert [each.message for each in caplog.records if "ray_trains_one_by_one" in each.message] == [
+        "ray_trains_one_by_one reason=its model has more than parameters of its own: "
+        "1.running_mean, 1.running_var"
+    ]
+
+
+@pytest.mark.usefixtures("nodes")
+def test_a_node_that_cannot_begin_in_a_later_round_costs_none_of_the_earlier(monkeypatch: pytest.MonkeyPatch):
+    work = on_ray.OnRay.work
+
+    def fails(self: on_ray.OnRay, sends: Any, model: Any) -> Any:
+        if sends[0].order.round == 3:
+            raise ConfigError("a node of the Ray cluster cannot begin: no such folder")
+        return work(self, sends, model)
+
+    monkeypatch.setattr(on_ray.OnRay, "work", fails)
+    found = run()
+    assert (found.status, len(found.history)) == ("failed", 2)
+    assert "no such folder" in found.reason
+
+
+@pytest.mark.usefixtures("nodes")
+def test_a_cluster_without_processors_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(on_ray, "_SAID_EVERY_S", 0.05)
+    monkeypatch.setattr(on_ray, "_LOST_S", 0.2)
+    monkeypatch.setattr(on_ray, "_processors", lambda _: 0)
+    never = ray.remote(lambda: 0).options(resources={"what nobody has": 1}).remote()
+    with pytest.raises(RunError, match="the Ray cluster has had no processor"):
+        on_ray._next_of([never])
+    ray.cancel(never)
+
+
+@pytest.mark.usefixtures("nodes")
+def test_vectors_that_were_all_taken_are_not_kept():
+    found = crew()
+    _, rows = found.work(SENDS, np.linspace(-1, 1, 83, dtype=np.float32))
+    for row in rows:
+        row[:10]
+    assert all(task.fetched is not None for task in found._tasks)
+    for row in rows:
+        row[:]
+    assert all(task.fetched is None for task in found._tasks)
     found.close()
 
 

@@ -147,7 +147,10 @@ def test_what_a_task_prints_is_not_the_output_of_the_command(engine: str, tmp_pa
     done = subprocess.run(
         [Path(sys.executable).with_name("fedge"), "simulate", "run.toml", "--engine", engine, "--json"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(simulated.here())},
+        env={
+            **{key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"},
+            "PYTHONPATH": str(simulated.here()),
+        },
         capture_output=True,
         text=True,
         timeout=120,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,12 +66,43 @@ deadly = Task(model=perceptron, data=_except_at(7, _killed), loss=F.cross_entrop
 
 
 def _said(site: Site) -> Any:
-    os.write(1, b"as a library does that is written in C\n")
+    ctypes.CDLL(None).puts(b"as a library does that is written in C")
+    print("by a handler of old", file=sys.__stdout__)
     print("the data of", site.name)
     return data(site)
 
 
 talkative = Task(model=perceptron, data=_said, loss=F.cross_entropy)
+
+
+def broad() -> nn.Module:
+    """So large that an update of it lies on the node of a cluster that made it."""
+    return nn.Sequential(nn.Linear(6, 12000), nn.ReLU(), nn.Linear(12000, 3))
+
+
+wide = Task(model=broad, data=data, loss=F.cross_entropy)
+
+
+def uneven_data(site: Site) -> tuple[TensorDataset, TensorDataset]:
+    """Client 0 has examples of another type."""
+    train, test = data(site)
+    inputs, labels = train.tensors
+    return TensorDataset(inputs.double() if site.index == 0 else inputs, labels), test
+
+
+class Rounding(nn.Module):
+    """Takes numbers of any type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = perceptron()
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.inner(inputs.float())
+        return found
+
+
+uneven = Task(model=Rounding, data=uneven_data, loss=F.cross_entropy)
 
 
 def diverging(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -110,7 +110,16 @@ def chosen(
         except ModuleNotFoundError as error:
             raise ConfigError(f"engine ray: it needs {error.name}: pip install 'fedge[ray]'") from error
         stacked = size < _STACKS_BELOW and run.privacy.unit != "example"
-        return OnRay(run, kind=kind, size=size, stacked=stacked, workers=workers, folder=origin.folder)
+        return OnRay(
+            run,
+            task,
+            population,
+            kind=kind,
+            size=size,
+            stacked=stacked,
+            workers=workers,
+            folder=origin.folder,
+        )
 
     makers: Makers = (("vectorised", stacks), ("processes", processes))
     if engine == "ray":

@@ -57,13 +57,22 @@ class Member:
 
 class Cohort:
     """Trains cohorts of a task's model, of which the most have `usual` members; the batches of `most_known` training
-    sets are kept.
+    sets are kept. Whether it can be done at all is looked at with the first cohort's examples, unless it is
+    `known_to_suit`.
 
     Raises:
         UnsuitedError: the model holds more than float32 parameters: buffers, frozen or tied ones.
     """
 
-    def __init__(self, task: Task, *, seed: int, usual: int = SIZES[-1], most_known: int = SIZES[-1]) -> None:
+    def __init__(
+        self,
+        task: Task,
+        *,
+        seed: int,
+        usual: int = SIZES[-1],
+        most_known: int = SIZES[-1],
+        known_to_suit: bool = False,
+    ) -> None:
         self._task = task
         self._most_known = most_known
         self._sizes = sorted({*SIZES, usual})
@@ -84,7 +93,7 @@ class Cohort:
         self._room = torch.empty(0)
         self._known: OrderedDict[int, tuple[Any, Any, Batches]] = OrderedDict()
         self._steps: dict[tuple[Any, ...], Step] = {}
-        self._tried = False
+        self._tried = known_to_suit
 
     @property
     def most(self) -> int:

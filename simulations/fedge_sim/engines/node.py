@@ -1,8 +1,9 @@
 """What is done on the nodes of a Ray cluster: functions of text and arrays, in processes that stay warm.
 
 The first order that a process gets has it import the task and divide the population; others find both there. Cohorts
-of small models are stacked, as `engines.stacks` does it; others are trained one client after the other, with one
-thread. Neither depends on where it is done, so that what a lost node has done can be done again by another.
+of small models are stacked, as `engines.stacks` does it, if the simulation has found that they can be; others are
+trained one client after the other, with one thread. Nothing depends on where it is done, or on what was done there
+before, so that what a lost node has done can be done again by another.
 """
 
 from __future__ import annotations
@@ -69,17 +70,12 @@ def _place(setting: str) -> _Place:
     folder = told["folder"]
     task = load_task(run.task, path=Path(folder) if folder is not None else None)
     population = Population.of(run, task, count=run.simulation.clients)
-    stacks = None
-    if told["stacked"]:
-        try:
-            stacks = Stacks(run, task, population)
-        except UnsuitedError:
-            stacks = None  # nowhere else it can be, either
+    stacks = Stacks(run, task, population, known_to_suit=True) if told["stacked"] else None
     # Accounts are the simulation's, and here only say what noise there is.
     return _Place(Clients(run, task, population, Accounts(run, told["kind"])), stacks)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Place:
     """What a process keeps."""
 
@@ -88,14 +84,18 @@ class _Place:
 
     def work(self, sends: Sequence[Send], model: Array) -> tuple[Sequence[Outcome | None], Matrix]:
         kind = sends[0].order.kind
-        if self.stacks is not None and self.stacks.does(kind):
+        made = np.empty((len(sends), 0 if kind == "evaluate" else len(model)), np.float32)
+        outcomes: list[Outcome | None] = [None] * len(sends)
+        if self.stacks is not None and kind != "evaluate":
             try:
                 outcomes, rows = self.stacks.work(sends, model)
-                return outcomes, np.array(rows)
-            except UnsuitedError:
-                self.stacks = None
-        made = np.empty((len(sends), 0 if kind == "evaluate" else len(model)), np.float32)
-        return [self._one(send, model, out) for send, out in zip(sends, made, strict=True)], made
+                made[:] = rows
+            except UnsuitedError:  # for these clients' data: the next ones' may be another matter
+                outcomes = [None] * len(sends)
+        for at, (send, out) in enumerate(zip(sends, made, strict=True)):
+            if outcomes[at] is None:
+                outcomes[at] = self._one(send, model, out)
+        return outcomes, made
 
     def _one(self, send: Send, model: Array, out: Array) -> Outcome | None:
         try:

@@ -32,17 +32,20 @@ from fedge.events import Send
 from fedge.exact import ExactSum
 from fedge.run import RunConfig
 from fedge.strategy import WorkKind
+from fedge.task import Task
 from fedge.vector import Array
 from fedge_client.torch.trainer import Outcome
 from fedge_sim.engines import node
-from fedge_sim.engines.crew import Done
+from fedge_sim.engines.crew import Done, UnsuitedError
+from fedge_sim.engines.stacks import Stacks
+from fedge_sim.population import Population
 
 log = logging.getLogger(__name__)
 
 STACKED: Final = 64
 """Clients of a task whose models are stacked: as many on any cluster, since who is in a stack may change a last bit."""
 
-MAX_TASK_BYTES: Final = 1 << 28
+MAX_TASK_BYTES: Final = 1 << 26
 """Of the vectors of a task."""
 
 _TASKS: Final = 4
@@ -52,14 +55,17 @@ _RETRIES: Final = 3
 """Of a task whose worker or node was lost; more often, and it is the task that costs them their lives."""
 
 _SAID_EVERY_S: Final = 30.0
+_LOST_S: Final = 300.0
+"""Without a processor in the whole cluster, after which it is not waited for any more."""
+
 _REACHED_S: Final = 10.0
 
 
 class OnRay:
     """Workers of the cluster that RAY_ADDRESS names, or else of the one that this machine is part of.
 
-    With `stacked` the models of a task's clients are stacked, where the model allows it. `workers` tasks at most are
-    worked on at a time: as many as the cluster has processors for, unless given.
+    With `stacked` the models of a task's clients are stacked, if that can be done for the first of the run. `workers`
+    tasks at most are worked on at a time: as many as the cluster has processors for, unless given.
 
     Raises:
         ConfigError: there is no cluster, or it has another version of Ray or Python.
@@ -68,6 +74,8 @@ class OnRay:
     def __init__(
         self,
         run: RunConfig,
+        task: Task,
+        population: Population,
         *,
         kind: WorkKind,
         size: int,
@@ -75,16 +83,17 @@ class OnRay:
         workers: int | None = None,
         folder: Path | None = None,
     ) -> None:
-        self._size, self._stacked, self._given = size, stacked, workers
-        self._mine = _connected()
-        setting = {
+        self._size, self._given = size, workers
+        self._stacked: bool | None = None if stacked else False
+        self._stacks: Callable[[], Stacks] = lambda: Stacks(run, task, population)
+        self._told = {
             "kind": "gradient" if kind == "gradient" else "train",
-            "stacked": stacked,
             "folder": str(folder) if folder is not None else None,
             "path": sys.path,
             "run": run.model_dump(mode="json", exclude_unset=True),
         }
-        self._setting: Any = ray.put(json.dumps(setting))
+        self._setting: Any = None
+        self._mine = _connected()
         options: dict[str, Any] = {"num_cpus": 1, "max_retries": _RETRIES}
         spread: dict[str, Any] = {"num_returns": 2, "scheduling_strategy": "SPREAD"}
         self._train: Any = ray.remote(node.train).options(**options, **spread)
@@ -100,11 +109,14 @@ class OnRay:
         return True
 
     def work(self, sends: Sequence[Send], model: Array) -> Done:
-        share = self._share(len(sends))
-        starts = range(0, len(sends), share)
-        self._tasks = [_Task(range(start, min(start + share, len(sends)))) for start in starts]
         outcomes: list[Outcome | None] = [None] * len(sends)
         with _translated():
+            if self._setting is None:
+                self._stacked = self._can_be_stacked(sends, model)
+                self._setting = ray.put(json.dumps({**self._told, "stacked": self._stacked}))
+            share = self._share(len(sends))
+            starts = range(0, len(sends), share)
+            self._tasks = [_Task(range(start, min(start + share, len(sends)))) for start in starts]
             shared = ray.put(np.ascontiguousarray(model))
 
             def begin(task: _Task) -> Any:
@@ -147,6 +159,16 @@ class OnRay:
             ray.shutdown()
         self._mine = False
 
+    def _can_be_stacked(self, sends: Sequence[Send], model: Array) -> bool:
+        """Found out here and once, so that it does not depend on which process gets whose work."""
+        if self._stacked is None:
+            try:
+                self._stacks().work(sends[:STACKED], model)
+            except UnsuitedError as error:
+                log.warning("ray_trains_one_by_one reason=%s", error)
+                return False
+        return self._stacked is None
+
     @property
     def _workers(self) -> int:
         return self._given or max(1, _processors("cluster_resources"))
@@ -166,16 +188,8 @@ class OnRay:
             while waiting and len(self._busy) < most:
                 task = waiting.popleft()
                 self._busy[begin(task)] = task
-            ready, _ = ray.wait([*self._busy], num_returns=1, timeout=_SAID_EVERY_S)
-            for reference in ready:
-                yield self._busy.pop(reference), ray.get(reference)
-            if not ready:
-                log.warning(
-                    "ray_waits tasks=%d processors=%d free=%d",
-                    len(self._busy),
-                    _processors("cluster_resources"),
-                    _processors("available_resources"),
-                )
+            reference = _next_of([*self._busy])
+            yield self._busy.pop(reference), ray.get(reference)
 
 
 @dataclass(slots=True, eq=False)
@@ -185,6 +199,7 @@ class _Task:
     places: range
     rows: Any = None
     fetched: Array | None = None
+    taken: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def among(self, weights: Sequence[int]) -> int:
@@ -196,8 +211,15 @@ class _Task:
         with self.lock:
             if self.fetched is None:
                 with _translated():
-                    self.fetched = np.array(ray.get(self.rows))
+                    self.fetched = np.array(ray.get(_next_of([self.rows])))
             return self.fetched
+
+    def drop(self) -> None:
+        """One of them is not needed any more."""
+        with self.lock:
+            self.taken += 1
+            if self.taken >= len(self.places):
+                self.fetched = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -213,7 +235,31 @@ class _Held:
 
     def __getitem__(self, part: slice, /) -> Array:
         found: Array = self.task.fetch()[self.at, part]
+        if part == slice(None):  # as who takes one asks for it, once
+            found = found.copy()
+            self.task.drop()
         return found
+
+
+def _next_of(references: list[Any]) -> Any:
+    """The first of these that is there.
+
+    Raises:
+        RunError: the cluster has nobody to make it.
+    """
+    lost = 0.0
+    while True:
+        ready, _ = ray.wait(references, num_returns=1, timeout=_SAID_EVERY_S)
+        if ready:
+            return ready[0]
+        processors = _processors("cluster_resources")
+        free = _processors("available_resources")
+        log.warning("ray_waits tasks=%d processors=%d free=%d", len(references), processors, free)
+        lost = 0.0 if processors else lost + _SAID_EVERY_S
+        if lost >= _LOST_S:
+            raise RunError(
+                f"the Ray cluster has had no processor for {lost / 60:g} minutes: expected one at least"
+            )
 
 
 def _processors(which: Literal["cluster_resources", "available_resources"]) -> int:
@@ -288,14 +334,23 @@ def _translated() -> Iterator[None]:
     try:
         yield
     except failures.RayTaskError as error:
+        cause = error.cause if isinstance(error.cause, Exception) else error
+        hint = (
+            " (is the same fedge installed on all nodes, with its extras?)"
+            if isinstance(cause, ImportError)
+            else ""
+        )
+        raise RunError(f"a task on the Ray cluster failed: {_short(cause)}{hint}") from error
+    except failures.OutOfMemoryError as error:
         raise RunError(
-            f"a task on the Ray cluster failed: {_short(error.cause or error)} (is the same fedge installed on all "
-            "nodes, with its extras?)"
+            f"a node of the Ray cluster has no memory for a task (fewer --workers need less): {_short(error)}"
+        ) from error
+    except (failures.WorkerCrashedError, failures.NodeDiedError) as error:
+        raise RunError(
+            f"the Ray cluster has lost a task, after {_RETRIES} repetitions: {_short(error)}"
         ) from error
     except failures.RayError as error:
-        raise RunError(
-            f"the Ray cluster has lost a task, after {_RETRIES} repetitions, or itself: {_short(error)}"
-        ) from error
+        raise RunError(f"the Ray cluster has failed: {_short(error)}") from error
 
 
 def _short(error: BaseException) -> str:

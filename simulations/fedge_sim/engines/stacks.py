@@ -17,7 +17,7 @@ from fedge.task import Task
 from fedge.vector import Array, all_finite
 from fedge_client.torch.trainer import Outcome
 from fedge_sim.engines.cohort import SIZES, Cohort, Member
-from fedge_sim.engines.crew import Done, UnsuitedError
+from fedge_sim.engines.crew import UnsuitedError
 from fedge_sim.engines.judge import Judge
 from fedge_sim.population import Population
 
@@ -27,16 +27,22 @@ log = logging.getLogger(__name__)
 class Stacks:
     """Trains the clients that have the same order as a stack, and has them judge together.
 
+    `known_to_suit`: that the model and its loss can be stacked was found out elsewhere.
+
     Raises:
         UnsuitedError: the run or its model cannot be trained so.
     """
 
-    def __init__(self, run: RunConfig, task: Task, population: Population) -> None:
+    def __init__(
+        self, run: RunConfig, task: Task, population: Population, *, known_to_suit: bool = False
+    ) -> None:
         if run.privacy.unit == "example":
             raise UnsuitedError("privacy of examples is the loop's")
         self._run, self._population = run, population
         usual = min(run.cohort.size, SIZES[-1])
-        self._cohort = Cohort(task, seed=run.seed, usual=usual, most_known=population.most_kept)
+        self._cohort = Cohort(
+            task, seed=run.seed, usual=usual, most_known=population.most_kept, known_to_suit=known_to_suit
+        )
         self._judge: Judge | None = Judge(task, seed=run.seed)
         self._room: Array = np.empty((0, 0), np.float32)
 
@@ -47,7 +53,7 @@ class Stacks:
     def does(self, kind: WorkKind) -> bool:
         return kind != "evaluate" or self._judge is not None
 
-    def work(self, sends: Sequence[Send], model: Array) -> Done:
+    def work(self, sends: Sequence[Send], model: Array) -> tuple[list[Outcome | None], Array]:
         if sends[0].order.kind == "evaluate":
             return self._judged(sends, model), np.empty((len(sends), 0), np.float32)
         if self._room.shape != (len(sends), len(model)):

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
+from fedge.errors import FedgeError
 from fedge.events import OrderId, Send
 from fedge.privacy.secure import SecureSource
 from fedge.run import RunConfig
 from fedge.seeds import derive_key, work_seed
 from fedge.task import Task
-from fedge.vector import Array
+from fedge.vector import Array, all_finite
 from fedge_client.torch.batches import examples
 from fedge_client.torch.framework import framework
 from fedge_client.torch.private.independence import TRIED
@@ -81,6 +82,17 @@ class Clients:
                 return trainer.gradient(model, train, work, seed=seed, step=step, out=out, private=private)
             case "evaluate":
                 return trainer.evaluate(model, test, private=private)
+
+    def attempt(self, send: Send, model: Array, *, out: Array) -> Outcome | None:
+        """`perform` for another process; None if that fails, or comes to something that is not finite: the simulation
+        does it again, and says whose fault it is."""
+        try:
+            done = self.perform(send.client, send.order, model, out=out)
+        except FedgeError:
+            return None
+        if send.order.kind != "evaluate" and not all_finite(out):
+            return None
+        return Outcome(done.num_examples, {name: float(value) for name, value in done.metrics.items()})
 
     def _prepare(self) -> None:
         """Choose how examples' gradients are clipped once for all, by the first client that has enough of them to tell,

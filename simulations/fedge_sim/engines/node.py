@@ -23,12 +23,11 @@ import torch
 from fedge.errors import FedgeError
 from fedge.events import OrderId, Send
 from fedge.exact import ExactSum, Partial, Term
-from fedge.run import RunConfig
-from fedge.task import load_task
-from fedge.vector import Array, all_finite
+from fedge.vector import Array
 from fedge_client.torch.trainer import Outcome
 from fedge_sim.clients import Clients
 from fedge_sim.engines.crew import UnsuitedError
+from fedge_sim.engines.setting import loaded
 from fedge_sim.engines.stacks import Stacks
 from fedge_sim.memory import keep_freed
 from fedge_sim.population import Population
@@ -66,9 +65,7 @@ def _place(setting: str) -> _Place:
     told: dict[str, Any] = json.loads(setting)
     # As in the process that began the simulation, where its folders are here, too.
     sys.path += [each for each in told["path"] if each not in sys.path and Path(each).is_dir()]
-    run = RunConfig.from_table(told["run"], source="the simulation's run")
-    folder = told["folder"]
-    task = load_task(run.task, path=Path(folder) if folder is not None else None)
+    run, task = loaded(told)
     population = Population.of(run, task, count=run.simulation.clients)
     stacks = Stacks(run, task, population, known_to_suit=True) if told["stacked"] else None
     # Accounts are the simulation's, and here only say what noise there is.
@@ -94,14 +91,5 @@ class _Place:
                 outcomes = [None] * len(sends)
         for at, (send, out) in enumerate(zip(sends, made, strict=True)):
             if outcomes[at] is None:
-                outcomes[at] = self._one(send, model, out)
+                outcomes[at] = self.clients.attempt(send, model, out=out)
         return outcomes, made
-
-    def _one(self, send: Send, model: Array, out: Array) -> Outcome | None:
-        try:
-            done = self.clients.perform(send.client, send.order, model, out=out)
-        except FedgeError:  # the simulation does it again, and says whose fault it is
-            return None
-        if not all_finite(out):
-            return None
-        return Outcome(done.num_examples, {name: float(value) for name, value in done.metrics.items()})

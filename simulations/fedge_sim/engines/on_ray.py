@@ -37,6 +37,7 @@ from fedge.vector import Array
 from fedge_client.torch.trainer import Outcome
 from fedge_sim.engines import node
 from fedge_sim.engines.crew import Done, UnsuitedError
+from fedge_sim.engines.setting import setting_of
 from fedge_sim.engines.stacks import Stacks
 from fedge_sim.population import Population
 
@@ -84,14 +85,9 @@ class OnRay:
         folder: Path | None = None,
     ) -> None:
         self._size, self._given = size, workers
-        self._stacked: bool | None = None if stacked else False
+        self._stacked = stacked
         self._stacks: Callable[[], Stacks] = lambda: Stacks(run, task, population)
-        self._told = {
-            "kind": "gradient" if kind == "gradient" else "train",
-            "folder": str(folder) if folder is not None else None,
-            "path": sys.path,
-            "run": run.model_dump(mode="json", exclude_unset=True),
-        }
+        self._told = {**setting_of(run, kind=kind, folder=folder), "path": sys.path}
         self._setting: Any = None
         self._mine = _connected()
         options: dict[str, Any] = {"num_cpus": 1, "max_retries": _RETRIES}
@@ -112,7 +108,8 @@ class OnRay:
         outcomes: list[Outcome | None] = [None] * len(sends)
         with _translated():
             if self._setting is None:
-                self._stacked = self._can_be_stacked(sends, model)
+                # Found out here and once, so that it does not depend on which process gets whose work.
+                self._stacked = self._stacked and self._can_be_stacked(sends, model)
                 self._setting = ray.put(json.dumps({**self._told, "stacked": self._stacked}))
             share = self._share(len(sends))
             starts = range(0, len(sends), share)
@@ -160,14 +157,12 @@ class OnRay:
         self._mine = False
 
     def _can_be_stacked(self, sends: Sequence[Send], model: Array) -> bool:
-        """Found out here and once, so that it does not depend on which process gets whose work."""
-        if self._stacked is None:
-            try:
-                self._stacks().work(sends[:STACKED], model)
-            except UnsuitedError as error:
-                log.warning("ray_trains_one_by_one reason=%s", error)
-                return False
-        return self._stacked is None
+        try:
+            self._stacks().work(sends[:STACKED], model)
+        except UnsuitedError as error:
+            log.warning("ray_trains_one_by_one reason=%s", error)
+            return False
+        return True
 
     @property
     def _workers(self) -> int:

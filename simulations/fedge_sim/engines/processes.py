@@ -30,6 +30,7 @@ from fedge.vector import Array
 from fedge_client.segment import Segment
 from fedge_client.torch.trainer import Outcome
 from fedge_sim.engines.crew import Done, UnsuitedError
+from fedge_sim.engines.setting import setting_of
 from fedge_sim.engines.worker import Lines, Shared, divide
 from fedge_sim.python import python
 
@@ -82,13 +83,7 @@ class Processes:
         self._sockets = [mine for mine, _ in pairs]
         self._busy = [0] * workers
         self._ready = False
-        setting = {
-            "kind": "gradient" if kind == "gradient" else "train",
-            "size": size,
-            "rows": self._rows,
-            "folder": str(folder) if folder is not None else None,
-            "run": run.model_dump(mode="json", exclude_unset=True),
-        }
+        setting = {**setting_of(run, kind=kind, folder=folder), "size": size, "rows": self._rows}
         theirs = [its for _, its in pairs]
         shared = Shared(tuple(its.fileno() for its in theirs[1:]), self._model, self._mean, self._vectors)
         if own is None:

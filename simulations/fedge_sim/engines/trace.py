@@ -1,7 +1,8 @@
 """A traced step with less in it: for a small model what a step costs is how many operations it has.
 
-Only what cannot change a bit is done: operations that do nothing for the shapes that were traced are left out, those
-that are there twice are done once, and what does not depend on the arguments is made beforehand.
+`simplified` does only what cannot change a bit: operations that do nothing for the shapes that were traced are left
+out, those that are there twice are done once, and what does not depend on the arguments is made beforehand. What is
+traced `IN_PARTS` is the same to float32's rounding.
 """
 
 from __future__ import annotations

@@ -15,20 +15,20 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import torch
 
 from fedge.errors import FedgeError, LimitError
-from fedge.events import OrderId
+from fedge.events import OrderId, Send
 from fedge.exact import ExactSum, Term
 from fedge.run import RunConfig
 from fedge.strategy import WorkKind
-from fedge.task import Task, load_task
-from fedge.vector import Array, all_finite
+from fedge.task import Task
+from fedge.vector import Array
 from fedge_client.segment import Segment
 from fedge_sim.clients import Clients
+from fedge_sim.engines.setting import loaded
 from fedge_sim.memory import keep_freed
 from fedge_sim.population import Population
 from fedge_sim.privacy import Accounts
@@ -169,15 +169,15 @@ def _reply(clients: Clients, message: Message, vectors: Vectors) -> Message:
     kind: WorkKind = message["kind"]
     order = OrderId(kind, message["round"], message["attempt"])
     row = vectors.rows[message["row"]]
-    failed = {"row": message["row"], "done": False}
-    try:
-        done = clients.perform(message["client"], order, vectors.model, out=row)
-    except FedgeError:  # the simulation does it again, and says whose fault it is
-        return failed
-    if kind != "evaluate" and not all_finite(row):
-        return failed
-    metrics = {name: float(value) for name, value in done.metrics.items()}
-    return {"row": message["row"], "done": True, "num_examples": done.num_examples, "metrics": metrics}
+    done = clients.attempt(Send(message["client"], order), vectors.model, out=row)
+    if done is None:
+        return {"row": message["row"], "done": False}
+    return {
+        "row": message["row"],
+        "done": True,
+        "num_examples": done.num_examples,
+        "metrics": {**done.metrics},
+    }
 
 
 def _mean(message: Message, vectors: Vectors) -> None:
@@ -202,13 +202,8 @@ def main() -> None:
     if setting is None:
         return
 
-    def load() -> tuple[RunConfig, Task]:
-        run = RunConfig.from_table(setting["run"], source="the simulation's run")
-        folder = setting["folder"]
-        return run, load_task(run.task, path=Path(folder) if folder is not None else None)
-
     shared = Shared(tuple(sockets), Segment(model), Segment(mean), Segment(rows))
-    divide(control, shared, setting, load)
+    divide(control, shared, setting, lambda: loaded(setting))
 
 
 if __name__ == "__main__":

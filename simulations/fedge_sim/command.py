@@ -11,7 +11,7 @@ from contextlib import contextmanager, redirect_stdout
 from datetime import datetime
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -49,6 +49,12 @@ def simulate(
     workers: Annotated[
         int | None, typer.Option(help="Processes that train; as many as there are processors unless given.")
     ] = None,
+    device: Annotated[
+        str,
+        typer.Option(
+            help="Where a stacked tensor lies and is trained: cpu, or an accelerator such as cuda or cuda:1."
+        ),
+    ] = "cpu",
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Results folder; results/NAME-TIME unless given.")
     ] = None,
@@ -84,7 +90,8 @@ def simulate(
     config = RunConfig.load(path)
     if grid:
         given = {"--clients": clients, "--rounds": rounds, "--seed": seed, "--compare": compare or None}
-        _sweep(path, grid, given, out=out, name=config.name, engine=engine, workers=workers, as_json=as_json)
+        how = {"engine": engine, "processes": workers, "device": device}
+        _sweep(path, grid, given, out=out, name=config.name, how=how, as_json=as_json)
         return
     folder = out or Path("results") / f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}"  # noqa: DTZ005  # local, for people
     from fedge_sim.engine import simulate as run_simulation
@@ -106,6 +113,7 @@ def simulate(
             seed=seed,
             engine=engine,  # type: ignore[arg-type]  # it is checked there, with torch
             workers=workers,
+            device=device,
             callbacks=() if as_json else (show,),
         )
     write_results(folder, result)
@@ -161,8 +169,7 @@ def _sweep(
     *,
     out: Path | None,
     name: str,
-    engine: str,
-    workers: int | None,
+    how: Mapping[str, Any],
     as_json: bool,
 ) -> None:
     """Each combination of the grid's values, and a table of what comes of them."""
@@ -184,7 +191,7 @@ def _sweep(
             words = "  ".join(f"{key} {value}" for key, value in shown if value != "")
             console.print(words, highlight=False, soft_wrap=True)
 
-    swept = sweep(path, parse_grid(grid), out=folder, engine=engine, processes=workers, told=told)
+    swept = sweep(path, parse_grid(grid), out=folder, told=told, **how)
     if as_json:
         typer.echo(json.dumps([each.row() | {"out": str(each.folder)} for each in swept]))
     else:

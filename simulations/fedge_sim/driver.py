@@ -55,7 +55,7 @@ from fedge_client.torch.threads import suitable_threads
 from fedge_sim.adversaries import Adversaries
 from fedge_sim.clients import Clients
 from fedge_sim.crash import restarted
-from fedge_sim.engines.chosen import EngineName, Origin, chosen
+from fedge_sim.engines.chosen import Origin, Wanted, chosen
 from fedge_sim.engines.together import all_pass
 from fedge_sim.faults import Fault, Faults, corrupt, is_watched
 from fedge_sim.population import Population, labels_by_client
@@ -89,9 +89,8 @@ class Driver:
         run: RunConfig,
         task: Task,
         callbacks: tuple[Callback, ...],
-        engine: EngineName,
+        wanted: Wanted,
         origin: Origin,
-        workers: int | None = None,
     ) -> None:
         self._run = run
         self._population = Population.of(run, task, count=run.simulation.clients)
@@ -128,14 +127,13 @@ class Driver:
         self._last = _Last()
         self._out: Array = np.empty(self._learning.layout.size, np.float32)
         self._ahead = chosen(
-            engine,
+            wanted,
             run,
             task,
             self._population,
             kind=kind,
             size=self._learning.layout.size,
             origin=origin,
-            workers=workers,
         )
         self._engine = self._ahead.name
 

@@ -12,7 +12,8 @@ from fedge.run import RunConfig
 from fedge.task import Task, load_task
 from fedge_client.torch.threads import using_threads
 from fedge_sim.driver import Driver
-from fedge_sim.engines.chosen import EngineName, Origin, check_engine
+from fedge_sim.engines.accelerator import reproducible
+from fedge_sim.engines.chosen import EngineName, Origin, Wanted
 from fedge_sim.memory import keep_freed
 from fedge_sim.record import Callback
 from fedge_sim.result import Result
@@ -29,6 +30,7 @@ def simulate(
     seed: int | None = None,
     engine: EngineName = "auto",
     workers: int | None = None,
+    device: str = "cpu",
     callbacks: Iterable[Callback] = (),
 ) -> Result:
     """Run a federation on this machine. The same run and seed give the same bits.
@@ -38,12 +40,13 @@ def simulate(
     "vectorised" trains a cohort as one stacked tensor where the model allows it (`fedge_sim.engines.cohort`), to the
     same numbers but for float32's rounding; "processes" has `workers` processes of one thread train (as many as there
     are processors unless given), whose number changes no bit; "loop" is one client after the other, to the bits of a
-    deployment; "auto" is the first of these that suits the run and is worth its start.
+    deployment; "auto" is the first of these that suits the run and is worth its start. On a `device` ("cuda", "cuda:1")
+    the stacked tensor lies, is trained and is aggregated there; what cannot be stacked is done here.
     KeyboardInterrupt ends the run at its last committed round, with the status "stopped"; so does an error later than
     the first one, with "failed" and its reason.
 
     Raises:
-        ConfigError: the run, or a combination of its settings, is wrong, or there is no such engine.
+        ConfigError: the run, or a combination of its settings, is wrong, or there is no such engine or device.
         TaskError: the task's code fails on a client, before a round was committed.
     """
     folder = None
@@ -52,7 +55,14 @@ def simulate(
         run = RunConfig.load(Path(run))
     numbers = {"clients": clients, "rounds": rounds, "seed": seed}
     return simulate_in(
-        folder, run, task=task, numbers=numbers, engine=engine, workers=workers, callbacks=callbacks
+        folder,
+        run,
+        task=task,
+        numbers=numbers,
+        engine=engine,
+        workers=workers,
+        device=device,
+        callbacks=callbacks,
     )
 
 
@@ -64,10 +74,11 @@ def simulate_in(
     numbers: Mapping[str, int | None] = MappingProxyType({}),
     engine: EngineName = "auto",
     workers: int | None = None,
+    device: str = "cpu",
     callbacks: Iterable[Callback] = (),
 ) -> Result:
     """`simulate` for a run whose file, and what that names, lies in `folder`."""
-    check_engine(engine, workers)
+    wanted = Wanted.of(engine, workers, device)
     run = _with(run, **numbers)
     origin = Origin.of(task, name=run.task, folder=folder)
     if task is None:
@@ -75,8 +86,8 @@ def simulate_in(
     if left_out := run.left_out(task.metrics):
         log.warning("metrics_left_out %s", left_out)
     keep_freed()
-    driver = Driver(run, task, tuple(callbacks), engine, origin, workers)
-    with using_threads(driver.threads), driver:
+    driver = Driver(run, task, tuple(callbacks), wanted, origin)
+    with using_threads(driver.threads), reproducible(wanted.device), driver:
         try:
             driver.run()
         except KeyboardInterrupt:

@@ -82,6 +82,7 @@ def sweep(
     out: Path | str,
     engine: str = "auto",
     processes: int | None = None,
+    device: str = "cpu",
     told: Callable[[Swept], None] = lambda _: None,
 ) -> list[Swept]:
     """Simulate the run.toml at `path` with each combination of the grid's values; results are in folders of `out`, and
@@ -96,13 +97,17 @@ def sweep(
     """
     path, out = Path(path).resolve(), Path(out)
     runs = list(combinations(path, grid))
+    if device != "cpu":  # else this process can do without torch
+        from fedge_sim.engines.accelerator import accelerator
+
+        accelerator(device)
     if processes is not None and processes < 1:
         raise ConfigError(f"processes: expected at least 1, found {processes}")
     prepare_folder(out)
 
     def one(each: tuple[dict[str, Any], dict[str, Any], str]) -> Swept:
         settings, table, name = each
-        return _in_a_process(settings, table, out / name, beside=path.parent, engine=engine)
+        return _in_a_process(settings, table, out / name, beside=path.parent, engine=engine, device=device)
 
     swept: list[Swept] = []
     pool = ThreadPoolExecutor(processes or processors(), thread_name_prefix="fedge-sweep")
@@ -147,13 +152,20 @@ def combinations(path: Path, grid: Grid) -> Iterator[tuple[dict[str, Any], dict[
 
 
 def _in_a_process(
-    settings: Mapping[str, Any], table: dict[str, Any], folder: Path, *, beside: Path, engine: str
+    settings: Mapping[str, Any],
+    table: dict[str, Any],
+    folder: Path,
+    *,
+    beside: Path,
+    engine: str,
+    device: str,
 ) -> Swept:
     told = {
         "table": table,
         "out": str(folder.resolve()),
         "folder": str(beside),
         "engine": engine,
+        "device": device,
     }
     done = subprocess.run(  # noqa: S603  # this Python, and this module
         python("fedge_sim.sweep"),
@@ -191,7 +203,9 @@ def main() -> int:
         prepare_folder(folder)
         # The others have the other cores; those of a cluster it divides itself.
         workers = None if told["engine"] == "ray" else 1
-        result = simulate_in(Path(told["folder"]), run, engine=told["engine"], workers=workers)
+        result = simulate_in(
+            Path(told["folder"]), run, engine=told["engine"], workers=workers, device=told["device"]
+        )
         write_results(folder, result)
     except FedgeError as error:
         sys.stderr.write(f"{error}\n")

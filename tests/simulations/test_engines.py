@@ -24,7 +24,7 @@ from fedge.seeds import work_seed
 from fedge_client.torch.framework import framework
 from fedge_client.torch.trainer import Trainer
 from fedge_sim import Result, simulate
-from fedge_sim.engines.chosen import Origin, chosen
+from fedge_sim.engines.chosen import Origin, Wanted, chosen
 from fedge_sim.engines.cohort import Cohort, Member
 from fedge_sim.engines.crew import UnsuitedError
 from fedge_sim.population import Population
@@ -59,7 +59,7 @@ def both(
 ) -> tuple[np.ndarray, list[Any], np.ndarray, list[Any]]:
     model = framework.initial_model(task, seed=3).vector
     stacked, looped = (np.empty((len(members), len(model)), np.float32) for _ in range(2))
-    outcomes = Cohort(task, seed=3).train(model, members, work, stacked)
+    outcomes = Cohort(task, seed=3).train(torch.from_numpy(model), members, work, torch.from_numpy(stacked))
     trainer = Trainer(task, seed=3)
     expected = [
         trainer.train(model, member.train, work, seed=member.seed, out=row)
@@ -107,7 +107,9 @@ def test_the_gradients_of_ragged_clients_are_those_of_the_loop(model: str, count
     start = framework.initial_model(task, seed=3).vector
     members = [Member(train, 7 * at) for at, train in enumerate(sets(count))]
     stacked, looped = (np.empty((count, len(start)), np.float32) for _ in range(2))
-    outcomes = Cohort(task, seed=3).gradient(start, members, work, stacked, step=step)
+    outcomes = Cohort(task, seed=3).gradient(
+        torch.from_numpy(start), members, work, torch.from_numpy(stacked), step=step
+    )
     trainer = Trainer(task, seed=3)
     for member, row, outcome in zip(members, looped, outcomes, strict=True):
         alone = trainer.gradient(start, member.train, work, seed=member.seed, step=step, out=row)
@@ -138,13 +140,13 @@ def test_regression_and_subsets_train_as_the_loop_does():
 
 def test_what_a_client_learns_does_not_depend_on_who_is_in_the_stack():
     task, work = task_of(MODELS["perceptron"]), Work(epochs=2, batch_size=4, learning_rate=0.1)
-    model, cohort = framework.initial_model(task, seed=0).vector, Cohort(task, seed=0)
+    model, cohort = torch.from_numpy(framework.initial_model(task, seed=0).vector), Cohort(task, seed=0)
     members = [Member(train, at) for at, train in enumerate(sets(7))]
-    everybody, alone = np.empty((7, len(model)), np.float32), np.empty((1, len(model)), np.float32)
+    everybody, alone = torch.empty(7, len(model)), torch.empty(1, len(model))
     cohort.train(model, members, work, everybody)
     for at in (0, 3, 6):
         cohort.train(model, [members[at]], work, alone)
-        assert np.allclose(alone[0], everybody[at], rtol=1e-4, atol=1e-6)
+        assert torch.allclose(alone[0], everybody[at], rtol=1e-4, atol=1e-6)
 
 
 class Tied(nn.Module):
@@ -223,10 +225,10 @@ def test_what_cannot_be_stacked_is_left_to_the_loop_and_the_reason_is_said(
     assert [record.message.count(says) for record in caplog.records if "falls_back" in record.message] == [1]
     looped = run(task)
     assert np.array_equal(stacked.model.vector, looped.model.vector)
-    model = framework.initial_model(task, seed=5).vector
+    model = torch.from_numpy(framework.initial_model(task, seed=5).vector)
     with pytest.raises(UnsuitedError, match=says):
         Cohort(task, seed=5).train(
-            model, [Member(sets(3)[2], 1)], Work(batch_size=4), np.empty((1, len(model)), np.float32)
+            model, [Member(sets(3)[2], 1)], Work(batch_size=4), torch.empty(1, len(model))
         )
 
 
@@ -299,7 +301,7 @@ def test_a_stack_is_chosen_where_it_pays_by_a_rule(
     size = framework.initial_model(task, seed=0).layout.size
     with caplog.at_level(logging.WARNING):
         crew = chosen(
-            "auto", config, task, population, kind="train", size=size, origin=Origin(own=task), workers=2
+            Wanted("auto", 2), config, task, population, kind="train", size=size, origin=Origin(own=task)
         )
     assert crew.name == ("loop" if says else "vectorised")
     assert says in crew.reasons.get("vectorised", "")
@@ -341,8 +343,8 @@ def test_parts_of_one_set_are_not_copied(monkeypatch: pytest.MonkeyPatch):
 
     whole = examples_of_one_set()
     members = [Member(Subset(whole, part), 1) for part in ([1, 2, 3], [4, 5])]
-    out = np.empty((2, 21), np.float32)
-    model = framework.initial_model(task_of(MODELS["linear"]), seed=3).vector
+    out = torch.empty(2, 21)
+    model = torch.from_numpy(framework.initial_model(task_of(MODELS["linear"]), seed=3).vector)
     cohort = Cohort(task_of(MODELS["linear"]), seed=3)
     monkeypatch.setattr(torch, "cat", never)
     cohort.train(model, members, Work(batch_size=2), out)

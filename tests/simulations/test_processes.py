@@ -20,7 +20,7 @@ from fedge import Task
 from fedge.errors import ConfigError, TaskError
 from fedge.events import OrderId, Send
 from fedge_sim import Result, simulate
-from fedge_sim.engines.chosen import Origin, chosen
+from fedge_sim.engines.chosen import Origin, Wanted, chosen
 from fedge_sim.engines.crew import UnsuitedError
 from fedge_sim.engines.processes import Processes
 from fedge_sim.population import Population
@@ -131,7 +131,7 @@ def test_a_python_that_cannot_be_divided_is_said_to_be_so(monkeypatch: pytest.Mo
 def test_workers_are_gone_when_a_simulation_is_over():
     population = Population.of(config(), simulated.task, count=8)
     crew = chosen(
-        "processes", config(), simulated.task, population, kind="train", size=83, origin=Origin(), workers=2
+        Wanted("processes", 2), config(), simulated.task, population, kind="train", size=83, origin=Origin()
     )
     process = crew._crew._process  # type: ignore[union-attr]  # what the operating system knows of it
     assert process.poll() is None
@@ -184,7 +184,7 @@ def test_processes_are_chosen_where_they_pay_by_a_rule(
     population = Population.of(run, simulated.layered, count=8)
     with caplog.at_level(logging.WARNING):
         crew = chosen(
-            "auto", run, simulated.layered, population, kind="train", size=99, origin=origin, workers=workers
+            Wanted("auto", workers), run, simulated.layered, population, kind="train", size=99, origin=origin
         )
     try:
         assert crew.name == ("loop" if says else "processes")

@@ -51,7 +51,7 @@ def test_a_simplified_step_gives_the_same_bits(name: str, monkeypatch: pytest.Mo
     generator = torch.Generator().manual_seed(4)
     steps: dict[bool, tuple[Any, int]] = {}
     for plain in (True, False):
-        monkeypatch.setattr(cohort, "simplified", (lambda traced: traced) if plain else simplified)
+        monkeypatch.setattr(cohort, "simplified", (lambda traced, device: traced) if plain else simplified)
         made = Cohort(task, seed=1)
         stack = torch.randn(4, made.size, generator=torch.Generator().manual_seed(1))
         inputs = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(2))

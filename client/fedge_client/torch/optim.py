@@ -14,10 +14,10 @@ from fedge.optimizer import Optimizer
 
 
 class InPlaceOptimizer:
-    """One optimiser's state for vectors of `size` elements, reused from client to client."""
+    """One optimiser's state for vectors of `size` elements on a device, reused from client to client."""
 
-    def __init__(self, size: int) -> None:
-        self._size = size
+    def __init__(self, size: int, device: torch.device | None = None) -> None:
+        self._size, self._device = size, device
         self._slots: list[torch.Tensor] = []
         self._scratch = torch.empty(0)
         self._optimizer = Optimizer()
@@ -27,7 +27,7 @@ class InPlaceOptimizer:
         """Start anew: slots of zeros, and from now on `optimizer`'s settings."""
         self._optimizer = optimizer
         while len(self._slots) < optimizer.slot_count:
-            self._slots.append(torch.empty(self._size))
+            self._slots.append(torch.empty(self._size, device=self._device))
         for slot in self._slots[: optimizer.slot_count]:
             slot.zero_()
         self._powers = (1.0, 1.0)
@@ -62,5 +62,5 @@ class InPlaceOptimizer:
 
     def _room(self) -> torch.Tensor:
         if self._scratch.numel() != self._size:
-            self._scratch = torch.empty(self._size)
+            self._scratch = torch.empty(self._size, device=self._device)
         return self._scratch

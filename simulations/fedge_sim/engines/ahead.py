@@ -18,6 +18,7 @@ from fedge.exact import Values
 from fedge.vector import Array
 from fedge_client.torch.trainer import Outcome
 from fedge_sim.engines.crew import Crew, Done, Rows, UnsuitedError
+from fedge_sim.engines.elsewhere import Row
 
 log = logging.getLogger(__name__)
 
@@ -137,8 +138,8 @@ class Ahead:
 
 
 def _in_memory(vector: Values) -> int:
-    """Bytes of a vector, if it does not lie elsewhere."""
-    return vector.nbytes if isinstance(vector, np.ndarray) else 0
+    """Bytes of a vector, if it lies in this machine's memory, or comes there when the crew works again."""
+    return vector.nbytes if isinstance(vector, np.ndarray | Row) else 0
 
 
 def _spared(vector: Values) -> Values:

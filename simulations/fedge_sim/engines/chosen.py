@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
+import torch
+
 from fedge.errors import ConfigError
 from fedge.parallel import processors
 from fedge.run import RunConfig
 from fedge.strategy import WorkKind
 from fedge.task import Task
+from fedge_sim.engines.accelerator import accelerator
 from fedge_sim.engines.ahead import Ahead, Makers
 from fedge_sim.engines.crew import Crew, UnsuitedError
 from fedge_sim.engines.processes import Processes
@@ -51,19 +54,34 @@ class Origin:
         return cls(folder, given)
 
 
-def check_engine(engine: str, workers: int | None) -> None:
-    """
-    Raises:
-        ConfigError: there is no such engine, or its workers are none.
-    """
-    if engine not in ENGINES:
-        raise ConfigError(f"engine: expected one of {', '.join(ENGINES)}, found {str(engine)[:80]!r}")
-    if workers is not None and not 1 <= workers <= 1024:
-        raise ConfigError(f"workers: expected 1 to 1024 processes, found {workers}")
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What somebody has asked for: an engine, its processes, an accelerator to train on."""
+
+    engine: EngineName = "auto"
+    workers: int | None = None
+    device: torch.device | None = None
+
+    @classmethod
+    def of(cls, engine: EngineName, workers: int | None, device: str) -> Wanted:
+        """
+        Raises:
+            ConfigError: there is no such engine or device, the engine uses none, or its workers are none.
+        """
+        if engine not in ENGINES:
+            raise ConfigError(f"engine: expected one of {', '.join(ENGINES)}, found {str(engine)[:80]!r}")
+        if workers is not None and not 1 <= workers <= 1024:
+            raise ConfigError(f"workers: expected 1 to 1024 processes, found {workers}")
+        found = accelerator(device)
+        if found is not None and engine not in ("auto", "vectorised"):
+            raise ConfigError(
+                f"device {device}: expected the engine auto or vectorised, which can use it, found {engine}"
+            )
+        return cls(engine, workers, found)
 
 
 def chosen(
-    engine: EngineName,
+    wanted: Wanted,
     run: RunConfig,
     task: Task,
     population: Population,
@@ -71,12 +89,15 @@ def chosen(
     kind: WorkKind,
     size: int,
     origin: Origin,
-    workers: int | None = None,
 ) -> Ahead:
     """The crew that works for the clients of a run whose orders are of this kind, with a model of `size` parameters.
 
-    By rules and not by a measurement, which would have the same seed give other bits on a busier machine.
+    By rules and not by a measurement, which would have the same seed give other bits on a busier machine. Who has
+    asked for an accelerator gets a stack on it.
     """
+    engine, workers = wanted.engine, wanted.workers
+    if wanted.device is not None:
+        engine = "vectorised"
     rule = engine == "auto"
     turns = run.rounds * run.cohort.size
     count = min(workers or processors(), run.simulation.clients)
@@ -84,7 +105,7 @@ def chosen(
     def stacks() -> Crew:
         if rule and turns < _STACKS_FROM:
             raise UnsuitedError(f"a run of {turns} turns of clients is over before a stack is faster")
-        crew = Stacks(run, task, population)
+        crew = Stacks(run, task, population, device=wanted.device)
         if rule and size >= _STACKS_BELOW:
             raise UnsuitedError(f"a model of {size} parameters is no faster in a stack")
         return crew

@@ -14,28 +14,31 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch.func import functional_call, grad_and_value, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fedge.run import Work
 from fedge.task import Task
-from fedge.vector import Array
 from fedge_client.torch.batches import Batches, Order
 from fedge_client.torch.flat import FlatModule
 from fedge_client.torch.framework import build_module
 from fedge_client.torch.trainer import Outcome
+from fedge_sim.engines.accelerator import HOST, memory
 from fedge_sim.engines.crew import UnsuitedError
-from fedge_sim.engines.pool import Part
+from fedge_sim.engines.pool import Part, Shelf
 from fedge_sim.engines.stack import Arguments, Slopes, gradient_stack, train_stack
-from fedge_sim.engines.trace import IN_PARTS, flat, simplified
+from fedge_sim.engines.trace import IN_PARTS, flat, simplified, uses_last
 
 SIZES = (4, 8, 16, 32, 64, 128, 256)
 """Clients in a stack: the smallest of these that holds a cohort is traced."""
 
 MAX_STACK_BYTES = 1 << 28
-"""Of the clients' vectors, once: gradients and optimisers take as much again, two to four times."""
+"""Of the clients' vectors, once, in this machine's memory: gradients and optimisers take as much again, two to four
+times."""
+
+_SHARE = 16
+"""Of an accelerator's memory, one such part is for the clients' vectors."""
 
 _TRIED = 128
 """Examples on which model and loss are looked at."""
@@ -57,8 +60,8 @@ class Member:
 
 class Cohort:
     """Trains cohorts of a task's model, of which the most have `usual` members; the batches of `most_known` training
-    sets are kept. Whether it can be done at all is looked at with the first cohort's examples, unless it is
-    `known_to_suit`.
+    sets are kept. They lie on a `device`. Whether it can be done at all is looked at with the first cohort's examples,
+    unless it is `known_to_suit`.
 
     Raises:
         UnsuitedError: the model holds more than float32 parameters: buffers, frozen or tied ones.
@@ -72,8 +75,13 @@ class Cohort:
         usual: int = SIZES[-1],
         most_known: int = SIZES[-1],
         known_to_suit: bool = False,
+        device: torch.device = HOST,
     ) -> None:
         self._task = task
+        self._max_bytes, most_brought = MAX_STACK_BYTES, None
+        if device != HOST:
+            self._max_bytes, most_brought = memory(device) // _SHARE, memory(device) // 4
+        self.shelf = Shelf(device, most_bytes=most_brought)
         self._most_known = most_known
         self._sizes = sorted({*SIZES, usual})
         self._flat = FlatModule(build_module(task, seed=seed))
@@ -90,7 +98,7 @@ class Cohort:
         self._slices = layout.slices
         self.size = layout.size
         self._order = Order()
-        self._room = torch.empty(0)
+        self._room: torch.Tensor | None = None
         self._known: OrderedDict[int, tuple[Any, Any, Batches]] = OrderedDict()
         self._steps: dict[tuple[Any, ...], Step] = {}
         self._tried = known_to_suit
@@ -98,11 +106,13 @@ class Cohort:
     @property
     def most(self) -> int:
         """Clients in a stack."""
-        return max(1, min(self._sizes[-1], MAX_STACK_BYTES // (4 * self.size)))
+        return max(1, min(self._sizes[-1], self._max_bytes // (4 * self.size)))
 
-    def train(self, model: Array, members: Sequence[Member], work: Work, out: Array) -> list[Outcome]:
+    def train(
+        self, model: torch.Tensor, members: Sequence[Member], work: Work, out: torch.Tensor
+    ) -> list[Outcome]:
         """Train every member from `model` (float32[size]); row i of `out` (float32[members, size]) is what member i has
-        moved by. As `Trainer.train`.
+        moved by; both lie where the cohort does. As `Trainer.train`.
 
         Raises:
             UnsuitedError: the model or the loss cannot be done for all at once.
@@ -120,14 +130,14 @@ class Cohort:
         outcomes: dict[int, Outcome] = {}
         for start in range(0, len(order), self.most):
             some = order[start : start + self.most]
-            moved = np.empty((len(some), self.size), np.float32)
+            moved = out.new_empty((len(some), self.size))
             done = train_stack(self, model, [parts[at] for at in some], work, moved)
             out[some] = moved
             outcomes |= zip(some, done, strict=True)
         return [outcomes[at] for at in range(len(members))]
 
     def gradient(
-        self, model: Array, members: Sequence[Member], work: Work, out: Array, *, step: int
+        self, model: torch.Tensor, members: Sequence[Member], work: Work, out: torch.Tensor, *, step: int
     ) -> list[Outcome]:
         """Every member's gradient at `model` (float32[size]) on its batch of `step`, to the rows of `out`. As
         `Trainer.gradient`; there are at most `most` members.
@@ -153,8 +163,8 @@ class Cohort:
 
     def room(self, members: int) -> torch.Tensor:
         """Memory for the vectors of a stack: the same for each stack of a size."""
-        if self._room.shape != (members, self.size):
-            self._room = torch.empty(members, self.size)
+        if self._room is None or len(self._room) != members:
+            self._room = torch.empty(members, self.size, device=self.shelf.device)
         return self._room
 
     def size_for(self, members: int) -> int:
@@ -186,7 +196,7 @@ class Cohort:
             with torch.inference_mode():
                 *slopes, losses = self._steps[key](*parameters, inputs, targets, weights)
             return slopes, losses
-        except UnsuitedError:
+        except (UnsuitedError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # user code under torch.func may raise anything, and what it became, too
             raise UnsuitedError(f"torch.func cannot do it: {type(error).__name__}: {error}"[:300]) from error
@@ -195,7 +205,10 @@ class Cohort:
         def loss(parameters: Any, inputs: Any, targets: Any, weights: Any) -> torch.Tensor:  # no bound method
             return self._loss_of_one(parameters, inputs, targets, weights)
 
-        return flat(simplified(make_fx(vmap(grad_and_value(loss)), IN_PARTS)(*arguments)))
+        graph = make_fx(vmap(grad_and_value(loss)), IN_PARTS)(*arguments)
+        if not uses_last(graph):  # which is what the rows weigh
+            raise UnsuitedError(f"what is computed on {self.shelf.device} cannot be traced")
+        return flat(simplified(graph, self.shelf.device))
 
     def _loss_of_one(
         self, parameters: list[torch.Tensor], inputs: Any, targets: Any, weights: torch.Tensor
@@ -216,11 +229,12 @@ class Cohort:
 
     def _try(self, parameters: list[torch.Tensor], inputs: torch.Tensor, targets: torch.Tensor) -> None:
         """Whether the model draws no random numbers, keeps rows apart, and has a loss that is a mean over rows."""
-        one = [parameter[0] for parameter in parameters]
+        one = [parameter[0].cpu() for parameter in parameters]
         # Examples of all members: those of one may be of one class, say, where a loss shows less of itself.
         rows, wanted = inputs.flatten(0, 1), targets.flatten(0, 1)
-        some = torch.arange(0, len(rows), max(1, len(rows) // _TRIED))
-        rows, wanted = rows[some], wanted[some]
+        apart = max(1, len(rows) // _TRIED)
+        # In this machine's memory, where what draws random numbers is seen.
+        rows, wanted = rows[::apart].to("cpu", copy=True), wanted[::apart].cpu()
         before = torch.get_rng_state()
         with torch.no_grad():
             output = self._output(one, rows)

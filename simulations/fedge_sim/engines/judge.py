@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any, Final
 
 import torch
+from torch.func import functional_call
 
 from fedge.errors import TaskError
 from fedge.task import Task
@@ -18,6 +20,7 @@ from fedge_client.torch.batches import Batches
 from fedge_client.torch.flat import FlatModule
 from fedge_client.torch.framework import build_module
 from fedge_client.torch.trainer import Outcome
+from fedge_sim.engines.accelerator import HOST
 from fedge_sim.engines.crew import UnsuitedError
 
 MAX_BYTES: Final = 1 << 22
@@ -29,12 +32,14 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class Judge:
-    """Judges a task's model by the test sets of many clients."""
+    """Judges a task's model by the test sets of many clients: what it makes of their examples on a device, and what
+    that is worth in this machine's memory, where losses and metrics are at home."""
 
-    def __init__(self, task: Task, *, seed: int) -> None:
-        self._task = task
+    def __init__(self, task: Task, *, seed: int, device: torch.device = HOST) -> None:
+        self._task, self._device = task, device
         self._flat = FlatModule(build_module(task, seed=seed))
         self._flat.module.eval()
+        self._there: dict[str, torch.Tensor] = {}
         self._tried = False
 
     def judge(self, model: Array, tests: Sequence[Any]) -> list[Outcome | None]:
@@ -45,6 +50,9 @@ class Judge:
                 are no tensors of one shape.
         """
         self._flat.load(model)
+        module = self._flat.module
+        named = chain(module.named_parameters(), module.named_buffers())
+        self._there = {name: value.detach().to(self._device) for name, value in named}
         found: list[Outcome | None] = []
         with torch.no_grad():
             for group in _groups(tests):
@@ -68,7 +76,7 @@ class Judge:
         sizes = [len(each) for each in inputs]
         try:
             before = torch.get_rng_state()
-            output = self._flat.module(whole)
+            output = self._forward(whole)
             if not self._tried:
                 self._try(before, output, inputs[0], whole)
                 self._tried = True
@@ -78,6 +86,13 @@ class Judge:
             raise UnsuitedError(f"its examples cannot be judged together: {type(error).__name__}") from error
         return torch.split(output, sizes)
 
+    def _forward(self, inputs: torch.Tensor) -> Any:
+        """What the model gives for them, in this machine's memory."""
+        if self._device == HOST:
+            return self._flat.module(inputs)
+        output = functional_call(self._flat.module, self._there, (inputs.to(self._device),))
+        return output.cpu() if isinstance(output, torch.Tensor) else output
+
     def _try(self, before: torch.Tensor, output: Any, first: torch.Tensor, whole: torch.Tensor) -> None:
         """Whether rows that go in come out, each by itself."""
         if not torch.equal(before, torch.get_rng_state()):
@@ -85,7 +100,7 @@ class Judge:
             raise UnsuitedError("its model draws random numbers when it is judged")
         if not isinstance(output, torch.Tensor) or not output.ndim or len(output) != len(whole):
             raise UnsuitedError("what its model gives is not a row for each example")
-        alone = self._flat.module(first)
+        alone = self._forward(first)
         if not torch.allclose(alone, output[: len(first)], rtol=_CLOSE, atol=_CLOSE, equal_nan=True):
             raise UnsuitedError("its model mixes the examples that it is judged by")
 

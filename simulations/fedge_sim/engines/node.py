@@ -86,7 +86,8 @@ class _Place:
         if self.stacks is not None and kind != "evaluate":
             try:
                 outcomes, rows = self.stacks.work(sends, model)
-                made[:] = rows
+                for row, its in zip(made, rows, strict=True):
+                    row[:] = its[:]
             except UnsuitedError:  # for these clients' data: the next ones' may be another matter
                 outcomes = [None] * len(sends)
         for at, (send, out) in enumerate(zip(sends, made, strict=True)):

@@ -25,6 +25,10 @@ MAX_PLACES: int = 1 << 22
 """Of all batches of a stack, known at once."""
 
 
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""Inputs and targets."""
+
+
 @dataclass(frozen=True, eq=False)
 class Filled:
     """A step's batches: inputs [clients, width, ...], targets [clients, width, ...], and what each row weighs (0 or 1),
@@ -52,18 +56,41 @@ class Filler(Protocol):
         ...
 
 
-def filler(parts: Sequence[Part], count: int) -> Filler:
+class Shelf:
+    """Where batches are needed, and the tensors there whose rows all clients' examples are, once they were brought."""
+
+    def __init__(self, device: torch.device, *, most_bytes: int | None = None) -> None:
+        """At most `most_bytes` are brought at once; without it any number, as it need not be where they lie already."""
+        self.device, self._most_bytes = device, most_bytes
+        self._from: Pair | None = None
+        self._brought: Pair | None = None
+
+    def brought(self, pair: Pair) -> Pair | None:
+        """Inputs and targets, there: those of the last time are kept. None if they are too large."""
+        inputs, targets = pair
+        if inputs.device == targets.device == self.device:
+            return pair
+        if self._most_bytes is not None and inputs.nbytes + targets.nbytes > self._most_bytes:
+            return None
+        if self._from is None or self._from[0] is not inputs or self._from[1] is not targets:
+            self._from = self._brought = None  # before others take its place
+            self._brought = inputs.to(self.device), targets.to(self.device)
+            self._from = pair
+        return self._brought
+
+
+def filler(parts: Sequence[Part], count: int, shelf: Shelf) -> Filler:
     """Of these members, in a stack of `count` clients.
 
     Raises:
         UnsuitedError: their examples are of several shapes or types, or no tensors.
     """
-    return _Pool.of(parts, count) or _Gathered(parts, count)
+    return _Pool.of(parts, count, shelf) or _Gathered(parts, count, shelf.device)
 
 
-def gathered(parts: Sequence[Part], count: int) -> Filler:
+def gathered(parts: Sequence[Part], count: int, shelf: Shelf) -> Filler:
     """Of these members, in a stack of `count` clients, for a few of their steps: nothing is made ahead."""
-    return _Gathered(parts, count)
+    return _Gathered(parts, count, shelf.device)
 
 
 def all_alike(parts: Sequence[Part]) -> bool:
@@ -82,22 +109,23 @@ class _Pool:
 
     def __init__(
         self,
-        inputs: torch.Tensor,
-        targets: torch.Tensor,
+        pair: Pair,
         rows: Sequence[torch.Tensor],
         parts: Sequence[Part],
         count: int,
     ) -> None:
         """`rows[i]` are where member i's examples lie."""
-        self._inputs, self._targets = inputs, targets
+        self._inputs, self._targets = pair
         steps, width = parts[0].steps, _width(parts)
         self._places = torch.zeros(count, steps, width, dtype=torch.int64)
         self._weights = torch.ones(count, steps, width)
         if all_alike(parts):
             self._fill_in(slice(0, len(parts)), parts, torch.stack(list(rows)))
-            return
-        for at, part in enumerate(parts):
-            self._fill_in(slice(at, at + 1), [part], rows[at][None])
+        else:
+            for at, part in enumerate(parts):
+                self._fill_in(slice(at, at + 1), [part], rows[at][None])
+        device = self._inputs.device
+        self._places, self._weights = self._places.to(device), self._weights.to(device)
 
     def _fill_in(self, members: slice, parts: Sequence[Part], rows: torch.Tensor) -> None:
         """The places of all batches of members with as many examples and steps; `rows` are [members, examples]."""
@@ -116,7 +144,7 @@ class _Pool:
                 weights[:, end:stop] = 0.0
 
     @classmethod
-    def of(cls, parts: Sequence[Part], count: int) -> _Pool | None:
+    def of(cls, parts: Sequence[Part], count: int, shelf: Shelf) -> _Pool | None:
         """None if the examples are not all in plain tensors, or too large together."""
         found = [part.batches.tensors for part in parts]
         tensors = [each for each in found if each is not None]
@@ -124,7 +152,10 @@ class _Pool:
             return None
         inputs, targets = tensors[0]
         if all(one is inputs and other is targets for one, other in tensors):
-            return cls(inputs, targets, [part.batches.rows for part in parts], parts, count)
+            pair = shelf.brought((inputs, targets))
+            return (
+                cls(pair, [part.batches.rows for part in parts], parts, count) if pair is not None else None
+            )
         sizes = [part.batches.size for part in parts]
         if sum(sizes) * parts[0].batches.bytes_per_example() > MAX_POOL_BYTES:
             return None
@@ -135,9 +166,8 @@ class _Pool:
             for pair, part in zip(tensors, parts, strict=True)
         ]
         rows = torch.split(torch.arange(sum(sizes)), sizes)
-        return cls(
-            torch.cat([one for one, _ in own]), torch.cat([other for _, other in own]), rows, parts, count
-        )
+        whole = torch.cat([one for one, _ in own]), torch.cat([other for _, other in own])
+        return cls((whole[0].to(shelf.device), whole[1].to(shelf.device)), rows, parts, count)
 
     def fill(self, step: int, clients: int) -> Filled:
         places = self._places[:clients, step]
@@ -152,10 +182,11 @@ class _Pool:
 class _Gathered:
     """Each member's batch, one after the other."""
 
-    def __init__(self, parts: Sequence[Part], count: int) -> None:
+    def __init__(self, parts: Sequence[Part], count: int, device: torch.device) -> None:
         self._parts, self._count, self._width = parts, count, _width(parts)
         self._weights = torch.ones(count, self._width)
-        self._room: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._room: Pair | None = None
+        self._device = device
 
     def fill(self, step: int, clients: int) -> Filled:
         for at, part in enumerate(self._parts):
@@ -179,4 +210,5 @@ class _Gathered:
                     room[size:] = batch[:1]  # something that the model can take
             self._weights[at, :size], self._weights[at, size:] = 1.0, 0.0
         assert self._room is not None  # there are members
-        return Filled(self._room[0][:clients], self._room[1][:clients], self._weights[:clients])
+        inputs, targets = (each[:clients].to(self._device) for each in self._room)
+        return Filled(inputs, targets, self._weights[:clients].to(self._device))

@@ -9,10 +9,9 @@ import torch
 
 from fedge.optimizer import Optimizer
 from fedge.run import Work
-from fedge.vector import Array
 from fedge_client.torch.optim import InPlaceOptimizer
 from fedge_client.torch.trainer import Outcome
-from fedge_sim.engines.pool import Part, all_alike, filler, gathered
+from fedge_sim.engines.pool import Part, Shelf, all_alike, filler, gathered
 
 Arguments = tuple[list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]
 """Of all clients: parameters, inputs, targets, weights."""
@@ -24,6 +23,11 @@ Slopes = tuple[list[torch.Tensor], torch.Tensor]
 class Model(Protocol):
     """What is trained: a step of it for many clients, and how they lie in memory."""
 
+    @property
+    def shelf(self) -> Shelf:
+        """Where they lie, and what is there already."""
+        ...
+
     def step(self, arguments: Arguments) -> Slopes: ...
 
     def views(self, stack: torch.Tensor) -> list[torch.Tensor]: ...
@@ -33,19 +37,28 @@ class Model(Protocol):
     def size_for(self, members: int) -> int: ...
 
 
-def train_stack(model: Model, start: Array, parts: Sequence[Part], work: Work, out: Array) -> list[Outcome]:
+def train_stack(
+    model: Model, start: torch.Tensor, parts: Sequence[Part], work: Work, out: torch.Tensor
+) -> list[Outcome]:
     """Train members, those with the most steps first, from `start` (float32[size]); row i of `out` (float32[members,
-    size]) is what member i has moved by.
+    size]) is what member i has moved by. Both are where the model lies.
 
     Raises:
         UnsuitedError: it cannot be done for all at once.
         TaskError: a member's data cannot be read.
     """
+    return _outcomes([part.batches.size for part in parts], trained(model, start, parts, work, out))
+
+
+def trained(
+    model: Model, start: torch.Tensor, parts: Sequence[Part], work: Work, out: torch.Tensor
+) -> torch.Tensor:
+    """As `train_stack`: the mean losses, float64[members], where the model lies; nothing waits for it."""
     return _Stack(model, start, parts, work).run(out)
 
 
 def gradient_stack(
-    model: Model, start: Array, parts: Sequence[Part], step: int, work: Work, out: Array
+    model: Model, start: torch.Tensor, parts: Sequence[Part], step: int, work: Work, out: torch.Tensor
 ) -> list[Outcome]:
     """The gradients of members at `start` (float32[size]) on their batches of this step: row i of `out`
     (float32[members, size]) is that of member i, with the regulariser's.
@@ -53,40 +66,42 @@ def gradient_stack(
     Raises:
         UnsuitedError, TaskError: as `train_stack`.
     """
-    count, whole = model.size_for(len(parts)), torch.from_numpy(out)
+    count = model.size_for(len(parts))
     theta = model.room(count)
-    theta.copy_(torch.from_numpy(start))
-    filled = gathered(parts, count).fill(step, count)
+    theta.copy_(start)
+    filled = gathered(parts, count, model.shelf).fill(step, count)
     with torch.no_grad():
         slopes, losses = model.step((model.views(theta), filled.inputs, filled.targets, filled.weights))
-        for slope, room in zip(slopes, model.views(whole), strict=True):
+        for slope, room in zip(slopes, model.views(out), strict=True):
             room.copy_(slope[: len(parts)])
         if work.l1 or work.l2:
-            flat, at = whole.view(-1), theta[: len(parts)].view(-1)
-            InPlaceOptimizer(flat.numel()).regularise(flat, at, l1=work.l1, l2=work.l2)
+            flat, at = out.view(-1), theta[: len(parts)].view(-1)
+            optimizer = InPlaceOptimizer(flat.numel(), flat.device)
+            optimizer.regularise(flat, at, l1=work.l1, l2=work.l2)
     sizes = filled.weights.sum(1).tolist()
-    return [
-        Outcome(int(size), {"train_loss": loss})
-        for size, loss, _ in zip(sizes, losses.double().tolist(), parts, strict=False)
-    ]
+    return _outcomes([int(size) for size in sizes[: len(parts)]], losses[: len(parts)].double())
+
+
+def _outcomes(sizes: Sequence[int], losses: torch.Tensor) -> list[Outcome]:
+    """Of members with so many examples, and losses float64[members]."""
+    return [Outcome(size, {"train_loss": loss}) for size, loss in zip(sizes, losses.tolist(), strict=True)]
 
 
 class _Stack:
-    def __init__(self, model: Model, start: Array, parts: Sequence[Part], work: Work) -> None:
+    def __init__(self, model: Model, start: torch.Tensor, parts: Sequence[Part], work: Work) -> None:
         self._model, self._parts, self._work = model, parts, work
         count = model.size_for(len(parts))
-        self._start = torch.from_numpy(start)
+        self._start = start
         self._theta = model.room(count)
-        self._theta.copy_(self._start)
+        self._theta.copy_(start)
         self._views: dict[int, list[torch.Tensor]] = {}
-        self._filler = filler(parts, count)
-        self._counted = _counted(parts, work)
+        self._filler = filler(parts, count, model.shelf)
+        self._counted = _counted(parts, work).to(start.device)
 
-    def run(self, out: Array) -> list[Outcome]:
-        number, moved = len(self._parts), torch.from_numpy(out)
+    def run(self, out: torch.Tensor) -> torch.Tensor:
         move = self._simply if _is_simple(self._work) else self._mover()
-        losses = torch.zeros(number, dtype=torch.float64)
-        active = number
+        losses = torch.zeros(len(self._parts), dtype=torch.float64, device=out.device)
+        active = len(self._parts)
         for step in range(self._parts[0].steps):
             while self._parts[active - 1].steps == step:  # it has made all of its own
                 active -= 1
@@ -98,12 +113,8 @@ class _Stack:
                 move(views, slopes)
             losses[:active] += loss[:active].double() * self._counted[:active, step]
             ended = next((at for at in range(active) if self._parts[at].steps == step + 1), active)
-            torch.sub(self._theta[ended:active], self._start, out=moved[ended:active])
-        means = (losses / self._counted.sum(1)).tolist()
-        return [
-            Outcome(part.batches.size, {"train_loss": mean})
-            for part, mean in zip(self._parts, means, strict=True)
-        ]
+            torch.sub(self._theta[ended:active], self._start, out=out[ended:active])
+        return losses / self._counted.sum(1)
 
     def _views_of(self, clients: int) -> list[torch.Tensor]:
         if clients not in self._views:
@@ -120,7 +131,7 @@ class _Stack:
         work, theta = self._work, self._theta.view(-1)
         whole = torch.zeros_like(self._theta)
         rooms, gradient = self._model.views(whole), whole.view(-1)
-        optimizer = InPlaceOptimizer(theta.numel())
+        optimizer = InPlaceOptimizer(theta.numel(), theta.device)
         optimizer.begin(_optimizer_of(work))
 
         def move(views: list[torch.Tensor], slopes: list[torch.Tensor]) -> None:

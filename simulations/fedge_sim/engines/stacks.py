@@ -1,11 +1,13 @@
-"""The crew of one process: as many clients as fit are trained as one stacked tensor."""
+"""The crew of one process: as many clients as fit are trained as one stacked tensor, here or on an accelerator."""
 
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from fedge.errors import TaskError
 from fedge.events import Send
@@ -16,8 +18,10 @@ from fedge.strategy import WorkKind
 from fedge.task import Task
 from fedge.vector import Array, all_finite
 from fedge_client.torch.trainer import Outcome
+from fedge_sim.engines.accelerator import HOST
 from fedge_sim.engines.cohort import SIZES, Cohort, Member
-from fedge_sim.engines.crew import UnsuitedError
+from fedge_sim.engines.crew import Done, Rows, UnsuitedError
+from fedge_sim.engines.elsewhere import Fetched, mean_where_it_lies
 from fedge_sim.engines.judge import Judge
 from fedge_sim.population import Population
 
@@ -27,24 +31,38 @@ log = logging.getLogger(__name__)
 class Stacks:
     """Trains the clients that have the same order as a stack, and has them judge together.
 
-    `known_to_suit`: that the model and its loss can be stacked was found out elsewhere.
+    On a `device` their vectors stay there: the mean is made there, and what somebody looks at is fetched. None is this
+    machine's memory. `known_to_suit`: that the model and its loss can be stacked was found out elsewhere.
 
     Raises:
         UnsuitedError: the run or its model cannot be trained so.
     """
 
     def __init__(
-        self, run: RunConfig, task: Task, population: Population, *, known_to_suit: bool = False
+        self,
+        run: RunConfig,
+        task: Task,
+        population: Population,
+        *,
+        device: torch.device | None = None,
+        known_to_suit: bool = False,
     ) -> None:
         if run.privacy.unit == "example":
             raise UnsuitedError("privacy of examples is the loop's")
         self._run, self._population = run, population
         usual = min(run.cohort.size, SIZES[-1])
+        self._device = device
         self._cohort = Cohort(
-            task, seed=run.seed, usual=usual, most_known=population.most_kept, known_to_suit=known_to_suit
+            task,
+            seed=run.seed,
+            usual=usual,
+            most_known=population.most_kept,
+            known_to_suit=known_to_suit,
+            device=device or HOST,
         )
-        self._judge: Judge | None = Judge(task, seed=run.seed)
-        self._room: Array = np.empty((0, 0), np.float32)
+        self._judge: Judge | None = Judge(task, seed=run.seed, device=device or HOST)
+        self._room = torch.empty((0, 0), device=device)
+        self._fetched: weakref.ref[Fetched] | None = None
 
     @property
     def most(self) -> int:
@@ -53,11 +71,22 @@ class Stacks:
     def does(self, kind: WorkKind) -> bool:
         return kind != "evaluate" or self._judge is not None
 
-    def work(self, sends: Sequence[Send], model: Array) -> tuple[list[Outcome | None], Array]:
-        if sends[0].order.kind == "evaluate":
-            return self._judged(sends, model), np.empty((len(sends), 0), np.float32)
+    def work(self, sends: Sequence[Send], model: Array) -> Done:
+        try:
+            if sends[0].order.kind == "evaluate":
+                return self._judged(sends, model), np.empty((len(sends), 0), np.float32)
+            return self._trained(sends, torch.from_numpy(model).to(self._device or HOST))
+        except torch.OutOfMemoryError as error:
+            raise UnsuitedError(
+                f"{self._device} has too little memory for {len(sends)} clients at once"
+            ) from error
+
+    def _trained(self, sends: Sequence[Send], model: torch.Tensor) -> Done:
+        last = self._fetched() if self._fetched is not None else None
+        if last is not None:  # somebody still has them
+            last.keep()
         if self._room.shape != (len(sends), len(model)):
-            self._room = np.empty((len(sends), len(model)), np.float32)
+            self._room = self._room.new_empty((len(sends), len(model)))
         members = [Member(self._population.data(send.client)[0], self._seed(send)) for send in sends]
         work, order = self._run.work, sends[0].order
         try:
@@ -66,11 +95,27 @@ class Stacks:
             else:
                 outcomes = self._cohort.train(model, members, work, self._room)
         except TaskError:  # the loop will find out whose, when it comes to them
-            return [None] * len(sends), self._room
-        if all_finite(self._room.reshape(-1)):
-            return [*outcomes], self._room
-        finite = [all_finite(row) for row in self._room]
-        return [each if good else None for each, good in zip(outcomes, finite, strict=True)], self._room
+            return [None] * len(sends), self._rows()
+        finite = self._finite()
+        return [each if good else None for each, good in zip(outcomes, finite, strict=True)], self._rows()
+
+    def _rows(self) -> Rows:
+        """The vectors of the last work."""
+        if self._device is None:
+            return self._room.numpy()
+        rows = Fetched(self._room)
+        self._fetched = weakref.ref(rows)
+        return rows
+
+    def _finite(self) -> Sequence[bool]:
+        """Whether each of them is."""
+        if self._device is not None:
+            found: list[bool] = self._room.isfinite().all(1).tolist()
+            return found
+        rows: Array = self._room.numpy()
+        if all_finite(rows.reshape(-1)):
+            return [True] * len(rows)
+        return [all_finite(row) for row in rows]
 
     def _judged(self, sends: Sequence[Send], model: Array) -> list[Outcome | None]:
         """What the clients make of a model, if they can judge it together: else from then on that is the loop's."""
@@ -83,7 +128,10 @@ class Stacks:
             return [None] * len(sends)
 
     def mean(self, weights: Sequence[int]) -> Array | None:
-        return mean_of_rows(self._room[: len(weights)], weights)
+        rows = self._room[: len(weights)]
+        return (
+            mean_of_rows(rows.numpy(), weights) if self._device is None else mean_where_it_lies(rows, weights)
+        )
 
     def close(self) -> None:
         pass

@@ -46,8 +46,9 @@ IN_PARTS: Final[Mapping[torch._ops.OpOverload[..., Any], Callable[..., Any]]] = 
 """What a trace has in parts, since that is faster: the same to float32's rounding."""
 
 
-def simplified(traced: GraphModule) -> GraphModule:
-    """The same function of arguments of the same shapes, to the bit. Changes what it is given."""
+def simplified(traced: GraphModule, device: torch.device | None = None) -> GraphModule:
+    """The same function of arguments of the same shapes, to the bit. Changes what it is given, which was traced with
+    arguments on that device."""
     graph = traced.graph
     operations = [node for node in graph.nodes if node.op == "call_function"]
     # One that writes to what another has made: then two that look the same may not be.
@@ -61,12 +62,18 @@ def simplified(traced: GraphModule) -> GraphModule:
             node.replace_all_uses_with(same)
             graph.erase_node(node)
     for node in list(graph.nodes):
-        if (value := _constant(node)) is not None:
+        if (value := _constant(node, device)) is not None:
             _precompute(traced, node, value)
     graph.eliminate_dead_code()
     graph.lint()
     traced.recompile()
     return traced
+
+
+def uses_last(traced: GraphModule) -> bool:
+    """Whether the last argument means anything to what was traced: where a device hides its tensors from a trace, all
+    of them are constants in it."""
+    return bool([node for node in traced.graph.nodes if node.op == "placeholder"][-1].users)
 
 
 def flat(traced: GraphModule) -> Callable[..., list[torch.Tensor]]:
@@ -115,18 +122,19 @@ def _shape(node: Node) -> tuple[tuple[int, ...], torch.dtype] | None:
     return (tuple(meta.shape), meta.dtype) if hasattr(meta, "shape") else None
 
 
-def _constant(node: Node) -> torch.Tensor | None:
+def _constant(node: Node, device: torch.device | None) -> torch.Tensor | None:
     """What a node always is, whatever the arguments; None if it depends on them, or is large."""
     seen = _shape(node)
     if node.op != "call_function" or seen is None or math.prod(seen[0]) > _MOST_CONSTANT:
         return None
     if node.target is _aten.scalar_tensor.default:
         arguments: Any = node.args
-        return torch.full(seen[0], arguments[0], dtype=seen[1])
+        at: Any = node.kwargs.get("device", device)
+        return torch.full(seen[0], arguments[0], dtype=seen[1], device=at)
     if node.target is _aten.ones_like.default:
-        return torch.ones(seen[0], dtype=seen[1])
+        return torch.ones(seen[0], dtype=seen[1], device=device)
     if node.target is _aten.new_zeros.default:
-        return torch.zeros(seen[0], dtype=seen[1])
+        return torch.zeros(seen[0], dtype=seen[1], device=device)
     return None
 
 

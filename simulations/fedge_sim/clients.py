@@ -29,7 +29,7 @@ class Clients:
     """All of them, with one resident model."""
 
     def __init__(self, run: RunConfig, task: Task, population: Population, accounts: Accounts) -> None:
-        self._run, self._population, self._accounts = run, population, accounts
+        self._run, self.population, self._accounts = run, population, accounts
         self._task, self._prepared = task, False
         self._trainer = Trainer(task, seed=run.seed)
 
@@ -41,7 +41,7 @@ class Clients:
             TaskError: its data has no length.
         """
         if self._accounts.terms is not None:
-            self._accounts.charge(client, order.kind, examples(self._population.data(client)[0]))
+            self._accounts.charge(client, order.kind, examples(self.population.data(client)[0]))
 
     def demands(self, send: Send, model: Array) -> tuple[Load, int]:
         """What an order is for a client's device, and the bytes of vectors that it needs: the model, and to train its
@@ -52,7 +52,7 @@ class Clients:
         """
         if self._run.simulation.devices is None:
             return Load(0, 0, 0), 0
-        train, test = self._population.data(send.client)
+        train, test = self.population.data(send.client)
         work, kind = self._run.work, send.order.kind
         if kind == "evaluate":
             return Load(model.nbytes, _METRICS_BYTES, examples(test)), model.nbytes
@@ -71,8 +71,8 @@ class Clients:
             RefusedError: the client does not do it.
             TaskError: its data cannot be read.
         """
-        trainer, work, (train, test) = self._trainer, self._run.work, self._population.data(client)
-        private = self._private(client, order, train) if self._accounts.terms is not None else None
+        trainer, work, (train, test) = self._trainer, self._run.work, self.population.data(client)
+        private = self.private(client, order, train)
         seed = work_seed(self._run.seed, site=client, kind=order.kind, round=order.round)
         match order.kind:
             case "train":
@@ -105,22 +105,25 @@ class Clients:
             return
         best = max(self._sizes(), key=lambda each: (min(each[0], TRIED), each[1]))
         model = framework.initial_model(self._task, seed=self._run.seed, unit=self._run.privacy.unit)
-        self._trainer.prepare_private(
-            model.vector, self._population.data(self._population.names[-best[1]])[0]
-        )
+        self._trainer.prepare_private(model.vector, self.population.data(self.population.names[-best[1]])[0])
         self._prepared = True
 
     def _sizes(self) -> Iterator[tuple[int, int]]:
         """Examples of each client, with its index below zero; the first that has enough is the last."""
-        for index, name in enumerate(self._population.names):
-            size = examples(self._population.data(name)[0])
+        for index, name in enumerate(self.population.names):
+            size = examples(self.population.data(name)[0])
             yield size, -index
             if size >= TRIED:
                 return
 
-    def _private(self, client: str, order: OrderId, train: object) -> Private | None:
-        """What a client does for the privacy of its examples; its noise follows from the run's seed."""
-        level = self._accounts.level(examples(train))
+    def private(self, client: str, order: OrderId, train: object) -> Private | None:
+        """What a client does for the privacy of its examples, if anything; its noise follows from the run's seed.
+
+        Raises:
+            ConfigError: no noise keeps the run's terms there.
+            RefusedError, TaskError: see `Trainer.prepare_private`.
+        """
+        level = self._accounts.level(examples(train)) if self._accounts.terms is not None else None
         if level is None:
             return None
         self._prepare()

@@ -130,7 +130,7 @@ class Driver:
             wanted,
             run,
             task,
-            self._population,
+            self._clients,
             kind=kind,
             size=self._learning.layout.size,
             origin=origin,

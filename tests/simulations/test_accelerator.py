@@ -30,11 +30,11 @@ from fedge_client.torch.framework import framework
 from fedge_sim import simulate, sweep
 from fedge_sim.engines import chosen, pool, stacks
 from fedge_sim.engines.accelerator import accelerator, memory, reproducible
-from fedge_sim.engines.cohort import Cohort
 from fedge_sim.engines.elsewhere import Fetched, mean_where_it_lies
 from fedge_sim.engines.judge import Judge
-from fedge_sim.engines.pool import Part, Shelf
-from fedge_sim.engines.stack import trained
+from fedge_sim.engines.model import StackedModel
+from fedge_sim.engines.pool import Filled, Part, Shelf, filler
+from fedge_sim.engines.stack import OfBatches, trained
 
 torch._lazy.ts_backend.init()
 
@@ -84,7 +84,7 @@ def test_a_mean_of_other_weights_is_refused(weights: list[int]):
         mean_where_it_lies(torch.ones(2, 3), weights)
 
 
-RUNS = {each: tables for each, tables in RUNS.items() if each != "private examples"} | {
+RUNS = RUNS | {
     "not in turn": {
         "strategy": {"name": "sgd", "max_staleness": 4},
         "simulation": {"clients": 8, "devices": SPREAD_DEVICES},
@@ -162,19 +162,35 @@ def test_all_that_a_step_looks_at_is_on_the_accelerator(
 ):
     """Where tensors only pretend to be, what mixes them with others is an error as on a GPU."""
     device = torch.device("lazy")
-    cohort = Cohort(task, seed=0, known_to_suit=True, device=device)
+    model = StackedModel(task, seed=0, known_to_suit=True, device=device)
     members = parts(apart=apart)
     if most is not None:
         monkeypatch.setattr(pool, "MAX_POOL_BYTES", most)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        out = torch.empty(3, cohort.size, device=device)
-        losses = trained(cohort, torch.zeros(cohort.size, device=device), members, work, out)
+        start, out = torch.zeros(model.size, device=device), torch.empty(3, model.size, device=device)
+        batches = OfBatches(model, filler(members, 4, model.shelf))
+        losses = trained(model, start, work, members, out, batches)
     assert losses.device.type == "lazy"
 
 
 def test_tensors_of_two_devices_are_told_apart_where_they_only_pretend():
     with FakeTensorMode(), pytest.raises(RuntimeError, match="on the same device"):
         torch.zeros(3, device="lazy").add(torch.zeros(3))
+
+
+def test_clipped_sums_are_made_on_the_accelerator():
+    device = torch.device("lazy")
+    model = StackedModel(task, seed=0, known_to_suit=True, device=device)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        parameters = model.views(torch.zeros(4, model.size, device=device))
+        inputs, targets = (
+            torch.zeros(4, 5, 6, device=device),
+            torch.zeros(4, 5, dtype=torch.int64, device=device),
+        )
+        *sums, usable = model.factored(
+            parameters, Filled(inputs, targets, torch.ones(4, 5, device=device)), 1.0
+        )
+    assert {each.device.type for each in (*sums, usable)} == {"lazy"}
 
 
 @pytest.mark.parametrize("device", ["lazy", *CUDA])
@@ -208,7 +224,7 @@ def test_a_device_whose_memory_is_full_leaves_training_to_the_loop_and_says_so(
     def full(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(Cohort, "room", full)
+    monkeypatch.setattr(StackedModel, "room", full)
     with caplog.at_level(logging.WARNING):
         found = simulate(config(), task=task, device="cpu")
     assert "cpu has too little memory for 6 clients at once" in caplog.text

@@ -24,10 +24,13 @@ from fedge.seeds import work_seed
 from fedge_client.torch.framework import framework
 from fedge_client.torch.trainer import Trainer
 from fedge_sim import Result, simulate
+from fedge_sim.clients import Clients
 from fedge_sim.engines.chosen import Origin, Wanted, chosen
 from fedge_sim.engines.cohort import Cohort, Member
 from fedge_sim.engines.crew import UnsuitedError
+from fedge_sim.engines.model import StackedModel
 from fedge_sim.population import Population
+from fedge_sim.privacy import Accounts
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(6, 3),
@@ -59,7 +62,8 @@ def both(
 ) -> tuple[np.ndarray, list[Any], np.ndarray, list[Any]]:
     model = framework.initial_model(task, seed=3).vector
     stacked, looped = (np.empty((len(members), len(model)), np.float32) for _ in range(2))
-    outcomes = Cohort(task, seed=3).train(torch.from_numpy(model), members, work, torch.from_numpy(stacked))
+    cohort = Cohort(StackedModel(task, seed=3))
+    outcomes = cohort.train(torch.from_numpy(model), members, work, torch.from_numpy(stacked))
     trainer = Trainer(task, seed=3)
     expected = [
         trainer.train(model, member.train, work, seed=member.seed, out=row)
@@ -107,7 +111,7 @@ def test_the_gradients_of_ragged_clients_are_those_of_the_loop(model: str, count
     start = framework.initial_model(task, seed=3).vector
     members = [Member(train, 7 * at) for at, train in enumerate(sets(count))]
     stacked, looped = (np.empty((count, len(start)), np.float32) for _ in range(2))
-    outcomes = Cohort(task, seed=3).gradient(
+    outcomes = Cohort(StackedModel(task, seed=3)).gradient(
         torch.from_numpy(start), members, work, torch.from_numpy(stacked), step=step
     )
     trainer = Trainer(task, seed=3)
@@ -140,7 +144,10 @@ def test_regression_and_subsets_train_as_the_loop_does():
 
 def test_what_a_client_learns_does_not_depend_on_who_is_in_the_stack():
     task, work = task_of(MODELS["perceptron"]), Work(epochs=2, batch_size=4, learning_rate=0.1)
-    model, cohort = torch.from_numpy(framework.initial_model(task, seed=0).vector), Cohort(task, seed=0)
+    model, cohort = (
+        torch.from_numpy(framework.initial_model(task, seed=0).vector),
+        Cohort(StackedModel(task, seed=0)),
+    )
     members = [Member(train, at) for at, train in enumerate(sets(7))]
     everybody, alone = torch.empty(7, len(model)), torch.empty(1, len(model))
     cohort.train(model, members, work, everybody)
@@ -227,7 +234,7 @@ def test_what_cannot_be_stacked_is_left_to_the_loop_and_the_reason_is_said(
     assert np.array_equal(stacked.model.vector, looped.model.vector)
     model = torch.from_numpy(framework.initial_model(task, seed=5).vector)
     with pytest.raises(UnsuitedError, match=says):
-        Cohort(task, seed=5).train(
+        Cohort(StackedModel(task, seed=5)).train(
             model, [Member(sets(3)[2], 1)], Work(batch_size=4), torch.empty(1, len(model))
         )
 
@@ -263,6 +270,9 @@ def test_there_is_no_engine_of_another_name():
         run(task_of(MODELS["linear"]), "warp")
 
 
+EXAMPLES = {"privacy": {"unit": "example", "epsilon": 8.0, "delta": 1e-3, "clip": 1.0}}
+
+
 @pytest.mark.parametrize(
     ("model", "rounds", "cohort", "privacy", "says"),
     [
@@ -270,15 +280,10 @@ def test_there_is_no_engine_of_another_name():
         (MODELS["perceptron"], 63, 64, {}, "4032 turns of clients"),
         (lambda: nn.Linear(6, 10_000), 64, 64, {}, "a model of 70000 parameters"),
         (lambda: nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3)), 64, 64, {}, "more than parameters"),
-        (
-            MODELS["perceptron"],
-            64,
-            64,
-            {"privacy": {"unit": "example", "epsilon": 8.0, "delta": 1e-3, "clip": 1.0}},
-            "privacy of examples",
-        ),
+        (MODELS["perceptron"], 8, 64, EXAMPLES, ""),
+        (MODELS["perceptron"], 7, 64, EXAMPLES, "448 turns of clients"),
     ],
-    ids=["it pays", "a short run", "a large model", "buffers", "private examples"],
+    ids=["it pays", "a short run", "a large model", "buffers", "private examples", "a few private examples"],
 )
 def test_a_stack_is_chosen_where_it_pays_by_a_rule(
     model: Callable[[], nn.Module],
@@ -300,8 +305,9 @@ def test_a_stack_is_chosen_where_it_pays_by_a_rule(
     population = Population.of(config, task, count=cohort)
     size = framework.initial_model(task, seed=0).layout.size
     with caplog.at_level(logging.WARNING):
+        clients = Clients(config, task, population, Accounts(config, "train"))
         crew = chosen(
-            Wanted("auto", 2), config, task, population, kind="train", size=size, origin=Origin(own=task)
+            Wanted("auto", 2), config, task, clients, kind="train", size=size, origin=Origin(own=task)
         )
     assert crew.name == ("loop" if says else "vectorised")
     assert says in crew.reasons.get("vectorised", "")
@@ -345,7 +351,7 @@ def test_parts_of_one_set_are_not_copied(monkeypatch: pytest.MonkeyPatch):
     members = [Member(Subset(whole, part), 1) for part in ([1, 2, 3], [4, 5])]
     out = torch.empty(2, 21)
     model = torch.from_numpy(framework.initial_model(task_of(MODELS["linear"]), seed=3).vector)
-    cohort = Cohort(task_of(MODELS["linear"]), seed=3)
+    cohort = Cohort(StackedModel(task_of(MODELS["linear"]), seed=3))
     monkeypatch.setattr(torch, "cat", never)
     cohort.train(model, members, Work(batch_size=2), out)
 

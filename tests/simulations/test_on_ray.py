@@ -27,10 +27,12 @@ from fedge.errors import ConfigError, RunError, TaskError
 from fedge.events import OrderId, Send
 from fedge.exact import ExactSum, Term
 from fedge_sim import Result, simulate
+from fedge_sim.clients import Clients
 from fedge_sim.engines import node, on_ray
 from fedge_sim.engines.chosen import ENGINES
 from fedge_sim.engines.processes import Processes
 from fedge_sim.population import Population
+from fedge_sim.privacy import Accounts
 
 WHOLE = {"batch_size": "full", "epochs": 2, "learning_rate": 0.05}
 NODE = {"num_cpus": 1, "object_store_memory": 80 * 1024 * 1024}
@@ -123,8 +125,8 @@ def test_stacks_of_a_cohort_of_many_tasks_are_the_same_bits_whatever_the_workers
 
 def crew(task: Task = simulated.task, name: str = "simulated:task", *, size: int = 83) -> on_ray.OnRay:
     run = config(name)
-    population = Population.of(run, task, count=8)
-    return on_ray.OnRay(run, task, population, kind="train", size=size, stacked=False)
+    clients = Clients(run, task, Population.of(run, task, count=8), Accounts(run, "train"))
+    return on_ray.OnRay(run, task, clients, kind="train", size=size, stacked=False)
 
 
 SENDS = [Send(f"client-{at}", OrderId("train", 1)) for at in range(6)]

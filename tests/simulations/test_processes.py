@@ -16,14 +16,16 @@ import simulated
 import torch
 from simulated import RUNS, config
 
-from fedge import Task
+from fedge import RunConfig, Task
 from fedge.errors import ConfigError, TaskError
 from fedge.events import OrderId, Send
 from fedge_sim import Result, simulate
+from fedge_sim.clients import Clients
 from fedge_sim.engines.chosen import Origin, Wanted, chosen
 from fedge_sim.engines.crew import UnsuitedError
 from fedge_sim.engines.processes import Processes
 from fedge_sim.population import Population
+from fedge_sim.privacy import Accounts
 
 WHOLE = {"batch_size": "full", "epochs": 2, "learning_rate": 0.05}
 
@@ -128,10 +130,14 @@ def test_a_python_that_cannot_be_divided_is_said_to_be_so(monkeypatch: pytest.Mo
         crew.close()
 
 
+def clients_of(run: RunConfig, task: Task) -> Clients:
+    return Clients(run, task, Population.of(run, task, count=8), Accounts(run, "train"))
+
+
 def test_workers_are_gone_when_a_simulation_is_over():
-    population = Population.of(config(), simulated.task, count=8)
+    clients = clients_of(config(), simulated.task)
     crew = chosen(
-        Wanted("processes", 2), config(), simulated.task, population, kind="train", size=83, origin=Origin()
+        Wanted("processes", 2), config(), simulated.task, clients, kind="train", size=83, origin=Origin()
     )
     process = crew._crew._process  # type: ignore[union-attr]  # what the operating system knows of it
     assert process.poll() is None
@@ -181,10 +187,10 @@ def test_processes_are_chosen_where_they_pay_by_a_rule(
 ):
     run = config("simulated:layered", rounds=rounds)
     origin = Origin(own=simulated.layered) if own else Origin()
-    population = Population.of(run, simulated.layered, count=8)
+    clients = clients_of(run, simulated.layered)
     with caplog.at_level(logging.WARNING):
         crew = chosen(
-            Wanted("auto", workers), run, simulated.layered, population, kind="train", size=99, origin=origin
+            Wanted("auto", workers), run, simulated.layered, clients, kind="train", size=99, origin=origin
         )
     try:
         assert crew.name == ("loop" if says else "processes")

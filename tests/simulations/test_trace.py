@@ -12,9 +12,10 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fedge import Task
-from fedge_sim.engines import cohort
-from fedge_sim.engines.cohort import Cohort
-from fedge_sim.engines.trace import IN_PARTS, simplified
+from fedge_sim.engines import model as many
+from fedge_sim.engines.model import StackedModel
+from fedge_sim.engines.pool import Filled
+from fedge_sim.engines.trace import IN_PARTS, changes_arguments, simplified, with_short_norms
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], Any, torch.dtype]] = {
     "linear": (lambda: nn.Linear(6, 3), F.cross_entropy, torch.int64),
@@ -51,18 +52,18 @@ def test_a_simplified_step_gives_the_same_bits(name: str, monkeypatch: pytest.Mo
     generator = torch.Generator().manual_seed(4)
     steps: dict[bool, tuple[Any, int]] = {}
     for plain in (True, False):
-        monkeypatch.setattr(cohort, "simplified", (lambda traced, device: traced) if plain else simplified)
-        made = Cohort(task, seed=1)
+        monkeypatch.setattr(many, "simplified", (lambda traced, device: traced) if plain else simplified)
+        made = StackedModel(task, seed=1)
         stack = torch.randn(4, made.size, generator=torch.Generator().manual_seed(1))
         inputs = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(2))
         targets = (torch.rand(4, 5, generator=torch.Generator().manual_seed(3)) * 3).to(dtype)
         weights = torch.ones(4, 5)
         weights[2, 3:] = 0.0
-        arguments = made.views(stack), inputs, targets, weights
-        made.step(arguments)
+        arguments = made.views(stack), Filled(inputs, targets, weights)
+        made.step(*arguments)
         (step,) = made._steps.values()
         again = [torch.randn(each.shape, generator=generator.manual_seed(9)) for each in arguments[0]]
-        slopes, losses = made.step((again, inputs.flip(0), targets.flip(0), weights))
+        slopes, losses = made.step(again, Filled(inputs.flip(0), targets.flip(0), weights))
         steps[plain] = [*slopes, losses], len(step.__self__.graph.nodes)  # type: ignore[attr-defined]  # it is a graph's module's
     for one, other in zip(steps[True][0], steps[False][0], strict=True):
         assert torch.equal(one, other)
@@ -125,3 +126,40 @@ def test_what_is_not_finite_is_so_in_parts_too():
     rows = torch.tensor([[1.0, torch.nan, 2.0], [torch.inf, 1.0, 2.0], [-torch.inf, 1.0, 2.0]])
     traced = make_fx(lambda inner: F.log_softmax(inner, 1), IN_PARTS)(rows)
     assert torch.allclose(traced(rows), F.log_softmax(rows, 1), equal_nan=True)
+
+
+def norms(column: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(torch.bmm(column, row).flatten(1), dim=1)
+
+
+@pytest.mark.parametrize(("inner", "made"), [(1, 0), (2, 1)], ids=["a column and a row", "wider"])
+def test_the_norm_of_a_column_times_a_row_is_had_without_their_product(inner: int, made: int):
+    left, right = torch.randn(7, 5, inner), torch.randn(7, inner, 4)
+    found = with_short_norms(graph(norms, left, right))
+    assert operations(found).count("aten.bmm.default") == made
+    assert torch.allclose(found(left, right), norms(left, right))
+
+
+def test_norms_over_several_products_need_them():
+    def together(column: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.vector_norm(torch.bmm(column, row).view(2, -1), dim=1)
+
+    left, right = torch.randn(6, 5, 1), torch.randn(6, 1, 4)
+    assert torch.equal(with_short_norms(graph(together, left, right))(left, right), together(left, right))
+
+
+@pytest.mark.parametrize(
+    ("function", "changes"),
+    [
+        (lambda rows: rows.add_(1), True),
+        (lambda rows: rows[:2].t().mul_(2), True),
+        (lambda rows: (rows + 1).t().mul_(2), False),
+        (lambda rows: rows.sum(0).unsqueeze_(0), False),
+        (lambda rows: rows * 2, False),
+    ],
+    ids=["an argument", "a view of it", "a view of what was made", "what was made", "nothing"],
+)
+def test_whether_arguments_are_changed_is_seen_in_what_was_traced(
+    function: Callable[..., torch.Tensor], changes: bool
+):
+    assert changes_arguments(graph(function, torch.randn(3, 4))) is changes

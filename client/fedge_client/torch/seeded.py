@@ -56,7 +56,7 @@ class GlobalRandomness:
         Raises:
             RefusedError: PROTECTION_UNAVAILABLE; torch's generator cannot be set so.
         """
-        secrets = [source.uint32(_SECRET_WORDS) for _ in range(3)]
+        secrets = secrets_of(source)
         state = _torch_state(secrets[0])
         with self._lent():
             torch.default_generator.set_state(state)
@@ -75,6 +75,11 @@ class GlobalRandomness:
             torch.default_generator.set_state(kept_torch)
             random.setstate(kept_python)
             set_bit_generator(kept_numpy)
+
+
+def secrets_of(source: SecureSource) -> list[np.ndarray[tuple[int], np.dtype[np.uint32]]]:
+    """What generators start from, which is the first that is drawn for a piece of private work."""
+    return [source.uint32(_SECRET_WORDS) for _ in range(3)]
 
 
 def _torch_state(secret: np.ndarray[tuple[int], np.dtype[np.uint32]]) -> torch.Tensor:

@@ -14,12 +14,12 @@ from fedge.parallel import processors
 from fedge.run import RunConfig
 from fedge.strategy import WorkKind
 from fedge.task import Task
+from fedge_sim.clients import Clients
 from fedge_sim.engines.accelerator import accelerator
 from fedge_sim.engines.ahead import Ahead, Makers
 from fedge_sim.engines.crew import Crew, UnsuitedError
 from fedge_sim.engines.processes import Processes
 from fedge_sim.engines.stacks import Stacks
-from fedge_sim.population import Population
 
 EngineName = Literal["auto", "loop", "vectorised", "processes", "ray"]
 ENGINES: Final[tuple[EngineName, ...]] = ("auto", "loop", "vectorised", "processes", "ray")
@@ -29,6 +29,9 @@ _STACKS_BELOW: Final = 1 << 16
 
 _STACKS_FROM: Final = 4096
 """Turns of clients in a run that win back the second or so that it takes to trace a step."""
+
+_PRIVATE_STACKS_FROM: Final = 512
+"""As that, where each turn computes the gradient of each example."""
 
 _PROCESSES_FROM: Final = 1_000_000_000
 """Parameters times turns that win back the seconds that it takes to start workers."""
@@ -84,7 +87,7 @@ def chosen(
     wanted: Wanted,
     run: RunConfig,
     task: Task,
-    population: Population,
+    clients: Clients,
     *,
     kind: WorkKind,
     size: int,
@@ -103,9 +106,9 @@ def chosen(
     count = min(workers or processors(), run.simulation.clients)
 
     def stacks() -> Crew:
-        if rule and turns < _STACKS_FROM:
+        if rule and turns < (_PRIVATE_STACKS_FROM if run.privacy.unit == "example" else _STACKS_FROM):
             raise UnsuitedError(f"a run of {turns} turns of clients is over before a stack is faster")
-        crew = Stacks(run, task, population, device=wanted.device)
+        crew = Stacks(run, task, clients, device=wanted.device)
         if rule and size >= _STACKS_BELOW:
             raise UnsuitedError(f"a model of {size} parameters is no faster in a stack")
         return crew
@@ -130,14 +133,13 @@ def chosen(
             from fedge_sim.engines.on_ray import OnRay
         except ModuleNotFoundError as error:
             raise ConfigError(f"engine ray: it needs {error.name}: pip install 'fedge[ray]'") from error
-        stacked = size < _STACKS_BELOW and run.privacy.unit != "example"
         return OnRay(
             run,
             task,
-            population,
+            clients,
             kind=kind,
             size=size,
-            stacked=stacked,
+            stacked=size < _STACKS_BELOW,
             workers=workers,
             folder=origin.folder,
         )

@@ -67,9 +67,9 @@ def _place(setting: str) -> _Place:
     sys.path += [each for each in told["path"] if each not in sys.path and Path(each).is_dir()]
     run, task = loaded(told)
     population = Population.of(run, task, count=run.simulation.clients)
-    stacks = Stacks(run, task, population, known_to_suit=True) if told["stacked"] else None
     # Accounts are the simulation's, and here only say what noise there is.
-    return _Place(Clients(run, task, population, Accounts(run, told["kind"])), stacks)
+    clients = Clients(run, task, population, Accounts(run, told["kind"]))
+    return _Place(clients, Stacks(run, task, clients, known_to_suit=True) if told["stacked"] else None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,11 +35,11 @@ from fedge.strategy import WorkKind
 from fedge.task import Task
 from fedge.vector import Array
 from fedge_client.torch.trainer import Outcome
+from fedge_sim.clients import Clients
 from fedge_sim.engines import node
 from fedge_sim.engines.crew import Done, UnsuitedError
 from fedge_sim.engines.setting import setting_of
 from fedge_sim.engines.stacks import Stacks
-from fedge_sim.population import Population
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class OnRay:
         self,
         run: RunConfig,
         task: Task,
-        population: Population,
+        clients: Clients,
         *,
         kind: WorkKind,
         size: int,
@@ -86,7 +86,7 @@ class OnRay:
     ) -> None:
         self._size, self._given = size, workers
         self._stacked = stacked
-        self._stacks: Callable[[], Stacks] = lambda: Stacks(run, task, population)
+        self._stacks: Callable[[], Stacks] = lambda: Stacks(run, task, clients)
         self._told = {**setting_of(run, kind=kind, folder=folder), "path": sys.path}
         self._setting: Any = None
         self._mine = _connected()

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 
 from fedge_client.torch.batches import Batches, permutations
+from fedge_client.torch.private.steps import Private
 from fedge_sim.engines.crew import UnsuitedError
 
 MAX_POOL_BYTES: int = 1 << 26
@@ -41,11 +42,18 @@ class Filled:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """A member's: its batches, the seed of their order, and how many steps it makes."""
+    """A member's: its batches, the seed of their order, how many steps it makes, and what it does for the privacy of
+    its examples, which then come in samples and not in batches."""
 
     batches: Batches
     seed: int
     steps: int
+    private: Private | None = None
+
+    def size_at(self, step: int) -> int:
+        """Examples of a step's batch."""
+        batches, at = self.batches, step % self.batches.per_epoch
+        return min(batches.batch_size, batches.size - at * batches.batch_size)
 
 
 class Filler(Protocol):
@@ -85,12 +93,12 @@ def filler(parts: Sequence[Part], count: int, shelf: Shelf) -> Filler:
     Raises:
         UnsuitedError: their examples are of several shapes or types, or no tensors.
     """
-    return _Pool.of(parts, count, shelf) or _Gathered(parts, count, shelf.device)
+    return _Pool.of(parts, count, shelf) or Gathered(parts, count, shelf.device)
 
 
 def gathered(parts: Sequence[Part], count: int, shelf: Shelf) -> Filler:
     """Of these members, in a stack of `count` clients, for a few of their steps: nothing is made ahead."""
-    return _Gathered(parts, count, shelf.device)
+    return Gathered(parts, count, shelf.device)
 
 
 def all_alike(parts: Sequence[Part]) -> bool:
@@ -179,20 +187,29 @@ class _Pool:
         )
 
 
-class _Gathered:
-    """Each member's batch, one after the other."""
+class Gathered:
+    """Each member's batch, one after the other: of at most `width` examples, as many as a batch has unless given."""
 
-    def __init__(self, parts: Sequence[Part], count: int, device: torch.device) -> None:
-        self._parts, self._count, self._width = parts, count, _width(parts)
+    def __init__(
+        self, parts: Sequence[Part], count: int, device: torch.device, width: int | None = None
+    ) -> None:
+        self._parts, self._count, self._width = parts, count, width or _width(parts)
         self._weights = torch.ones(count, self._width)
         self._room: Pair | None = None
         self._device = device
 
     def fill(self, step: int, clients: int) -> Filled:
-        for at, part in enumerate(self._parts):
-            if step >= part.steps:
-                break  # as nobody behind it does
-            inputs, targets = part.batches.gather(part.batches.step(step, seed=part.seed))
+        at_it = (part for part in self._parts if step < part.steps)
+        return self.place([part.batches.step(step, seed=part.seed) for part in at_it], clients)
+
+    def place(self, positions: Sequence[torch.Tensor], clients: int) -> Filled:
+        """The examples at these positions (int64[n]) of the first members, in a stack of `clients`."""
+        for at, (part, some) in enumerate(zip(self._parts, positions, strict=False)):
+            size = len(some)
+            self._weights[at, :size], self._weights[at, size:] = 1.0, 0.0
+            if not size and self._room is not None:
+                continue  # with what was there, which weighs nothing
+            inputs, targets = part.batches.gather(some if size else torch.zeros(1, dtype=torch.int64))
             if not isinstance(inputs, torch.Tensor) or not isinstance(targets, torch.Tensor):
                 raise UnsuitedError("its examples are more than one tensor and one target")
             if self._room is None:
@@ -200,15 +217,12 @@ class _Gathered:
                     inputs.new_zeros((self._count, self._width, *inputs.shape[1:])),
                     targets.new_zeros((self._count, self._width, *targets.shape[1:])),
                 )
-            size = len(inputs)
             for whole, batch in zip(self._room, (inputs, targets), strict=True):
                 room = whole[at]
                 if (room.shape[1:], room.dtype) != (batch.shape[1:], batch.dtype):
                     raise UnsuitedError("its examples are of several shapes or types")
-                room[:size] = batch
-                if size < self._width:
-                    room[size:] = batch[:1]  # something that the model can take
-            self._weights[at, :size], self._weights[at, size:] = 1.0, 0.0
+                room[: len(batch)] = batch
+                room[len(batch) :] = batch[:1]  # something that the model can take
         assert self._room is not None  # there are members
         inputs, targets = (each[:clients].to(self._device) for each in self._room)
         return Filled(inputs, targets, self._weights[:clients].to(self._device))

@@ -11,34 +11,13 @@ from fedge.optimizer import Optimizer
 from fedge.run import Work
 from fedge_client.torch.optim import InPlaceOptimizer
 from fedge_client.torch.trainer import Outcome
-from fedge_sim.engines.pool import Part, Shelf, all_alike, filler, gathered
-
-Arguments = tuple[list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]
-"""Of all clients: parameters, inputs, targets, weights."""
-
-Slopes = tuple[list[torch.Tensor], torch.Tensor]
-"""Of all clients: gradients, and losses float32[clients]."""
-
-
-class Model(Protocol):
-    """What is trained: a step of it for many clients, and how they lie in memory."""
-
-    @property
-    def shelf(self) -> Shelf:
-        """Where they lie, and what is there already."""
-        ...
-
-    def step(self, arguments: Arguments) -> Slopes: ...
-
-    def views(self, stack: torch.Tensor) -> list[torch.Tensor]: ...
-
-    def room(self, members: int) -> torch.Tensor: ...
-
-    def size_for(self, members: int) -> int: ...
+from fedge_sim.engines.model import Slopes, StackedModel
+from fedge_sim.engines.noisy import Noisy, all_private, private_outcomes
+from fedge_sim.engines.pool import Filler, Part, all_alike, filler, gathered
 
 
 def train_stack(
-    model: Model, start: torch.Tensor, parts: Sequence[Part], work: Work, out: torch.Tensor
+    model: StackedModel, start: torch.Tensor, work: Work, parts: Sequence[Part], out: torch.Tensor
 ) -> list[Outcome]:
     """Train members, those with the most steps first, from `start` (float32[size]); row i of `out` (float32[members,
     size]) is what member i has moved by. Both are where the model lies.
@@ -47,39 +26,54 @@ def train_stack(
         UnsuitedError: it cannot be done for all at once.
         TaskError: a member's data cannot be read.
     """
-    return _outcomes([part.batches.size for part in parts], trained(model, start, parts, work, out))
+    if all_private(parts):
+        trained(model, start, work, parts, out, Noisy(model, work, parts, "train"))
+        return private_outcomes(parts, work, "train")
+    batches = OfBatches(model, filler(parts, model.size_for(len(parts)), model.shelf))
+    losses = trained(model, start, work, parts, out, batches)
+    return _outcomes([part.batches.size for part in parts], losses)
 
 
 def trained(
-    model: Model, start: torch.Tensor, parts: Sequence[Part], work: Work, out: torch.Tensor
+    model: StackedModel,
+    start: torch.Tensor,
+    work: Work,
+    parts: Sequence[Part],
+    out: torch.Tensor,
+    gradients: Gradients,
 ) -> torch.Tensor:
     """As `train_stack`: the mean losses, float64[members], where the model lies; nothing waits for it."""
-    return _Stack(model, start, parts, work).run(out)
+    return _Stack(model, start, work, parts).run(gradients, out)
 
 
 def gradient_stack(
-    model: Model, start: torch.Tensor, parts: Sequence[Part], step: int, work: Work, out: torch.Tensor
+    model: StackedModel, start: torch.Tensor, work: Work, parts: Sequence[Part], out: torch.Tensor
 ) -> list[Outcome]:
-    """The gradients of members at `start` (float32[size]) on their batches of this step: row i of `out`
-    (float32[members, size]) is that of member i, with the regulariser's.
+    """The gradients of members at `start` (float32[size]) on their batches of the last of their steps, of which all
+    make as many: row i of `out` (float32[members, size]) is that of member i, with the regulariser's.
 
     Raises:
         UnsuitedError, TaskError: as `train_stack`.
     """
-    count = model.size_for(len(parts))
+    step, count = parts[0].steps - 1, model.size_for(len(parts))
+    gradients: Gradients
+    if all_private(parts):
+        gradients = Noisy(model, work, parts, "gradient")
+    else:
+        gradients = OfBatches(model, gathered(parts, count, model.shelf))
     theta = model.room(count)
     theta.copy_(start)
-    filled = gathered(parts, count, model.shelf).fill(step, count)
     with torch.no_grad():
-        slopes, losses = model.step((model.views(theta), filled.inputs, filled.targets, filled.weights))
+        slopes, losses = gradients.at(step, model.views(theta), len(parts))
         for slope, room in zip(slopes, model.views(out), strict=True):
             room.copy_(slope[: len(parts)])
         if work.l1 or work.l2:
             flat, at = out.view(-1), theta[: len(parts)].view(-1)
             optimizer = InPlaceOptimizer(flat.numel(), flat.device)
             optimizer.regularise(flat, at, l1=work.l1, l2=work.l2)
-    sizes = filled.weights.sum(1).tolist()
-    return _outcomes([int(size) for size in sizes[: len(parts)]], losses[: len(parts)].double())
+    if all_private(parts):
+        return private_outcomes(parts, work, "gradient")
+    return _outcomes([part.size_at(step) for part in parts], losses[: len(parts)].double())
 
 
 def _outcomes(sizes: Sequence[int], losses: torch.Tensor) -> list[Outcome]:
@@ -87,18 +81,38 @@ def _outcomes(sizes: Sequence[int], losses: torch.Tensor) -> list[Outcome]:
     return [Outcome(size, {"train_loss": loss}) for size, loss in zip(sizes, losses.tolist(), strict=True)]
 
 
+class Gradients(Protocol):
+    """Where the gradients of a stack's steps come from."""
+
+    def at(self, step: int, parameters: list[torch.Tensor], active: int) -> Slopes:
+        """Those of the first `active` members, at parameters of as many or more: what else there is means nothing.
+
+        Raises:
+            UnsuitedError, TaskError: as `train_stack`.
+        """
+        ...
+
+
+class OfBatches:
+    """Mean gradients of batches."""
+
+    def __init__(self, model: StackedModel, batches: Filler) -> None:
+        self._model, self._batches = model, batches
+
+    def at(self, step: int, parameters: list[torch.Tensor], active: int) -> Slopes:
+        return self._model.step(parameters, self._batches.fill(step, len(parameters[0])))
+
+
 class _Stack:
-    def __init__(self, model: Model, start: torch.Tensor, parts: Sequence[Part], work: Work) -> None:
+    def __init__(self, model: StackedModel, start: torch.Tensor, work: Work, parts: Sequence[Part]) -> None:
         self._model, self._parts, self._work = model, parts, work
-        count = model.size_for(len(parts))
         self._start = start
-        self._theta = model.room(count)
+        self._theta = model.room(model.size_for(len(parts)))
         self._theta.copy_(start)
         self._views: dict[int, list[torch.Tensor]] = {}
-        self._filler = filler(parts, count, model.shelf)
         self._counted = _counted(parts, work).to(start.device)
 
-    def run(self, out: torch.Tensor) -> torch.Tensor:
+    def run(self, gradients: Gradients, out: torch.Tensor) -> torch.Tensor:
         move = self._simply if _is_simple(self._work) else self._mover()
         losses = torch.zeros(len(self._parts), dtype=torch.float64, device=out.device)
         active = len(self._parts)
@@ -107,9 +121,8 @@ class _Stack:
                 active -= 1
             clients = self._model.size_for(active)
             views = self._views_of(min(clients, len(self._theta)))
-            filled = self._filler.fill(step, len(views[0]))
             with torch.no_grad():
-                slopes, loss = self._model.step((views, filled.inputs, filled.targets, filled.weights))
+                slopes, loss = gradients.at(step, views, active)
                 move(views, slopes)
             losses[:active] += loss[:active].double() * self._counted[:active, step]
             ended = next((at for at in range(active) if self._parts[at].steps == step + 1), active)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from fedge.errors import TaskError
+from fedge.errors import FedgeError
 from fedge.events import Send
 from fedge.exact import mean_of_rows
 from fedge.run import RunConfig
@@ -18,12 +18,13 @@ from fedge.strategy import WorkKind
 from fedge.task import Task
 from fedge.vector import Array, all_finite
 from fedge_client.torch.trainer import Outcome
+from fedge_sim.clients import Clients
 from fedge_sim.engines.accelerator import HOST
-from fedge_sim.engines.cohort import SIZES, Cohort, Member
+from fedge_sim.engines.cohort import Cohort, Member
 from fedge_sim.engines.crew import Done, Rows, UnsuitedError
 from fedge_sim.engines.elsewhere import Fetched, mean_where_it_lies
 from fedge_sim.engines.judge import Judge
-from fedge_sim.population import Population
+from fedge_sim.engines.model import SIZES, StackedModel
 
 log = logging.getLogger(__name__)
 
@@ -42,31 +43,27 @@ class Stacks:
         self,
         run: RunConfig,
         task: Task,
-        population: Population,
+        clients: Clients,
         *,
         device: torch.device | None = None,
         known_to_suit: bool = False,
     ) -> None:
-        if run.privacy.unit == "example":
-            raise UnsuitedError("privacy of examples is the loop's")
-        self._run, self._population = run, population
+        self._run, self._clients = run, clients
         usual = min(run.cohort.size, SIZES[-1])
         self._device = device
-        self._cohort = Cohort(
-            task,
-            seed=run.seed,
-            usual=usual,
-            most_known=population.most_kept,
-            known_to_suit=known_to_suit,
-            device=device or HOST,
+        self._model = StackedModel(
+            task, seed=run.seed, usual=usual, known_to_suit=known_to_suit, device=device or HOST
         )
-        self._judge: Judge | None = Judge(task, seed=run.seed, device=device or HOST)
+        self._cohort = Cohort(self._model, most_known=clients.population.most_kept)
+        # What evaluations tell of private examples has noise, which is the loop's.
+        is_private = run.privacy.unit == "example"
+        self._judge = Judge(task, seed=run.seed, device=device or HOST) if not is_private else None
         self._room = torch.empty((0, 0), device=device)
         self._fetched: weakref.ref[Fetched] | None = None
 
     @property
     def most(self) -> int:
-        return self._cohort.most
+        return self._model.most
 
     def does(self, kind: WorkKind) -> bool:
         return kind != "evaluate" or self._judge is not None
@@ -87,17 +84,22 @@ class Stacks:
             last.keep()
         if self._room.shape != (len(sends), len(model)):
             self._room = self._room.new_empty((len(sends), len(model)))
-        members = [Member(self._population.data(send.client)[0], self._seed(send)) for send in sends]
         work, order = self._run.work, sends[0].order
         try:
+            members = [self._member(send) for send in sends]
             if order.kind == "gradient":
                 outcomes = self._cohort.gradient(model, members, work, self._room, step=order.round - 1)
             else:
                 outcomes = self._cohort.train(model, members, work, self._room)
-        except TaskError:  # the loop will find out whose, when it comes to them
+        except FedgeError:  # the loop will find out whose, when it comes to them
             return [None] * len(sends), self._rows()
         finite = self._finite()
         return [each if good else None for each, good in zip(outcomes, finite, strict=True)], self._rows()
+
+    def _member(self, send: Send) -> Member:
+        train, order = self._clients.population.data(send.client)[0], send.order
+        seed = work_seed(self._run.seed, site=send.client, kind=order.kind, round=order.round)
+        return Member(train, seed, self._clients.private(send.client, order, train))
 
     def _rows(self) -> Rows:
         """The vectors of the last work."""
@@ -121,7 +123,7 @@ class Stacks:
         """What the clients make of a model, if they can judge it together: else from then on that is the loop's."""
         assert self._judge is not None  # asked only then
         try:
-            return self._judge.judge(model, [self._population.data(send.client)[1] for send in sends])
+            return self._judge.judge(model, [self._clients.population.data(send.client)[1] for send in sends])
         except UnsuitedError as error:
             log.info("evaluations_fall_back to=loop reason=%s", error)
             self._judge = None
@@ -135,7 +137,3 @@ class Stacks:
 
     def close(self) -> None:
         pass
-
-    def _seed(self, send: Send) -> int:
-        order = send.order
-        return work_seed(self._run.seed, site=send.client, kind=order.kind, round=order.round)

@@ -20,6 +20,7 @@ _aten = torch.ops.aten
 _SHAPERS: Final = frozenset(
     (_aten.expand.default, _aten.view.default, _aten._unsafe_view.default, _aten.reshape.default)  # its name
 )
+_norm = _aten.linalg_vector_norm.default
 _FEW: Final = 64
 _MOST_CONSTANT: Final = 1 << 18
 """Numbers of a tensor that is made beforehand."""
@@ -70,10 +71,62 @@ def simplified(traced: GraphModule, device: torch.device | None = None) -> Graph
     return traced
 
 
+def with_short_norms(traced: GraphModule) -> GraphModule:
+    """With the norm of a column times a row, as the gradient of a layer's weight by one example is, as the product of
+    their norms: the same to float32's rounding, and the matrix need not be made. Changes what it is given."""
+    graph = traced.graph
+    for node in list(graph.nodes):
+        factors, found = _column_and_row(node), _shape(node)
+        if factors is not None and found is not None:
+            with graph.inserting_before(node):
+                norms = [graph.call_function(_norm, (each, 2, [1, 2])) for each in factors]
+                product = graph.call_function(_aten.mul.Tensor, tuple(norms))
+                node.replace_all_uses_with(graph.call_function(_aten.view.default, (product, list(found[0]))))
+    graph.eliminate_dead_code()
+    traced.recompile()
+    return traced
+
+
+def _column_and_row(node: Node) -> tuple[Node, Node] | None:
+    """Of the products [n, rows, 1] x [n, 1, columns] whose norms a node is; None if it is none of such."""
+    arguments: tuple[Any, ...] = node.args
+    if node.target is not _norm or arguments[1:2] != (2,) or len(arguments) != 3 or node.kwargs:
+        return None
+    inner, before = arguments[0], _shape(arguments[0])
+    while inner.target in _SHAPERS and inner.target is not _aten.expand.default:
+        inner = inner.args[0]
+    if inner.target is not _aten.bmm.default or before is None:
+        return None
+    product, column = _shape(inner), _shape(inner.args[0])
+    if product is None or column is None or column[0][2] != 1:
+        return None
+    each = product[0][1] * product[0][2]
+    last = len(before[0]) - 1
+    return inner.args if arguments[2] == [last] and before[0][last] == each else None
+
+
 def uses_last(traced: GraphModule) -> bool:
     """Whether the last argument means anything to what was traced: where a device hides its tensors from a trace, all
     of them are constants in it."""
     return bool([node for node in traced.graph.nodes if node.op == "placeholder"][-1].users)
+
+
+def changes_arguments(traced: GraphModule) -> bool:
+    """Whether something that was traced writes to what the function was given, or may."""
+    operations = (node for node in traced.graph.nodes if node.op == "call_function")
+    return any(not _is_pure(node) and not _is_made(node.args[0]) for node in operations)
+
+
+def _is_made(node: Any) -> bool:
+    """Whether the memory of a value was made on the way."""
+    while isinstance(node, Node) and node.op == "call_function":
+        if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "aten":  # its type
+            return False
+        returned = node.target._schema.returns  # there is no other way to ask
+        if all(each.alias_info is None for each in returned):
+            return True
+        node = node.args[0]  # it looks at that, or has written to it
+    return False
 
 
 def flat(traced: GraphModule) -> Callable[..., list[torch.Tensor]]:

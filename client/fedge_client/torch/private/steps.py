@@ -32,6 +32,15 @@ class Private:
     level: ExampleLevel
     source: SecureSource
 
+    def sample(self, size: int, schedule: Schedule) -> torch.Tensor:
+        """A new Poisson sample of 0..size-1, int64[n], ascending."""
+        return torch.from_numpy(self.source.poisson_sample(size, schedule.sampling_rate))
+
+    def add_noise(self, gradients: torch.Tensor, schedule: Schedule) -> None:
+        """Make the sum of a sample's clipped gradients (float32[n]) their noised mean, in place."""
+        self.source.add_gaussian(gradients.numpy(), self.level.noise_multiplier * self.level.clip)
+        gradients.mul_(1 / schedule.expected_batch)
+
 
 def noisy_gradient(
     flat: FlatModule, batches: Batches, clipped: Clipping, schedule: Schedule, private: Private
@@ -47,16 +56,15 @@ def noisy_gradient(
     Raises:
         RefusedError: MODEL_NOT_PRIVATE; the model did something that its examples did not show before.
     """
-    level, source = private.level, private.source
+    level = private.level
     flat.zero_gradient()
     before = flat.head.clone()
-    sample = torch.from_numpy(source.poisson_sample(batches.size, schedule.sampling_rate))
+    sample = private.sample(batches.size, schedule)
     if len(sample):
         _add(flat, batches, sample, clipped, level.clip)
     if flat.was_rearranged() or not torch.equal(flat.head.view(torch.int32), before.view(torch.int32)):
         refuse("the model or the loss changes parameters while it computes, and what it changes has no noise")
-    source.add_gaussian(flat.gradient.numpy(), level.noise_multiplier * level.clip)
-    flat.gradient.mul_(1 / schedule.expected_batch)
+    private.add_noise(flat.gradient, schedule)
 
 
 def _add(flat: FlatModule, batches: Batches, sample: torch.Tensor, clipped: Clipping, clip: float) -> None:

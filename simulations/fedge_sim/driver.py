@@ -48,6 +48,7 @@ from fedge.secagg.terms import SumTerms
 from fedge.seeds import derive_key
 from fedge.strategy import WorkKind, load_strategy
 from fedge.task import Task
+from fedge.turnover import Turnover
 from fedge.vector import Array
 from fedge_client.gate import Released, layers_of, release
 from fedge_client.torch.framework import framework
@@ -121,6 +122,7 @@ class Driver:
         streams = strategy.reduction.streams and self._secure is None
         plain = streams and terms is None and run.privacy.clip is None
         self._undisturbed = plain and not self._faults.may_strike and self._clock is None
+        self._turnover = Turnover(noted=not self._faults.may_strike)
         self._adversaries = Adversaries.of(run.simulation.adversaries, self._population.names, seed=run.seed)
         self._kept: dict[WorkKind, list[tuple[OrderId, Update]]] = {}
         self._timers: dict[tuple[OrderId, str], tuple[float, DeadlinePassed]] = {}
@@ -196,7 +198,9 @@ class Driver:
         elif (late := self._faults.overdue(self._machine)) is not None:
             self._handle(Arrived(late.client, late.order), None)  # nobody will look at what was computed
         elif self._clock is not None:
-            self._happen(self._clock, self._clock.next())
+            if not self._turnover.take(self._machine, what := self._clock.next()):
+                self._machine = self._turnover.applied(self._machine)
+                self._happen(self._clock, what)
         elif self._orders:
             send = next(iter(self._orders))
             if not self._do_together(send):

@@ -31,7 +31,12 @@ def statement(mechanisms: Iterable[Mechanism], delta: float) -> tuple[float, Acc
         ConfigError: dp-accounting is not installed.
         ValueError: `delta` is not in (0, 1).
     """
-    releases = merged(mechanisms)
+    return _stated(merged(mechanisms), delta)
+
+
+@lru_cache(maxsize=256)
+def _stated(releases: tuple[Mechanism, ...], delta: float) -> tuple[float, Accountant]:
+    """It takes seconds, and sites that have done the same have spent the same."""
     bound = epsilon_of(releases, delta)  # valid too, and checks delta
     if not 0 < bound <= _MAX_EPSILON or any(isinstance(release, Skellam) for release in releases):
         return bound, "RDP"

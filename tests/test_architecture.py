@@ -16,6 +16,7 @@ ROLES = {
     "fedge_strategies": "strategies",
     "fedge_server": "server",
     "fedge_client": "client",
+    "fedge_flower": "flower",
     "fedge_sim": "simulations",
 }
 MAY_IMPORT = {
@@ -23,6 +24,7 @@ MAY_IMPORT = {
     "fedge_strategies": {"fedge", "fedge_strategies"},
     "fedge_server": {"fedge", "fedge_server"},
     "fedge_client": {"fedge", "fedge_client"},
+    "fedge_flower": {"fedge", "fedge_flower"},
     "fedge_sim": set(ROLES),
 }
 SHELLS_OF_THE_CORE = {"fedge/cli.py", "fedge/faults.py", "fedge/logs.py", "fedge/new.py", "fedge/parallel.py"}

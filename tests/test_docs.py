@@ -39,7 +39,7 @@ from fedge_server.settings import AdminSettings, ServerSettings
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-ROLES = ("fedge", "strategies", "server", "client", "simulations")
+ROLES = ("fedge", "strategies", "server", "client", "flower", "simulations")
 PAGES = [
     *sorted(ROOT.glob("*.md")),
     *sorted(DOCS.rglob("*.md")),

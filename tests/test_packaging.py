@@ -22,6 +22,7 @@ PACKAGES = {
     "fedge_strategies": ROOT / "strategies/fedge_strategies",
     "fedge_server": ROOT / "server/fedge_server",
     "fedge_client": ROOT / "client/fedge_client",
+    "fedge_flower": ROOT / "flower/fedge_flower",
     "fedge_sim": ROOT / "simulations/fedge_sim",
 }
 PROTOS = ("fedge/wire/fedge.proto", "client/fedge_client/pipe.proto")

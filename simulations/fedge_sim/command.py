@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from types import ModuleType
@@ -28,6 +25,7 @@ from fedge.cli import INTERRUPTED
 from fedge.errors import ConfigError, RunError
 from fedge.history import Row
 from fedge.run import RunConfig
+from fedge_sim.apart import output_apart
 from fedge_sim.told import Told
 
 Callback = Callable[[Row], None]
@@ -103,7 +101,7 @@ def simulate(
     for note in config.notes():
         console.print(f"note: {note}", highlight=False)
     with (
-        _output_apart(),
+        output_apart(),
         _progress(console, config.name, rounds or config.rounds, quiet=as_json) as show,
     ):
         result = run_simulation(
@@ -141,25 +139,6 @@ def simulate(
         raise typer.Exit(INTERRUPTED)
     if result.status != "done":
         raise RunError(f"run {config.name} {result.status} at round {len(result.history)}: {result.reason}")
-
-
-@contextmanager
-def _output_apart() -> Iterator[None]:
-    """What the task's code prints, or its libraries or a cluster, is not the output of this command: it goes to the
-    standard error."""
-    sys.stdout.flush()
-    output = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        with redirect_stdout(sys.stderr):
-            yield
-    finally:
-        # What is still in somebody's buffer would come later.
-        if sys.__stdout__ is not None:
-            sys.__stdout__.flush()
-        ctypes.CDLL(None).fflush(None)
-        os.dup2(output, 1)
-        os.close(output)
 
 
 def _sweep(

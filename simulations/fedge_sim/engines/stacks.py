@@ -56,8 +56,8 @@ class Stacks:
         )
         self._cohort = Cohort(self._model, most_known=clients.population.most_kept)
         # What evaluations tell of private examples has noise, which is the loop's.
-        is_private = run.privacy.unit == "example"
-        self._judge = Judge(task, seed=run.seed, device=device or HOST) if not is_private else None
+        self._is_private = run.privacy.unit == "example"
+        self._judge = Judge(task, seed=run.seed, device=device or HOST) if not self._is_private else None
         self._room = torch.empty((0, 0), device=device)
         self._fetched: weakref.ref[Fetched] | None = None
 
@@ -99,7 +99,8 @@ class Stacks:
     def _member(self, send: Send) -> Member:
         train, order = self._clients.population.data(send.client)[0], send.order
         seed = work_seed(self._run.seed, site=send.client, kind=order.kind, round=order.round)
-        return Member(train, seed, self._clients.private(send.client, order, train))
+        private = self._clients.private(send.client, order, train) if self._is_private else None
+        return Member(train, seed, private)
 
     def _rows(self) -> Rows:
         """The vectors of the last work."""

@@ -1,0 +1,117 @@
+"""What the two sides of a Flower app exchange, as plain values: messages of named records.
+
+The names are Flower's (`flwr.app`), of which nothing is imported here: a coordinator passes messages on without it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+Number = int | float
+Value = bool | Number | str | bytes
+Buffer = bytes | bytearray | memoryview
+
+NATIVE: Final = ""
+"""The `stype` of an array whose data are its elements: little-endian, in C order."""
+
+DTYPES: Final[Mapping[str, int]] = {
+    **{f"int{bits}": bits // 8 for bits in (8, 16, 32, 64)},
+    **{f"uint{bits}": bits // 8 for bits in (8, 16, 32, 64)},
+    **{f"float{bits}": bits // 8 for bits in (16, 32, 64)},
+    "bfloat16": 2,
+    "bool": 1,
+    "complex64": 8,
+    "complex128": 16,
+}
+"""Bytes of an element."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RawArray:
+    """An array: its elements if `stype` is NATIVE, else whatever the app's own serialisation has made of it.
+
+    Raises:
+        ValueError: the data are not as long as dtype and shape say, or the dtype is none of DTYPES.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: Buffer
+    stype: str = NATIVE
+
+    def __post_init__(self) -> None:
+        if self.stype != NATIVE:
+            return
+        if self.dtype not in DTYPES:
+            raise ValueError(f"expected a dtype of {', '.join(DTYPES)}, found {self.dtype[:40]!r}")
+        size = math.prod(self.shape) * DTYPES[self.dtype]
+        if any(axis < 0 for axis in self.shape) or self.nbytes != size:
+            raise ValueError(f"expected {size} bytes of {self.dtype}{list(self.shape)}, found {self.nbytes}")
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes if isinstance(self.data, memoryview) else len(self.data)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ArrayRecord:
+    """Arrays by name, in order: a model, say."""
+
+    arrays: Mapping[str, RawArray]
+
+
+@dataclass(frozen=True, slots=True)
+class MetricRecord:
+    """Numbers and lists of numbers by name."""
+
+    metrics: Mapping[str, Number | list[int] | list[float]]
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigRecord:
+    """Settings by name."""
+
+    configs: Mapping[str, Value | list[bool] | list[int] | list[float] | list[str] | list[bytes]]
+
+
+Record = ArrayRecord | MetricRecord | ConfigRecord
+Content = Mapping[str, Record]
+
+
+@dataclass(frozen=True, slots=True)
+class AppError:
+    """Why a node has no content for a reply; `code` is Flower's (`flwr.app.Error`)."""
+
+    code: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AppMessage:
+    """An instruction to a node, or, with the id of one in `reply_to`, what came of it.
+
+    `kind` is "train", "evaluate" or "query", or one of them with an action ("train.fast"). `group` is free: a round,
+    for instance. Times are in seconds, `created_at` since the epoch; after `ttl` nobody wants it any more.
+    """
+
+    id: str
+    kind: str
+    node: int
+    content: Content | AppError
+    group: str = ""
+    reply_to: str = ""
+    created_at: float = 0.0
+    ttl: float = 0.0
+    src: int = field(default=0)
+    """The node that it is from; the app's own server is 1."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of its arrays."""
+        if isinstance(self.content, AppError):
+            return 0
+        records = (each for each in self.content.values() if isinstance(each, ArrayRecord))
+        return sum(array.nbytes for record in records for array in record.arrays.values())

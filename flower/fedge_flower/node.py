@@ -1,0 +1,67 @@
+"""A node of a Flower app: what a ClientApp makes of a message, with the state that it keeps from one to the next."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from typing import Final
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from fedge.errors import FedgeError
+from fedge.records import AppError, AppMessage, Content
+from fedge_flower.app import Settings
+from fedge_flower.internals import ErrorCode, be
+from fedge_flower.records import content_of, message_of, plain_of, records_of
+
+log = logging.getLogger(__name__)
+
+_MAX_REASON: Final = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """Who it is; `config` is what an app finds in `context.node_config`, a partition for instance."""
+
+    id: int
+    config: Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came of a message, and the state behind it, which does not leave the node."""
+
+    message: AppMessage
+    state: Content
+
+
+def answered(
+    app: ClientApp, node: Node, message: AppMessage, *, run_id: int, run_config: Settings, state: Content
+) -> Answer:
+    """Have an app deal with a message. Whatever it raises is the reply's error, and its state is as before."""
+    be(run_id=run_id, node_id=node.id)
+    context = Context(run_id, node.id, dict(node.config), records_of(state), dict(run_config))
+    try:
+        reply = app(message_of(message, run_id=run_id), context)
+        if not isinstance(reply, Message):
+            raise TypeError(f"expected the ClientApp to return a Message, found a {type(reply).__name__}")
+        return Answer(reply_to(message, plain_of(reply).content), content_of(context.state))
+    except FedgeError as error:
+        return Answer(reply_to(message, AppError(ErrorCode.UNKNOWN, str(error))), state)
+    except Exception as error:  # the app's code may raise anything
+        log.exception("client_app_failed node=%d kind=%s", node.id, message.kind)
+        reason = f"{type(error).__name__}: {error}"[:_MAX_REASON]
+        return Answer(reply_to(message, AppError(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason)), state)
+
+
+def reply_to(message: AppMessage, content: Content | AppError) -> AppMessage:
+    """What comes back for a message, from its node to the app's server."""
+    return replace(
+        message,
+        id=f"{message.id}/reply",
+        reply_to=message.id,
+        node=message.src,
+        src=message.node,
+        content=content,
+    )

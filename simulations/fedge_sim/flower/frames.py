@@ -1,0 +1,65 @@
+"""What the simulator and its ClientApp processes say to each other: a header, and bytes that are not copied."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Sequence
+
+from fedge.records import AppMessage, Buffer
+from fedge.wire import records
+
+_SIZES = struct.Struct("<QQ")
+
+
+class Frames:
+    """One end of a socket between two processes of one simulation. Neither end reads sizes from anybody else."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._end = end
+
+    def send(self, header: bytes, buffers: Sequence[Buffer] = ()) -> None:
+        """
+        Raises:
+            OSError: the other end is gone.
+        """
+        views = [memoryview(each).cast("B") for each in buffers if len(memoryview(each))]
+        self._end.sendall(_SIZES.pack(len(header), sum(map(len, views))) + header)
+        for view in views:
+            self._end.sendall(view)
+
+    def receive(self) -> tuple[bytes, memoryview]:
+        """
+        Raises:
+            EOFError: the other end is gone.
+        """
+        head, size = _SIZES.unpack(self._read(_SIZES.size))
+        return bytes(self._read(head)), self._read(size)
+
+    def send_message(self, message: AppMessage) -> None:
+        """
+        Raises:
+            OSError: the other end is gone.
+            LimitError, ValueError: it cannot be sent.
+        """
+        self.send(*records.encode(message))
+
+    def receive_message(self) -> AppMessage:
+        """
+        Raises:
+            EOFError: the other end is gone.
+        """
+        return records.decode(*self.receive())
+
+    def _read(self, size: int) -> memoryview:
+        whole = memoryview(bytearray(size))
+        at = 0
+        while at < size:
+            try:
+                got = self._end.recv_into(whole[at:])
+            except OSError:
+                got = 0
+            if not got:
+                raise EOFError
+            at += got
+        return whole

@@ -1,0 +1,67 @@
+"""`simulate_app`: a Flower app on this machine, unchanged."""
+
+from __future__ import annotations
+
+import logging
+import random
+from dataclasses import dataclass
+
+import numpy as np
+from flwr.app import Context, RecordDict
+
+from fedge.errors import ConfigError, FedgeError, TaskError
+from fedge.parallel import processors
+from fedge.seeds import derive_seed
+from fedge_flower.app import FlowerApp, Settings
+from fedge_flower.internals import SUPERLINK_NODE_ID, be
+from fedge_sim.flower.grid import LocalGrid
+from fedge_sim.flower.nodes import Setting
+
+log = logging.getLogger(__name__)
+
+MAX_NODES = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What there is to say of an app that has come to its end."""
+
+    nodes: int
+    messages: int
+    replies: int
+
+
+def simulate_app(
+    app: FlowerApp, *, config: Settings, nodes: int, workers: int | None = None, seed: int = 0
+) -> Done:
+    """Run an app's ServerApp in this process, with `nodes` whose ClientApps run in `workers` others (as many as there
+    are processors unless given). `config` is what it finds in `context.run_config`.
+
+    Global generators begin from `seed`, here and at each message; nodes have the same ids each time.
+
+    Raises:
+        ConfigError: there are no nodes, or no workers.
+        TaskError: the app cannot be loaded, or its ServerApp fails.
+    """
+    if not 1 <= nodes <= MAX_NODES:
+        raise ConfigError(f"--nodes: expected 1 to {MAX_NODES} nodes, found {nodes}")
+    if workers is not None and not 1 <= workers <= 1024:
+        raise ConfigError(f"--workers: expected 1 to 1024 processes, found {workers}")
+    run_id = derive_seed(seed, "flower run")
+    be(run_id=run_id, node_id=SUPERLINK_NODE_ID)
+    server = app.server()
+    random.seed(derive_seed(seed, "flower server"))
+    np.random.seed(derive_seed(seed, "flower server") & 0xFFFFFFFF)
+    setting = Setting(app.folder, run_id, config, seed)
+    grid = LocalGrid(setting, nodes=nodes, workers=workers or processors())
+    context = Context(run_id, SUPERLINK_NODE_ID, {}, RecordDict(), dict(config))
+    try:
+        server(grid=grid, context=context)
+    except FedgeError:
+        raise
+    except Exception as error:  # the app's code may raise anything
+        log.exception("server_app_failed app=%s", app.name)
+        raise TaskError(f"app {app.name}: its ServerApp failed: {type(error).__name__}: {error}") from error
+    finally:
+        grid.close()
+    return Done(nodes, grid.sent, grid.received)

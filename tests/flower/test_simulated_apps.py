@@ -1,0 +1,139 @@
+"""Flower apps, as their authors wrote them, in fedge's simulation and in Flower's own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+APPS = Path(__file__).parent / "apps"
+SUPPORT = Path(__file__).parents[1] / "support"
+
+
+def flower(*arguments: str, cwd: Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [Path(sys.executable).with_name("fedge"), "flower", "run", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def simulated(app: str, tmp_path: Path, *, nodes: int, workers: int = 2, **config: Any) -> Any:
+    """What an app reports, run by fedge."""
+    report = tmp_path / "fedge.json"
+    settings = {"report.path": str(report), **config}
+    pairs = " ".join(f"{key.replace('_', '-')}={json.dumps(value)}" for key, value in settings.items())
+    done = flower(
+        str(APPS / app), "--nodes", str(nodes), "--workers", str(workers), "--run-config", pairs, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"{nodes} nodes" in done.stdout
+    return json.loads(report.read_text())
+
+
+def by_flower(app: str, tmp_path: Path, *, nodes: int) -> Any:
+    """What it reports, run by Flower."""
+    report = tmp_path / "flower.json"
+    done = subprocess.run(
+        [
+            sys.executable,
+            SUPPORT / "flower_peer.py",
+            APPS / app,
+            str(nodes),
+            json.dumps({"report.path": str(report)}),
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "FLWR_TELEMETRY_ENABLED": "0", "FLWR_HOME": str(tmp_path / "flwr")},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert report.exists(), done.stderr[-4000:]
+    return json.loads(report.read_text())
+
+
+def assert_alike(one: Any, other: Any, where: str = "") -> None:
+    """To the tolerance of a float32 sum in another order."""
+    assert type(one) is type(other), where
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_alike(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, list):
+        assert len(one) == len(other), where
+        for at, (left, right) in enumerate(zip(one, other, strict=True)):
+            assert_alike(left, right, f"{where}[{at}]")
+    else:
+        assert one == (pytest.approx(other, rel=1e-5, abs=1e-6) if isinstance(one, float) else other), where
+
+
+@pytest.mark.parametrize("app", ["numpy_quickstart", "torch_quickstart", "legacy"])
+def test_an_app_gives_the_results_that_it_has_in_flowers_own_simulation(app: str, tmp_path: Path):
+    assert_alike(simulated(app, tmp_path, nodes=4), by_flower(app, tmp_path, nodes=4))
+
+
+def test_what_an_app_is_run_with_changes_nothing(tmp_path: Path):
+    found = [simulated("numpy_quickstart", tmp_path, nodes=5, workers=workers) for workers in (1, 3)]
+    assert found[0] == found[1], "replies are in the order of the messages"
+    assert found[0]["dtypes"] == ["float32", "float64"]
+
+
+def test_a_legacy_client_is_called_by_many_threads_and_remembers(tmp_path: Path):
+    found = simulated("legacy", tmp_path, nodes=6, **{"num-server-rounds": 3})
+    assert found["fits"] == [3] * 6, "each has its own context"
+    assert found["rounds"] == [3] * 6
+    assert found["failures"] == 0
+
+
+def test_queries_actions_mods_and_every_type_of_value_cross(tmp_path: Path):
+    found = simulated("several_actions", tmp_path, nodes=3)
+    assert found["partitions"] == [0, 1, 2]
+    assert found["times"] == [2, 2, 2], "the state of each node is kept"
+    assert found["echo"] == [{"big": 2**62, "small": -(2**62)}] * 3
+    assert found["texts"] == [["a", "b"]] * 3
+    assert found["bytes"] == ["00ff"] * 3
+    assert found["groups"] == ["7"] * 3
+    assert found["sources"] is True
+    assert found["values"] == [3.0] * 3, "the mod of this action has doubled it"
+    assert found["brains"] == ["4000" + "3f80"] * 3
+    assert [code for code, _ in found["missing"]] == [2] * 3
+    assert all(
+        "No train function registered with name 'nonesuch'" in reason for _, reason in found["missing"]
+    )
+    assert found["pulled"] == [3]
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("raises", "ValueError: a client that raises"),
+        ("dies", "killed by signal 9"),
+        ("exits", "exit code 3"),
+        ("returns nothing", "expected the ClientApp to return a Message, found a NoneType"),
+    ],
+)
+def test_a_client_that_fails_costs_its_own_reply_and_the_others_go_on(how: str, says: str, tmp_path: Path):
+    found = simulated("unruly", tmp_path, nodes=3, how=how)
+    assert found[0] == {"0": 1, "1": 1, "2": 1}
+    assert says in found[1]["1"]
+    # What it did before it failed is not kept: it fails again, and again.
+    assert [{**row, "1": "failed"} for row in found[1:]] == [
+        {"0": n, "1": "failed", "2": n} for n in (2, 3, 4)
+    ]
+
+
+def test_a_client_that_hangs_is_called_off_when_the_time_is_up(tmp_path: Path):
+    began = time.monotonic()
+    found = simulated("unruly", tmp_path, nodes=3, how="hangs", timeout=6.0)
+    assert found == [{"0": 1, "1": 1, "2": 1}, *({"0": n, "2": n} for n in (2, 3, 4))]
+    assert time.monotonic() - began < 120

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from flwr.app import Context, RecordDict
 from flwr.simulation.run_simulation import _run_simulation
+from flwr.supercore.constant import NOOP_FEDERATION_ID
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supercore.telemetry import EventType
@@ -19,7 +20,7 @@ def main() -> None:
     folder, nodes, overrides = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
     app = FlowerApp.load(folder)
     run = Run.create_empty(7)
-    run.override_config, run.primary_task_id = overrides, 7
+    run.override_config, run.primary_task_id, run.federation_id = overrides, 7, NOOP_FEDERATION_ID
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 7, 1, 7
     sys.path.insert(0, str(folder))
     _run_simulation(

@@ -34,8 +34,8 @@ _MANY = 8
 _SHORT = 1 << 14
 """Elements of a block below which many terms are summed by columns."""
 
-_MATRIX = 1 << 18
-"""Numbers of many terms that are looked at at once."""
+_MATRIX = 1 << 15
+"""Numbers of many terms that are looked at at once: what is made of them stays in the second-level cache."""
 
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
 _LAST_PLACE = np.uint32(1)

@@ -63,13 +63,18 @@ class Order:
 
 def permutations(size: int, *, seeds: Iterable[int], epoch: int) -> torch.Tensor:
     """Those of several seeds, int64[seeds, size]: each as `Order.permutation` has it."""
-    generator = torch.Generator()
-    return torch.stack([_permutation(size, derive_seed(seed, "epoch", epoch), generator) for seed in seeds])
+    generator, seeds = torch.Generator(), list(seeds)
+    found = torch.empty(len(seeds), size, dtype=torch.int64)
+    for seed, row in zip(seeds, found.unbind(), strict=True):
+        _permutation(size, derive_seed(seed, "epoch", epoch), generator, out=row)
+    return found
 
 
-def _permutation(size: int, seed: int, generator: torch.Generator) -> torch.Tensor:
+def _permutation(
+    size: int, seed: int, generator: torch.Generator, out: torch.Tensor | None = None
+) -> torch.Tensor:
     generator.manual_seed(seed)
-    return torch.randperm(size, generator=generator)
+    return torch.randperm(size, generator=generator, out=out)
 
 
 class Batches:
@@ -107,6 +112,13 @@ class Batches:
     def whole(self) -> bool:
         """Whether the rows of `tensors` are the dataset's examples, in its order."""
         return not self._levels
+
+    @cached_property
+    def kind(self) -> tuple[Any, ...]:
+        """What the examples in `tensors` have in common: shapes and types of an input and a target."""
+        assert self._tensors is not None  # else nothing is known of them
+        inputs, targets = self._tensors
+        return inputs.shape[1:], inputs.dtype, targets.shape[1:], targets.dtype
 
     @cached_property
     def rows(self) -> torch.Tensor:

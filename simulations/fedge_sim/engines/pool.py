@@ -118,17 +118,18 @@ class _Pool:
     def __init__(
         self,
         pair: Pair,
-        rows: Sequence[torch.Tensor],
+        rows: Sequence[torch.Tensor] | torch.Tensor,
         parts: Sequence[Part],
         count: int,
     ) -> None:
-        """`rows[i]` are where member i's examples lie."""
+        """`rows[i]` are where member i's examples lie; one tensor where all have as many."""
         self._inputs, self._targets = pair
         steps, width = parts[0].steps, _width(parts)
         self._places = torch.zeros(count, steps, width, dtype=torch.int64)
         self._weights = torch.ones(count, steps, width)
         if all_alike(parts):
-            self._fill_in(slice(0, len(parts)), parts, torch.stack(list(rows)))
+            whole = rows if isinstance(rows, torch.Tensor) else torch.stack(list(rows))
+            self._fill_in(slice(0, len(parts)), parts, whole)
         else:
             for at, part in enumerate(parts):
                 self._fill_in(slice(at, at + 1), [part], rows[at][None])
@@ -167,13 +168,15 @@ class _Pool:
         sizes = [part.batches.size for part in parts]
         if sum(sizes) * parts[0].batches.bytes_per_example() > MAX_POOL_BYTES:
             return None
-        if len({(one.shape[1:], one.dtype, other.shape[1:], other.dtype) for one, other in tensors}) > 1:
+        if len({part.batches.kind for part in parts}) > 1:
             raise UnsuitedError("its examples are of several shapes or types")
         own = [
             pair if part.batches.whole else (pair[0][part.batches.rows], pair[1][part.batches.rows])
             for pair, part in zip(tensors, parts, strict=True)
         ]
-        rows = torch.split(torch.arange(sum(sizes)), sizes)
+        numbers = torch.arange(sum(sizes))
+        alike = len(set(sizes)) == 1
+        rows = numbers.view(len(sizes), sizes[0]) if alike else torch.split(numbers, sizes)
         whole = torch.cat([one for one, _ in own]), torch.cat([other for _, other in own])
         return cls((whole[0].to(shelf.device), whole[1].to(shelf.device)), rows, parts, count)
 

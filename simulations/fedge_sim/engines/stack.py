@@ -160,8 +160,11 @@ class _Stack:
 def _counted(parts: Sequence[Part], work: Work) -> torch.Tensor:
     """What a step's mean loss weighs in a member's: its examples, in the last epoch, or in all of so many steps;
     float64[members, steps]."""
-    if all_alike(parts) and len(parts) > 1:
-        return _counted(parts[:1], work).expand(len(parts), -1)
+    if all_alike(parts):
+        first = parts[0]
+        begun = 0 if work.steps else first.steps - first.batches.per_epoch
+        counted = [first.size_at(step) * (step >= begun) for step in range(first.steps)]
+        return torch.tensor([counted], dtype=torch.float64).expand(len(parts), -1)
     steps = torch.arange(parts[0].steps)
     own = torch.tensor([part.steps for part in parts])[:, None]
     per_epoch = torch.tensor([part.batches.per_epoch for part in parts])[:, None]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 APPS = Path(__file__).parent / "apps"
@@ -137,3 +139,26 @@ def test_a_client_that_hangs_is_called_off_when_the_time_is_up(tmp_path: Path):
     found = simulated("unruly", tmp_path, nodes=3, how="hangs", timeout=6.0)
     assert found == [{"0": 1, "1": 1, "2": 1}, *({"0": n, "2": n} for n in (2, 3, 4))]
     assert time.monotonic() - began < 120
+
+
+def test_an_app_that_is_interrupted_leaves_no_process_behind(tmp_path: Path):
+    command = [Path(sys.executable).with_name("fedge"), "flower", "run", APPS / "unruly", "--nodes", "3"]
+    process = subprocess.Popen(
+        [*command, "--run-config", 'how="hangs" timeout=3600.0'],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    children: list[psutil.Process] = []
+    deadline = time.monotonic() + 60
+    while len(children) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+        children = psutil.Process(process.pid).children()
+    time.sleep(2)  # one of them is at the message that never ends
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert not psutil.wait_procs(children, timeout=10)[1]

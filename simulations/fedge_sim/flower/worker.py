@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from fedge_sim.flower.frames import Frames
 
 def main() -> int:
     """Until the simulator closes its end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the simulator hears of it, and ends this process
     frames = Frames(socket.socket(fileno=int(sys.argv[1])))
     try:
         told = json.loads(frames.receive()[0])

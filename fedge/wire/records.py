@@ -64,6 +64,7 @@ def encode(message: AppMessage) -> tuple[bytes, list[Buffer]]:
         ttl=message.ttl,
     )
     buffers: list[Buffer] = []
+    _check_entries(message.content)
     if isinstance(message.content, AppError):
         header.error.CopyFrom(pb.AppError(code=message.content.code, reason=message.content.reason))
     else:
@@ -114,6 +115,26 @@ def decode(header: bytes, body: memoryview) -> AppMessage:
         found.ttl,
         found.src,
     )
+
+
+def _check_entries(content: Content | AppError) -> None:
+    """
+    Raises:
+        LimitError: there are more than a message may have.
+    """
+    if isinstance(content, AppError):
+        return
+    entries = len(content) + sum(map(_length, content.values()))
+    if entries > MAX_ENTRIES:
+        raise LimitError(
+            f"expected at most {MAX_ENTRIES} records, arrays and values in a message, found {entries}"
+        )
+
+
+def _length(record: Record) -> int:
+    match record:
+        case ArrayRecord(values) | MetricRecord(values) | ConfigRecord(values):
+            return len(values)
 
 
 def _encode_record(into: pb.AppRecord, record: Record, buffers: list[Buffer]) -> None:

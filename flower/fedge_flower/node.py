@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -46,7 +47,9 @@ def answered(
         reply = app(message_of(message, run_id=run_id), context)
         if not isinstance(reply, Message):
             raise TypeError(f"expected the ClientApp to return a Message, found a {type(reply).__name__}")
-        return Answer(reply_to(message, plain_of(reply).content), content_of(context.state))
+        made = plain_of(reply)
+        answer = replace(reply_to(message, made.content), created_at=made.created_at, ttl=made.ttl)
+        return Answer(answer, content_of(context.state))
     except FedgeError as error:
         return Answer(reply_to(message, AppError(ErrorCode.UNKNOWN, str(error))), state)
     except Exception as error:  # the app's code may raise anything
@@ -56,7 +59,8 @@ def answered(
 
 
 def reply_to(message: AppMessage, content: Content | AppError) -> AppMessage:
-    """What comes back for a message, from its node to the app's server."""
+    """What comes back for a message, from its node to the app's server, now."""
+    now = time.time()
     return replace(
         message,
         id=f"{message.id}/reply",
@@ -64,4 +68,6 @@ def reply_to(message: AppMessage, content: Content | AppError) -> AppMessage:
         node=message.src,
         src=message.node,
         content=content,
+        created_at=now,
+        ttl=max(0.0, message.ttl - (now - message.created_at)),
     )

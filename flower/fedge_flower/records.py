@@ -52,6 +52,20 @@ class NativeArray(Array):
         np.save(buffer, self._view(), allow_pickle=False)
         return buffer.getvalue()
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Array):
+            return NotImplemented
+        mine, its = ((each.dtype, each.shape, each.stype, each.data) for each in (self, other))
+        return mine == its
+
+    __hash__ = None  # type: ignore[assignment]  # as Flower's
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NativeArray:
+        return NativeArray(RawArray(self._raw.dtype, self._raw.shape, bytes(self._raw.data)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Array, (self.dtype, self.shape, self.stype, self.data)
+
     def numpy(self) -> npt.NDArray[Any]:
         """A copy, as Flower gives one."""
         return self._view().copy()
@@ -118,7 +132,9 @@ def records_of(content: Content) -> RecordDict:
     for name, record in content.items():
         match record:
             case ArrayRecord(arrays):
-                records[name] = FlowerArrays({key: _array(raw) for key, raw in arrays.items()})
+                its = records[name] = FlowerArrays()
+                for key, raw in arrays.items():
+                    its[key] = _array(raw)  # as they are: from a dict Flower makes others
             case MetricRecord(values):
                 records[name] = FlowerMetrics(dict(values))
             case ConfigRecord(values):

@@ -6,13 +6,14 @@ import shutil
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from fedge.errors import ConfigError, TaskError
+from fedge.errors import ConfigError, LimitError, TaskError
 from fedge_flower.app import FlowerApp, parse_settings
 from fedge_flower.internals import SUPERLINK_NODE_ID, be
 from fedge_sim.flower.grid import LocalGrid
@@ -211,4 +212,86 @@ def test_a_reply_is_given_out_once_and_not_after_its_time(grid: LocalGrid):
         found = list(grid.pull_messages(ids))
     assert found[0].metadata.group_id == "3"
     assert list(grid.pull_messages(ids)) == []
-    assert list(grid.send_and_receive([question(node, ttl=1e-6)])) == []
+    (late,) = grid.send_and_receive([question(node, ttl=1e-6)])
+    assert (late.error.code, "no reply within" in str(late.error.reason)) == (3, True)
+    ids = list(grid.push_messages([question(node, ttl=1e-6)]))
+    assert [each.has_error() for each in grid.pull_messages(ids)] == [True]
+
+
+def write(folder: Path, client: str) -> FlowerApp:
+    """The quickstart with other clients."""
+    app_in(folder)
+    (folder / "app/numpyapp/client_app.py").write_text(client)
+    return FlowerApp.load(folder / "app")
+
+
+ANSWERS = """
+from flwr.app import ConfigRecord, Message, RecordDict
+app = ClientApp()
+
+@app.query()
+def query(message, context):
+    return Message(RecordDict({"config": ConfigRecord({"pid": os.getpid()})}), reply_to=message)
+"""
+
+
+@contextmanager
+def grid_of(app: FlowerApp, *, nodes: int = 2, workers: int = 1) -> Iterator[LocalGrid]:
+    be(run_id=9, node_id=SUPERLINK_NODE_ID)
+    found = LocalGrid(Setting(app.folder, 9, app.config, 0), nodes=nodes, workers=workers)
+    try:
+        yield found
+    finally:
+        found.close()
+
+
+def test_a_timeout_shorter_than_it_takes_to_load_the_app_means_fewer_replies(tmp_path: Path):
+    app = write(tmp_path, "import os, time\nfrom flwr.clientapp import ClientApp\ntime.sleep(3)\n" + ANSWERS)
+    with grid_of(app) as grid:
+        nodes = list(grid.get_node_ids())
+        assert list(grid.send_and_receive([question(each) for each in nodes], timeout=0.5)) == []
+        assert len(list(grid.send_and_receive([question(each) for each in nodes], timeout=60))) == 2
+
+
+def test_a_client_that_dies_while_what_it_has_started_lives_on_is_noticed(tmp_path: Path):
+    app = write(
+        tmp_path,
+        "import os, signal, time\nfrom flwr.clientapp import ClientApp\n"
+        + ANSWERS
+        + """
+@app.train()
+def train(message, context):
+    if not os.fork():
+        time.sleep(600)
+    os.kill(os.getpid(), signal.SIGKILL)
+""",
+    )
+    with grid_of(app) as grid:
+        (node, _) = grid.get_node_ids()
+        (reply,) = grid.send_and_receive([Message(RecordDict(), node, "train")], timeout=60)
+        assert (reply.error.code, reply.error.reason) == (8, "killed by signal 9")
+        (reply,) = grid.send_and_receive([question(node)], timeout=60)
+        assert reply.has_content()
+
+
+def test_what_is_too_large_is_refused_where_it_is_made(tmp_path: Path):
+    app = write(
+        tmp_path,
+        "import os\nfrom flwr.clientapp import ClientApp\n"
+        + ANSWERS
+        + """
+@app.train()
+def train(message, context):
+    context.state["kept"] = ConfigRecord({"much": b"x" * (17 << 20)})
+    return Message(RecordDict(), reply_to=message)
+""",
+    )
+    with grid_of(app) as grid:
+        (node, _) = grid.get_node_ids()
+        much = RecordDict({"much": ConfigRecord({"bytes": b"x" * (17 << 20)})})
+        with pytest.raises(LimitError, match="records without their arrays of at most 16777216 bytes"):
+            grid.push_messages([question(node), Message(much, node, "query")])
+        assert grid.sent == 0, "none of them was sent"
+        (reply,) = grid.send_and_receive([Message(RecordDict(), node, "train")], timeout=60)
+        assert "cannot be sent, or kept" in str(reply.error.reason)
+        assert next(iter(grid.send_and_receive([question(node)], timeout=60))).has_content()

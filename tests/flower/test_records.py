@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 from contextlib import suppress
 from typing import Any
 
@@ -88,6 +90,7 @@ def same(one: Any, other: Any) -> bool:
 @given(content=st.dictionaries(NAMES, RECORDS, max_size=3), group=NAMES)
 @settings(max_examples=150, deadline=None)
 def test_every_content_comes_back_as_it_went(content: dict[str, Any], group: str):
+    be(run_id=3, node_id=1)
     sent = Message(RecordDict(content), 7, "train.fast", group_id=group)
     found = message_of(crossed(plain_of(sent)), run_id=3)
     assert vars(found.metadata) == vars(sent.metadata)
@@ -121,6 +124,16 @@ def test_the_elements_of_an_array_are_not_copied():
     assert np.shares_memory(np.frombuffer(raw.data, np.uint8), np.frombuffer(array.data, np.uint8))
     assert raw_of(NativeArray(raw)) is raw
     assert (raw.dtype, raw.shape, raw.stype, raw.nbytes) == ("float64", (1000,), NATIVE, 8000)
+
+
+def test_an_app_has_the_arrays_that_came_and_may_do_with_them_what_it_does_with_flowers():
+    values = np.arange(6.0).reshape(2, 3)
+    found = records_of({"r": Arrays({"x": raw_of(Array(values))})})["r"]["x"]
+    assert type(found) is NativeArray
+    for copied in (copy.deepcopy(found), pickle.loads(pickle.dumps(found))):
+        assert copied == found == Array(values)
+        assert np.array_equal(copied.numpy(), values)
+    assert found != Array(values + 1)
 
 
 def test_what_a_node_does_to_an_array_is_its_own():

@@ -65,11 +65,14 @@ def reproducible(device: torch.device | None) -> Iterator[None]:
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
+    precision = torch.get_float32_matmul_precision()
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_float32_matmul_precision("highest")
     try:
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             yield
     finally:
+        torch.set_float32_matmul_precision(precision)
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 

@@ -71,6 +71,7 @@ class Shelf:
         """At most `most_bytes` are brought at once; without it any number, as it need not be where they lie already."""
         self.device, self._most_bytes = device, most_bytes
         self._from: Pair | None = None
+        self._changes = (0, 0)
         self._brought: Pair | None = None
 
     def brought(self, pair: Pair) -> Pair | None:
@@ -80,10 +81,12 @@ class Shelf:
             return pair
         if self._most_bytes is not None and inputs.nbytes + targets.nbytes > self._most_bytes:
             return None
-        if self._from is None or self._from[0] is not inputs or self._from[1] is not targets:
+        changes = inputs._version, targets._version  # a task may write to what it has given
+        same = self._from is not None and self._from[0] is inputs and self._from[1] is targets
+        if not same or changes != self._changes:
             self._from = self._brought = None  # before others take its place
             self._brought = inputs.to(self.device), targets.to(self.device)
-            self._from = pair
+            self._from, self._changes = pair, changes
         return self._brought
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import random
 from dataclasses import dataclass
 
-import numpy as np
 from flwr.app import Context, RecordDict
 
 from fedge.errors import ConfigError, FedgeError, TaskError
@@ -16,6 +14,7 @@ from fedge_flower.app import FlowerApp, Settings
 from fedge_flower.internals import SUPERLINK_NODE_ID, be
 from fedge_sim.flower.grid import LocalGrid
 from fedge_sim.flower.nodes import Setting
+from fedge_sim.flower.worker import seed_globally
 
 log = logging.getLogger(__name__)
 
@@ -49,9 +48,10 @@ def simulate_app(
         raise ConfigError(f"--workers: expected 1 to 1024 processes, found {workers}")
     run_id = derive_seed(seed, "flower run")
     be(run_id=run_id, node_id=SUPERLINK_NODE_ID)
+    drawn = derive_seed(seed, "flower server")
+    seed_globally(drawn)
     server = app.server()
-    random.seed(derive_seed(seed, "flower server"))
-    np.random.seed(derive_seed(seed, "flower server") & 0xFFFFFFFF)
+    seed_globally(drawn)  # with torch, if the app has imported it
     setting = Setting(app.folder, run_id, config, seed)
     grid = LocalGrid(setting, nodes=nodes, workers=workers or processors())
     context = Context(run_id, SUPERLINK_NODE_ID, {}, RecordDict(), dict(config))

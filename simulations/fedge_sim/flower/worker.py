@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import socket
@@ -14,6 +15,7 @@ import numpy as np
 from fedge.errors import FedgeError, LimitError
 from fedge.records import AppError, AppMessage
 from fedge.seeds import derive_seed
+from fedge.wire import records
 from fedge_flower.app import FlowerApp
 from fedge_flower.internals import ErrorCode
 from fedge_flower.node import Answer, Node, answered, reply_to
@@ -23,7 +25,11 @@ from fedge_sim.flower.frames import Frames
 def main() -> int:
     """Until the simulator closes its end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the simulator hears of it, and ends this process
-    frames = Frames(socket.socket(fileno=int(sys.argv[1])))
+    end = socket.socket(fileno=int(sys.argv[1]))
+    os.register_at_fork(
+        after_in_child=end.close
+    )  # else its end would seem to be here when this process is gone
+    frames = Frames(end)
     try:
         told = json.loads(frames.receive()[0])
         try:
@@ -37,32 +43,34 @@ def main() -> int:
             about = json.loads(frames.receive()[0])
             message, state = frames.receive_message(), frames.receive_message()
             assert not isinstance(state.content, AppError)  # the simulator sends records
-            _seed(told["seed"], about["node"], about["number"])
+            seed_globally(derive_seed(told["seed"], "flower", about["node"], about["number"]))
             node = Node(about["node"], about["config"])
             answer = answered(
                 client, node, message, run_id=told["run_id"], run_config=told["config"], state=state.content
             )
-            _send(frames, message, answer)
+            _send(frames, message, answer, state)
     except (EOFError, BrokenPipeError):
         return 0
 
 
-def _send(frames: Frames, message: AppMessage, answer: Answer) -> None:
-    kept = AppMessage("", "query", 0, answer.state)
+def _send(frames: Frames, message: AppMessage, answer: Answer, before: AppMessage) -> None:
+    """The reply and the node's state; if one of them is more than a message may be, an error and the state `before`."""
     try:
-        frames.send_message(answer.message)
+        reply, kept = records.encode(answer.message), records.encode(AppMessage("", "query", 0, answer.state))
     except (LimitError, ValueError) as error:
-        frames.send_message(reply_to(message, AppError(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(error))))
-    frames.send_message(kept)
+        reason = f"what the ClientApp has made cannot be sent, or kept: {error}"
+        reply = records.encode(reply_to(message, AppError(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason)))
+        kept = records.encode(before)
+    frames.send(*reply)
+    frames.send(*kept)
 
 
-def _seed(seed: int, node: int, number: int) -> None:
-    """What an app draws from global generators follows from the run's seed, the node and which message it is."""
-    drawn = derive_seed(seed, "flower", node, number)
-    random.seed(drawn)
-    np.random.seed(drawn & 0xFFFFFFFF)
+def seed_globally(seed: int) -> None:
+    """Have the global generators begin from a seed: torch's too, if somebody has imported it by then."""
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
     if (torch := sys.modules.get("torch")) is not None:
-        torch.manual_seed(drawn)
+        torch.manual_seed(seed)
 
 
 if __name__ == "__main__":

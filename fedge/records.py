@@ -107,11 +107,3 @@ class AppMessage:
     ttl: float = 0.0
     src: int = field(default=0)
     """The node that it is from; the app's own server is 1."""
-
-    @property
-    def nbytes(self) -> int:
-        """Of its arrays."""
-        if isinstance(self.content, AppError):
-            return 0
-        records = (each for each in self.content.values() if isinstance(each, ArrayRecord))
-        return sum(array.nbytes for record in records for array in record.arrays.values())

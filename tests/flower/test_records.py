@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from fedge.errors import LimitError, RemoteProtocolError
-from fedge.records import DTYPES, NATIVE, AppError, AppMessage, RawArray
+from fedge.records import DTYPES, NATIVE, AppMessage, RawArray
 from fedge.records import ArrayRecord as Arrays
 from fedge.records import ConfigRecord as Configs
 from fedge.records import MetricRecord as Metrics
@@ -268,5 +268,3 @@ def test_an_array_is_as_long_as_it_says():
     with pytest.raises(ValueError, match=r"expected 8 bytes of float32\[2\], found 4"):
         RawArray("float32", (2,), b"1234")
     assert RawArray("any", (9,), b"1234", "own").nbytes == 4
-    assert MESSAGE.nbytes == 8
-    assert dataclasses.replace(MESSAGE, content=AppError(1, "")).nbytes == 0

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulated import RUNS, config, data, perceptron
+from simulated import RUNS, config, convolution, data, perceptron
 from torch import nn
 from torch.utils.data import Subset, TensorDataset
 
@@ -38,14 +38,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "deep": lambda: nn.Sequential(
         nn.Linear(6, 5), nn.Tanh(), nn.LayerNorm(5), nn.Linear(5, 4), nn.GELU(), nn.Linear(4, 3)
     ),
-    "convolution": lambda: nn.Sequential(
-        nn.Unflatten(1, (1, 6)),
-        nn.Conv1d(1, 4, 3),
-        nn.GroupNorm(2, 4),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(16, 3),
-    ),
+    "convolution": convolution,
 }
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulated import config, data, perceptron, task
+from simulated import config, convolution, data, perceptron, task
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -34,14 +34,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(6, 3),
     "perceptron": perceptron,
     "normalised": lambda: nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.GELU(), nn.Linear(5, 3)),
-    "convolution": lambda: nn.Sequential(
-        nn.Unflatten(1, (1, 6)),
-        nn.Conv1d(1, 4, 3),
-        nn.GroupNorm(2, 4),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(16, 3),
-    ),
+    "convolution": convolution,
     "twice": lambda: nn.Sequential(
         nn.Unflatten(1, (2, 3)), nn.Linear(3, 4), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3)
     ),

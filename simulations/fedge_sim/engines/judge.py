@@ -50,9 +50,10 @@ class Judge:
                 are no tensors of one shape.
         """
         self._flat.load(model)
-        module = self._flat.module
-        named = chain(module.named_parameters(), module.named_buffers())
-        self._there = {name: value.detach().to(self._device) for name, value in named}
+        if self._device != HOST:
+            module = self._flat.module
+            named = chain(module.named_parameters(), module.named_buffers())
+            self._there = {name: value.detach().to(self._device) for name, value in named}
         found: list[Outcome | None] = []
         with torch.no_grad():
             for group in _groups(tests):

@@ -173,7 +173,7 @@ class Nodes:
                 reply = reply_to(message, AppError(ErrorCode.LOAD_CLIENT_APP_EXCEPTION, str(error)))
                 self._without(process)
                 process = None
-            except (EOFError, BrokenPipeError, ConnectionError):
+            except (EOFError, ConnectionError):
                 how = process.how_it_ended() if process is not None else "it could not be started"
                 log.warning("client_app_process_ended node=%d %s", node_id, how)
                 reply = reply_to(message, AppError(ErrorCode.CLIENT_APP_CRASHED, how))

@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from enum import IntEnum, unique
 from typing import Final
+
+from fedge.seeds import derive_seed
 
 Number = int | float
 Value = bool | Number | str | bytes
 Buffer = bytes | bytearray | memoryview
+
+MAX_NODES_OF_A_SITE: Final = 1024
 
 NATIVE: Final = ""
 """The `stype` of an array whose data are its elements: little-endian, in C order."""
@@ -81,9 +86,21 @@ Record = ArrayRecord | MetricRecord | ConfigRecord
 Content = Mapping[str, Record]
 
 
+@unique
+class ErrorCode(IntEnum):
+    """Flower's codes of errors, those that nodes have for us."""
+
+    UNKNOWN = 0
+    LOAD_CLIENT_APP_EXCEPTION = 1
+    CLIENT_APP_RAISED_EXCEPTION = 2
+    MESSAGE_UNAVAILABLE = 3
+    NODE_UNAVAILABLE = 5
+    CLIENT_APP_CRASHED = 8
+
+
 @dataclass(frozen=True, slots=True)
 class AppError:
-    """Why a node has no content for a reply; `code` is Flower's (`flwr.app.Error`)."""
+    """Why a node has no content for a reply; `code` is one of Flower's."""
 
     code: int
     reason: str
@@ -107,3 +124,27 @@ class AppMessage:
     ttl: float = 0.0
     src: int = field(default=0)
     """The node that it is from; the app's own server is 1."""
+
+
+def reply_to(message: AppMessage, content: Content | AppError, *, now: float) -> AppMessage:
+    """What comes back for a message, from its node to the app's server; `now` in seconds since the epoch."""
+    return replace(
+        message,
+        id=f"{message.id}/reply",
+        reply_to=message.id,
+        node=message.src,
+        src=message.node,
+        content=content,
+        created_at=now,
+        ttl=max(0.0, message.ttl - (now - message.created_at)),
+    )
+
+
+def node_id(site: str, at: int) -> int:
+    """The id of a site's node number `at`: the same in every app, for ever."""
+    return derive_seed(0, "flower node", site, at) or 1
+
+
+def run_number(run_id: str) -> int:
+    """What an app finds in `context.run_id`."""
+    return derive_seed(0, "flower run", run_id)

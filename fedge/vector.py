@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -232,7 +232,7 @@ class Model:
         return f"Model({len(self.layout.tensors)} tensors, {self.layout.size} elements)"
 
 
-def bytes_of(vector: Array) -> memoryview:
+def bytes_of(vector: npt.NDArray[Any]) -> memoryview:
     """A contiguous vector's memory as bytes, without a copy: what travels, little-endian."""
     return memoryview(vector.data).cast("B")
 

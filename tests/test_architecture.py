@@ -21,9 +21,9 @@ ROLES = {
 }
 MAY_IMPORT = {
     "fedge": {"fedge"},
-    "fedge_strategies": {"fedge", "fedge_strategies"},
-    "fedge_server": {"fedge", "fedge_server"},
-    "fedge_client": {"fedge", "fedge_client"},
+    "fedge_strategies": {"fedge", "fedge_strategies", "fedge_flower"},
+    "fedge_server": {"fedge", "fedge_server", "fedge_flower"},
+    "fedge_client": {"fedge", "fedge_client", "fedge_flower"},
     "fedge_flower": {"fedge", "fedge_flower"},
     "fedge_sim": set(ROLES),
 }

@@ -68,6 +68,8 @@ def describe(schema: dict[str, Any]) -> str:
         return f"[{', '.join(describe(each) for each in schema['prefixItems'])}]"
     if schema["type"] == "array":
         return f"list of {describe(schema['items'])}{'' if 'enum' in schema['items'] else 's'}"
+    if schema["type"] == "object":
+        return "table"
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     bounds = [f"{sign} {number(schema[key])}" for key, sign in signs.items() if key in schema]
     return f"{schema['type']} {', '.join(bounds)}".strip()

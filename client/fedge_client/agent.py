@@ -33,6 +33,7 @@ from fedge.wire import fedge_pb2 as pb
 from fedge.wire.codec import decode_order_id, encode_order_id, printable
 from fedge.wire.status import retry_after_s
 from fedge_client import admission
+from fedge_client.apps.taking_part import Apps
 from fedge_client.directory import KnownDirectory
 from fedge_client.identity import Identity, accept_renewal, load_identity, make_csr, save_identity
 from fedge_client.jobs import Jobs, log_receipt
@@ -53,6 +54,7 @@ _SOON_S = 60.0
 _MAX_BACKOFF_SOON_S = 2.0
 _MAX_BACKOFF_S = 30.0
 _MAX_QUEUED_JOBS = 256
+_POST_S = 60.0
 _RENEW_AT = 2 / 3
 _RENEW_RETRY_S = 3600.0
 
@@ -91,6 +93,7 @@ class Agent:
         self._jobs = Jobs(
             settings, self._folder, self._supervisor, spending, self._sessions, self._send, self._faults
         )
+        self._apps = Apps(settings, self._folder, self.site, self._post)
         self._queue: deque[pb.ServerMessage] = deque()
         self._work_to_do = asyncio.Event()
         self._doing: pb.ServerMessage | None = None
@@ -125,6 +128,7 @@ class Agent:
             for task in (session, *background):
                 task.cancel()
             await asyncio.gather(session, *background, return_exceptions=True)
+            await self._apps.close()
             await self._supervisor.close()
             self._ledger.close()
 
@@ -218,6 +222,13 @@ class Agent:
             return
         self._outgoing.put_nowait(message)
 
+    async def _post(self, message: pb.ClientMessage) -> None:
+        """As `_send`, but it waits for room."""
+        if self._outgoing is not None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_POST_S):
+                    await self._outgoing.put(message)
+
     def _take(self, message: pb.ServerMessage) -> None:
         match message.WhichOneof("kind"):
             case "offer" if self._jobs.accept_again(message.offer.run_id):
@@ -234,6 +245,9 @@ class Agent:
                     raise RemoteProtocolError(f"expected at most {_MAX_QUEUED_JOBS} open orders and offers")
                 self._queue.append(message)
                 self._work_to_do.set()
+            case "app_offer" | "app_order" | "app_forget":
+                if self._link is not None:
+                    self._apps.hear(message, self._link)
             case "cancel":
                 self._cancel(message.cancel)
             case "receipt":
@@ -245,6 +259,7 @@ class Agent:
                 told = f"run={ended.run_id} status={ended.status} reason={ended.reason}"
                 log.info("run_ended %s", printable(told))
                 self._forget(ended.run_id)
+                self._apps.ended(ended.run_id)
             case other:
                 raise RemoteProtocolError(f"expected a message of a known kind, found {other}")
 

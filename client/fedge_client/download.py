@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy.typing as npt
+
 from fedge.errors import RemoteProtocolError
-from fedge.vector import Array, bytes_of, new_digest
+from fedge.vector import bytes_of, new_digest
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire.chunks import Piece
 from fedge.wire.codec import check_blob
@@ -15,7 +19,7 @@ class Download:
     Raises RemoteProtocolError if the blob is not of that size, or if its own bytes do not have its digest.
     """
 
-    def __init__(self, blob: pb.Blob, out: Array) -> None:
+    def __init__(self, blob: pb.Blob, out: npt.NDArray[Any]) -> None:
         check_blob(blob, expected_bytes=out.nbytes)
         self.digest = blob.digest
         self.out = out

@@ -161,11 +161,16 @@ class Link:
             raise LinkError(f"what the order named is no longer there: {error}") from None
         download.check()
 
-    async def deliver(self, update: pb.Update, view: memoryview, *, offset: int = 0) -> pb.Receipt:
-        """Send a large update's bytes in chunks, from `offset` on; the receipt says whether it counts."""
+    async def deliver(
+        self, what: pb.Update | pb.AppReply, view: memoryview, *, offset: int = 0
+    ) -> pb.Receipt:
+        """Send a large update's bytes, or those of a reply, in chunks, from `offset` on; the receipt says whether it
+        counts."""
+        first = pb.DeliverRequest(offset=offset)
+        (first.update if isinstance(what, pb.Update) else first.reply).CopyFrom(what)  # type: ignore[arg-type]  # its own
 
         def requests() -> Iterator[bytes]:
-            yield pb.DeliverRequest(update=update, offset=offset).SerializeToString()
+            yield first.SerializeToString()
             for number, frame in enumerate(frames(view, offset=offset, deliver=True), 1):
                 yield frame
                 if 2 * (offset + number * CHUNK_BYTES) >= len(view):
@@ -174,14 +179,19 @@ class Link:
         with self._errors():
             return await self._deliver(requests())
 
-    async def resume(self, update: pb.Update) -> int:
-        """How many bytes of an update's vector have arrived already."""
+    async def resume(self, what: pb.Update | pb.AppReply) -> int:
+        """How many bytes of an update's vector, or of a reply's content, have arrived already."""
+        blob = what.vector if isinstance(what, pb.Update) else what.message.content
+        request = pb.ResumeRequest(run_id=what.run_id, digest=blob.digest)
+        if isinstance(what, pb.Update):
+            request.id.CopyFrom(what.id)
+        else:
+            request.message = what.message.reply_to
         with self._errors():
-            request = pb.ResumeRequest(run_id=update.run_id, id=update.id, digest=update.vector.digest)
             reply = await self._federation.Resume(request, timeout=CALL_S)
-        if reply.received > update.vector.size:
+        if reply.received > blob.size:
             raise RemoteProtocolError(
-                f"expected at most {update.vector.size} bytes to have arrived, found {reply.received}"
+                f"expected at most {blob.size} bytes to have arrived, found {reply.received}"
             )
         return reply.received
 

@@ -10,9 +10,11 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from fedge.config import Config, parse_toml, read_toml, shown
 from fedge.privacy.config import Unit
+from fedge.records import MAX_NODES_OF_A_SITE
 from fedge.wire.address import check_address
 from fedge.wire.limits import Limits
 
+_APP_NAME = re.compile(r"[^\s/]{1,100}/[^\s/]{1,100}")
 _TASK_NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -115,6 +117,30 @@ class WorkerSettings(Config):
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
 
 
+def _app_name(name: str) -> str:
+    if not _APP_NAME.fullmatch(name):
+        raise ValueError(f"expected 'publisher/name', found {name!r}")
+    return name
+
+
+NodeConfig = dict[str, bool | int | float | str]
+
+
+class FlowerSettings(Config):
+    """`[flower]`: the Flower apps that this site takes part in, and with which nodes.
+
+    `apps` are their folders by "publisher/name", as their pyproject.toml has it: what a ClientApp of these replies
+    leaves the site as it is. Each of `nodes` is what an app finds in `context.node_config`; `processes` are those that
+    run ClientApps at once.
+    """
+
+    apps: dict[Annotated[str, AfterValidator(_app_name)], str] = Field(default_factory=dict)
+    nodes: list[NodeConfig] = Field(
+        default_factory=lambda: list[NodeConfig](({},)), min_length=1, max_length=MAX_NODES_OF_A_SITE
+    )
+    processes: Annotated[int, Field(ge=1, le=256)] = 1
+
+
 class ClientSettings(Config):
     """`client.toml`. Relative paths are relative to the file's own folder."""
 
@@ -124,6 +150,7 @@ class ClientSettings(Config):
     policy: Policy = Policy()
     ledger: LedgerSettings = LedgerSettings()
     worker: WorkerSettings = WorkerSettings()
+    flower: FlowerSettings = FlowerSettings()
     data: Data = Data()
 
 

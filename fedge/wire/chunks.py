@@ -24,10 +24,14 @@ M = TypeVar("M", pb.Chunk, pb.DeliverRequest)
 
 def frames(view: memoryview, *, offset: int = 0, deliver: bool = False) -> Iterator[bytes]:
     """Encoded messages that carry `view[offset:]`: Chunks, or the data of DeliverRequests."""
-    tag = bytes([_DELIVER_TAG if deliver else _CHUNK_TAG])
+    tag = _DELIVER_TAG if deliver else _CHUNK_TAG
     for start in range(offset, len(view), CHUNK_BYTES):
-        piece = view[start : start + CHUNK_BYTES]
-        yield b"".join((tag, _varint(len(piece)), piece))
+        yield frame(view[start : start + CHUNK_BYTES], tag=tag)
+
+
+def frame(piece: Piece, *, tag: int = _CHUNK_TAG) -> bytes:
+    """One encoded message that carries these bytes: a Chunk."""
+    return b"".join((bytes((tag,)), _varint(len(piece)), piece))
 
 
 def data_of_chunk(message: bytes) -> Piece:
@@ -51,7 +55,7 @@ def open_deliver_request(message: bytes) -> pb.DeliverRequest | Piece:
         return data
     request = _parse(pb.DeliverRequest, message)
     match request.WhichOneof("kind"):
-        case "update":
+        case "update" | "reply":
             return request
         case "data":
             return request.data

@@ -336,6 +336,8 @@ class ClientMessage(_message.Message):
     SHARE_FIELD_NUMBER: _builtins.int
     CONSENT_FIELD_NUMBER: _builtins.int
     REVEAL_FIELD_NUMBER: _builtins.int
+    APP_JOIN_FIELD_NUMBER: _builtins.int
+    APP_REPLY_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello: ...
     @_builtins.property
@@ -358,6 +360,10 @@ class ClientMessage(_message.Message):
     def consent(self) -> Global___Consent: ...
     @_builtins.property
     def reveal(self) -> Global___Reveal: ...
+    @_builtins.property
+    def app_join(self) -> Global___AppJoin: ...
+    @_builtins.property
+    def app_reply(self) -> Global___AppReply: ...
     def __init__(
         self,
         *,
@@ -372,12 +378,14 @@ class ClientMessage(_message.Message):
         share: Global___Share | None = ...,
         consent: Global___Consent | None = ...,
         reveal: Global___Reveal | None = ...,
+        app_join: Global___AppJoin | None = ...,
+        app_reply: Global___AppReply | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["accept", b"accept", "advertise", b"advertise", "consent", b"consent", "failed", b"failed", "hello", b"hello", "kind", b"kind", "progress", b"progress", "refuse", b"refuse", "reveal", b"reveal", "share", b"share", "update", b"update", "witness", b"witness"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accept", b"accept", "advertise", b"advertise", "app_join", b"app_join", "app_reply", b"app_reply", "consent", b"consent", "failed", b"failed", "hello", b"hello", "kind", b"kind", "progress", b"progress", "refuse", b"refuse", "reveal", b"reveal", "share", b"share", "update", b"update", "witness", b"witness"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accept", b"accept", "advertise", b"advertise", "consent", b"consent", "failed", b"failed", "hello", b"hello", "kind", b"kind", "progress", b"progress", "refuse", b"refuse", "reveal", b"reveal", "share", b"share", "update", b"update", "witness", b"witness"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accept", b"accept", "advertise", b"advertise", "app_join", b"app_join", "app_reply", b"app_reply", "consent", b"consent", "failed", b"failed", "hello", b"hello", "kind", b"kind", "progress", b"progress", "refuse", b"refuse", "reveal", b"reveal", "share", b"share", "update", b"update", "witness", b"witness"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "accept", "refuse", "failed", "update", "progress", "witness", "advertise", "share", "consent", "reveal"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "accept", "refuse", "failed", "update", "progress", "witness", "advertise", "share", "consent", "reveal", "app_join", "app_reply"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -398,6 +406,9 @@ class ServerMessage(_message.Message):
     ENVELOPES_FIELD_NUMBER: _builtins.int
     SURVIVORS_FIELD_NUMBER: _builtins.int
     CONSENTS_FIELD_NUMBER: _builtins.int
+    APP_OFFER_FIELD_NUMBER: _builtins.int
+    APP_ORDER_FIELD_NUMBER: _builtins.int
+    APP_FORGET_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -420,6 +431,14 @@ class ServerMessage(_message.Message):
     def survivors(self) -> Global___Survivors: ...
     @_builtins.property
     def consents(self) -> Global___Consents: ...
+    @_builtins.property
+    def app_offer(self) -> Global___AppOffer: ...
+    @_builtins.property
+    def app_order(self) -> Global___AppOrder: ...
+    @_builtins.property
+    def app_forget(self) -> Global___AppIds:
+        """nobody waits for the replies to these any more: they have them, or have given up"""
+
     def __init__(
         self,
         *,
@@ -434,12 +453,15 @@ class ServerMessage(_message.Message):
         envelopes: Global___Envelopes | None = ...,
         survivors: Global___Survivors | None = ...,
         consents: Global___Consents | None = ...,
+        app_offer: Global___AppOffer | None = ...,
+        app_order: Global___AppOrder | None = ...,
+        app_forget: Global___AppIds | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "closing", b"closing", "consents", b"consents", "ended", b"ended", "envelopes", b"envelopes", "kind", b"kind", "offer", b"offer", "order", b"order", "receipt", b"receipt", "roster", b"roster", "survivors", b"survivors", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["app_forget", b"app_forget", "app_offer", b"app_offer", "app_order", b"app_order", "cancel", b"cancel", "closing", b"closing", "consents", b"consents", "ended", b"ended", "envelopes", b"envelopes", "kind", b"kind", "offer", b"offer", "order", b"order", "receipt", b"receipt", "roster", b"roster", "survivors", b"survivors", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "closing", b"closing", "consents", b"consents", "ended", b"ended", "envelopes", b"envelopes", "kind", b"kind", "offer", b"offer", "order", b"order", "receipt", b"receipt", "roster", b"roster", "survivors", b"survivors", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["app_forget", b"app_forget", "app_offer", b"app_offer", "app_order", b"app_order", "cancel", b"cancel", "closing", b"closing", "consents", b"consents", "ended", b"ended", "envelopes", b"envelopes", "kind", b"kind", "offer", b"offer", "order", b"order", "receipt", b"receipt", "roster", b"roster", "survivors", b"survivors", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["welcome", "offer", "order", "cancel", "receipt", "ended", "closing", "roster", "envelopes", "survivors", "consents"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["welcome", "offer", "order", "cancel", "receipt", "ended", "closing", "roster", "envelopes", "survivors", "consents", "app_offer", "app_order", "app_forget"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -1515,26 +1537,32 @@ class DeliverRequest(_message.Message):
 
     UPDATE_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
+    REPLY_FIELD_NUMBER: _builtins.int
     OFFSET_FIELD_NUMBER: _builtins.int
     data: _builtins.bytes
     offset: _builtins.int
-    """with the update: where in its vector the data begins"""
+    """with the first: where in its bytes the data begins"""
     @_builtins.property
     def update(self) -> Global___Update:
         """first, its vector not inline"""
+
+    @_builtins.property
+    def reply(self) -> Global___AppReply:
+        """or this first, its content not inline"""
 
     def __init__(
         self,
         *,
         update: Global___Update | None = ...,
         data: _builtins.bytes = ...,
+        reply: Global___AppReply | None = ...,
         offset: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "kind", b"kind", "update", b"update"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "kind", b"kind", "reply", b"reply", "update", b"update"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "kind", b"kind", "offset", b"offset", "update", b"update"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "kind", b"kind", "offset", b"offset", "reply", b"reply", "update", b"update"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["update", "data"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["update", "data", "reply"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -1549,8 +1577,11 @@ class ResumeRequest(_message.Message):
     RUN_ID_FIELD_NUMBER: _builtins.int
     ID_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     digest: _builtins.bytes
+    message: _builtins.str
+    """of an app, instead of an order"""
     @_builtins.property
     def id(self) -> Global___OrderId: ...
     def __init__(
@@ -1559,10 +1590,11 @@ class ResumeRequest(_message.Message):
         run_id: _builtins.str = ...,
         id: Global___OrderId | None = ...,
         digest: _builtins.bytes = ...,
+        message: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "id", b"id", "run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "id", b"id", "message", b"message", "run_id", b"run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1588,9 +1620,146 @@ class ResumeReply(_message.Message):
 Global___ResumeReply: _TypeAlias = ResumeReply  # noqa: Y015
 
 @_typing.final
-class AppMessage(_message.Message):
-    """---- Flower apps: messages of named records; see fedge.records ----"""
+class AppOffer(_message.Message):
+    """---- Flower apps: messages of named records; see fedge.records ----
 
+    An app that the coordinator would like this site to take part in.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    APP_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    CONFIG_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    app: _builtins.str
+    """publisher/project"""
+    version: _builtins.str
+    @_builtins.property
+    def config(self) -> Global___AppValues:
+        """what the app's ServerApp is run with"""
+
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        app: _builtins.str = ...,
+        version: _builtins.str = ...,
+        config: Global___AppValues | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["app", b"app", "config", b"config", "run_id", b"run_id", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AppOffer: _TypeAlias = AppOffer  # noqa: Y015
+
+@_typing.final
+class AppJoin(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    NODES_FIELD_NUMBER: _builtins.int
+    IDS_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    nodes: _builtins.int
+    """of this site"""
+    @_builtins.property
+    def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """messages that it is at, and those whose replies it has kept"""
+
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        nodes: _builtins.int = ...,
+        ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ids", b"ids", "nodes", b"nodes", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AppJoin: _TypeAlias = AppJoin  # noqa: Y015
+
+@_typing.final
+class AppOrder(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    LEFT_S_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    left_s: _builtins.float
+    """until nobody wants the reply"""
+    @_builtins.property
+    def message(self) -> Global___AppMessage: ...
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        message: Global___AppMessage | None = ...,
+        left_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["left_s", b"left_s", "message", b"message", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AppOrder: _TypeAlias = AppOrder  # noqa: Y015
+
+@_typing.final
+class AppReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    @_builtins.property
+    def message(self) -> Global___AppMessage: ...
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        message: Global___AppMessage | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AppReply: _TypeAlias = AppReply  # noqa: Y015
+
+@_typing.final
+class AppIds(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    IDS_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    @_builtins.property
+    def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ids", b"ids", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AppIds: _TypeAlias = AppIds  # noqa: Y015
+
+@_typing.final
+class AppMessage(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ID_FIELD_NUMBER: _builtins.int
@@ -1612,7 +1781,9 @@ class AppMessage(_message.Message):
     created_at: _builtins.float
     ttl: _builtins.float
     @_builtins.property
-    def content(self) -> Global___AppContent: ...
+    def content(self) -> Global___Blob:
+        """see AppContent"""
+
     @_builtins.property
     def error(self) -> Global___AppError: ...
     def __init__(
@@ -1626,7 +1797,7 @@ class AppMessage(_message.Message):
         reply_to: _builtins.str = ...,
         created_at: _builtins.float = ...,
         ttl: _builtins.float = ...,
-        content: Global___AppContent | None = ...,
+        content: Global___Blob | None = ...,
         error: Global___AppError | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "content", b"content", "error", b"error"]  # noqa: Y015
@@ -1663,6 +1834,10 @@ Global___AppError: _TypeAlias = AppError  # noqa: Y015
 
 @_typing.final
 class AppContent(_message.Message):
+    """Of a message: its length in four bytes, little-endian, itself, and the data of all its arrays, in order. The same
+    bytes go to every node that is sent the same.
+    """
+
     DESCRIPTOR: _descriptor.Descriptor
 
     RECORDS_FIELD_NUMBER: _builtins.int
@@ -1736,8 +1911,6 @@ Global___AppArrays: _TypeAlias = AppArrays  # noqa: Y015
 
 @_typing.final
 class AppArray(_message.Message):
-    """An array's data follow the message, those of all arrays in order."""
-
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
@@ -2416,6 +2589,213 @@ class StatementReply(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StatementReply: _TypeAlias = StatementReply  # noqa: Y015
+
+@_typing.final
+class AppRequest(_message.Message):
+    """What an app's ServerApp and the coordinator say to each other, for as long as it runs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OPEN_FIELD_NUMBER: _builtins.int
+    SEND_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    FORGET_FIELD_NUMBER: _builtins.int
+    CLOSE_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    """of what was sent last, unless it is inline"""
+    @_builtins.property
+    def open(self) -> Global___AppOpen:
+        """first"""
+
+    @_builtins.property
+    def send(self) -> Global___AppSend: ...
+    @_builtins.property
+    def forget(self) -> Global___AppIds:
+        """the replies to these are here, or nobody waits for them any more"""
+
+    @_builtins.property
+    def close(self) -> Global___AppClose:
+        """last"""
+
+    def __init__(
+        self,
+        *,
+        open: Global___AppOpen | None = ...,
+        send: Global___AppSend | None = ...,
+        data: _builtins.bytes = ...,
+        forget: Global___AppIds | None = ...,
+        close: Global___AppClose | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["close", b"close", "data", b"data", "forget", b"forget", "kind", b"kind", "open", b"open", "send", b"send"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["close", b"close", "data", b"data", "forget", b"forget", "kind", b"kind", "open", b"open", "send", b"send"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["open", "send", "data", "forget", "close"]  # noqa: Y015
+    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
+
+Global___AppRequest: _TypeAlias = AppRequest  # noqa: Y015
+
+@_typing.final
+class AppOpen(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    OFFER_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    """of an app that goes on after a broken link; empty for a new one"""
+    @_builtins.property
+    def offer(self) -> Global___AppOffer: ...
+    @_builtins.property
+    def waiting(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """messages to which it has no reply yet"""
+
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        offer: Global___AppOffer | None = ...,
+        waiting: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["offer", b"offer"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["offer", b"offer", "run_id", b"run_id", "waiting", b"waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AppOpen: _TypeAlias = AppOpen  # noqa: Y015
+
+@_typing.final
+class AppSend(_message.Message):
+    """The same content to so many nodes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESSAGES_FIELD_NUMBER: _builtins.int
+    CONTENT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___AppMessage]:
+        """without content"""
+
+    @_builtins.property
+    def content(self) -> Global___Blob: ...
+    def __init__(
+        self,
+        *,
+        messages: _abc.Iterable[Global___AppMessage] | None = ...,
+        content: Global___Blob | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["content", b"content"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "messages", b"messages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AppSend: _TypeAlias = AppSend  # noqa: Y015
+
+@_typing.final
+class AppClose(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FAILED_FIELD_NUMBER: _builtins.int
+    failed: _builtins.str
+    """why; empty if it is done"""
+    def __init__(
+        self,
+        *,
+        failed: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failed", b"failed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AppClose: _TypeAlias = AppClose  # noqa: Y015
+
+@_typing.final
+class AppEvent(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OPENED_FIELD_NUMBER: _builtins.int
+    NODES_FIELD_NUMBER: _builtins.int
+    REPLY_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    """of the last reply's content, unless it is inline"""
+    @_builtins.property
+    def opened(self) -> Global___AppOpened:
+        """first"""
+
+    @_builtins.property
+    def nodes(self) -> Global___AppNodes: ...
+    @_builtins.property
+    def reply(self) -> Global___AppMessage: ...
+    def __init__(
+        self,
+        *,
+        opened: Global___AppOpened | None = ...,
+        nodes: Global___AppNodes | None = ...,
+        reply: Global___AppMessage | None = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "kind", b"kind", "nodes", b"nodes", "opened", b"opened", "reply", b"reply"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "kind", b"kind", "nodes", b"nodes", "opened", b"opened", "reply", b"reply"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["opened", "nodes", "reply", "data"]  # noqa: Y015
+    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
+
+Global___AppEvent: _TypeAlias = AppEvent  # noqa: Y015
+
+@_typing.final
+class AppOpened(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AppOpened: _TypeAlias = AppOpened  # noqa: Y015
+
+@_typing.final
+class AppNodes(_message.Message):
+    """All that there are now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IDS_FIELD_NUMBER: _builtins.int
+    REFUSALS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def refusals(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """of sites that do not take part, in words"""
+
+    def __init__(
+        self,
+        *,
+        ids: _abc.Iterable[_builtins.int] | None = ...,
+        refusals: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ids", b"ids", "refusals", b"refusals"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AppNodes: _TypeAlias = AppNodes  # noqa: Y015
 
 @_typing.final
 class SitesRequest(_message.Message):

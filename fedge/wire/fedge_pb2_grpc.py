@@ -434,6 +434,11 @@ class AdminStub:
                 request_serializer=fedge_dot_wire_dot_fedge__pb2.RunRef.SerializeToString,
                 response_deserializer=fedge_dot_wire_dot_fedge__pb2.StatementReply.FromString,
                 _registered_method=True)
+        self.App = channel.stream_stream(
+                '/fedge.v1.Admin/App',
+                request_serializer=fedge_dot_wire_dot_fedge__pb2.AppRequest.SerializeToString,
+                response_deserializer=fedge_dot_wire_dot_fedge__pb2.AppEvent.FromString,
+                _registered_method=True)
         self.Sites = channel.unary_unary(
                 '/fedge.v1.Admin/Sites',
                 request_serializer=fedge_dot_wire_dot_fedge__pb2.SitesRequest.SerializeToString,
@@ -491,6 +496,12 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def App(self, request_iterator, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Sites(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -540,6 +551,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Statement,
                     request_deserializer=fedge_dot_wire_dot_fedge__pb2.RunRef.FromString,
                     response_serializer=fedge_dot_wire_dot_fedge__pb2.StatementReply.SerializeToString,
+            ),
+            'App': grpc.stream_stream_rpc_method_handler(
+                    servicer.App,
+                    request_deserializer=fedge_dot_wire_dot_fedge__pb2.AppRequest.FromString,
+                    response_serializer=fedge_dot_wire_dot_fedge__pb2.AppEvent.SerializeToString,
             ),
             'Sites': grpc.unary_unary_rpc_method_handler(
                     servicer.Sites,
@@ -741,6 +757,33 @@ class Admin:
             '/fedge.v1.Admin/Statement',
             fedge_dot_wire_dot_fedge__pb2.RunRef.SerializeToString,
             fedge_dot_wire_dot_fedge__pb2.StatementReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def App(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/fedge.v1.Admin/App',
+            fedge_dot_wire_dot_fedge__pb2.AppRequest.SerializeToString,
+            fedge_dot_wire_dot_fedge__pb2.AppEvent.FromString,
             options,
             channel_credentials,
             insecure,

@@ -135,6 +135,7 @@ class AdminStub:
     Stop: _grpc.UnaryUnaryMultiCallable[_fedge_pb2.RunRef, _fedge_pb2.Done]
     Export: _grpc.UnaryStreamMultiCallable[_fedge_pb2.RunRef, _fedge_pb2.ExportReply]
     Statement: _grpc.UnaryUnaryMultiCallable[_fedge_pb2.RunRef, _fedge_pb2.StatementReply]
+    App: _grpc.StreamStreamMultiCallable[_fedge_pb2.AppRequest, _fedge_pb2.AppEvent]
     Sites: _grpc.UnaryUnaryMultiCallable[_fedge_pb2.SitesRequest, _fedge_pb2.SiteList]
     Revoke: _grpc.UnaryUnaryMultiCallable[_fedge_pb2.SiteRef, _fedge_pb2.Done]
 
@@ -148,6 +149,7 @@ class AdminAsyncStub(AdminStub):
     Stop: _aio.UnaryUnaryMultiCallable[_fedge_pb2.RunRef, _fedge_pb2.Done]  # type: ignore[assignment]
     Export: _aio.UnaryStreamMultiCallable[_fedge_pb2.RunRef, _fedge_pb2.ExportReply]  # type: ignore[assignment]
     Statement: _aio.UnaryUnaryMultiCallable[_fedge_pb2.RunRef, _fedge_pb2.StatementReply]  # type: ignore[assignment]
+    App: _aio.StreamStreamMultiCallable[_fedge_pb2.AppRequest, _fedge_pb2.AppEvent]  # type: ignore[assignment]
     Sites: _aio.UnaryUnaryMultiCallable[_fedge_pb2.SitesRequest, _fedge_pb2.SiteList]  # type: ignore[assignment]
     Revoke: _aio.UnaryUnaryMultiCallable[_fedge_pb2.SiteRef, _fedge_pb2.Done]  # type: ignore[assignment]
 
@@ -200,6 +202,13 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         request: _fedge_pb2.RunRef,
         context: _ServicerContext,
     ) -> _typing.Union[_fedge_pb2.StatementReply, _abc.Awaitable[_fedge_pb2.StatementReply]]: ...
+
+    @_abc_1.abstractmethod
+    def App(
+        self,
+        request_iterator: _MaybeAsyncIterator[_fedge_pb2.AppRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_fedge_pb2.AppEvent], _abc.AsyncIterator[_fedge_pb2.AppEvent]]: ...
 
     @_abc_1.abstractmethod
     def Sites(

@@ -1,9 +1,11 @@
-"""Messages of Flower apps as bytes: a header in protobuf, and behind it the arrays' data, which are not copied."""
+"""Messages of Flower apps as bytes: records in protobuf, and behind them the arrays' data, which are not copied."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from google.protobuf.message import DecodeError
@@ -27,7 +29,9 @@ MAX_AXES: Final = 64
 MAX_ENTRIES: Final = 1 << 16
 """Records, arrays and values of one message."""
 
+_LENGTH: Final = struct.Struct("<I")
 _MAX_TEXT: Final = 1 << 12
+_MAX_REASON: Final = 1 << 16
 _LEAST, _MOST = -(1 << 63), (1 << 63) - 1
 
 _LISTS: Final[Mapping[type, str]] = {
@@ -46,47 +50,110 @@ _SCALARS: Final[Mapping[type, str]] = {
 }
 
 
-def encode(message: AppMessage) -> tuple[bytes, list[Buffer]]:
-    """A header, and the data of the arrays that it tells of.
+@dataclass(frozen=True, slots=True, eq=False)
+class Packed:
+    """A message as it travels: all `about` it but its content, and that as bytes, of which none is copied.
 
-    Raises:
-        LimitError: the header is too large.
-        ValueError: a value is of no type that a record may hold, or an integer has more than 64 bits.
+    The content of `about` is an error or empty; `payload` is an AppContent, as fedge.proto has it.
     """
-    header = pb.AppMessage(
-        id=message.id,
-        kind=message.kind,
-        node=message.node,
-        src=message.src,
-        group=message.group,
-        reply_to=message.reply_to,
-        created_at=message.created_at,
-        ttl=message.ttl,
-    )
-    buffers: list[Buffer] = []
-    _check_entries(message.content)
-    if isinstance(message.content, AppError):
-        header.error.CopyFrom(pb.AppError(code=message.content.code, reason=message.content.reason))
-    else:
-        header.content.SetInParent()
-        for name, record in message.content.items():
-            _encode_record(header.content.records.add(name=name), record, buffers)
-    check_size("a message's records without their arrays", header.ByteSize(), MAX_MESSAGE_BYTES)
-    return header.SerializeToString(), buffers
+
+    about: AppMessage
+    payload: Sequence[Buffer] = ()
+
+    @classmethod
+    def of(cls, message: AppMessage) -> Packed:
+        """
+        Raises:
+            LimitError: there is more in it than a message may have.
+            ValueError: a value is of no type that a record may hold, or an integer has more than 64 bits.
+        """
+        if isinstance(message.content, AppError):
+            return cls(message)
+        return cls(replace(message, content={}), pack(message.content))
+
+    @property
+    def size(self) -> int:
+        """Bytes of the payload."""
+        return sum(memoryview(each).nbytes for each in self.payload)
+
+    def unpacked(self) -> AppMessage:
+        """The message with its content; its arrays are views of the payload, which has to be in one piece.
+
+        Raises:
+            RemoteProtocolError: it is none.
+            LimitError: there is more of something than a message may have.
+        """
+        if isinstance(self.about.content, AppError):
+            return self.about
+        (payload,) = self.payload
+        return replace(self.about, content=unpack(memoryview(payload)))
 
 
-def decode(header: bytes, body: memoryview) -> AppMessage:
-    """The message of this header; its arrays are views of `body`, which has nothing else.
+def pack(content: Content) -> list[Buffer]:
+    """Records as bytes, in parts; raises as `Packed.of`."""
+    _check_entries(content)
+    header, buffers = pb.AppContent(), list[Buffer]()
+    for name, record in content.items():
+        _encode_record(header.records.add(name=name), record, buffers)
+    size = check_size("a message's records without their arrays", header.ByteSize(), MAX_MESSAGE_BYTES)
+    return [_LENGTH.pack(size) + header.SerializeToString(), *buffers]
 
-    Raises:
-        RemoteProtocolError: it is none, or header and body do not go together.
-        LimitError: there is more of something than a message may have.
-    """
-    check_size("a message's records without their arrays", len(header), MAX_MESSAGE_BYTES)
+
+def unpack(payload: memoryview) -> Content:
+    """The records that these bytes are; raises as `Packed.unpacked`."""
+    if len(payload) < _LENGTH.size:
+        raise RemoteProtocolError(f"expected records, found {len(payload)} bytes")
+    (size,) = _LENGTH.unpack_from(payload)
+    check_size("a message's records without their arrays", size, MAX_MESSAGE_BYTES)
+    end = _LENGTH.size + size
+    if end > len(payload):
+        raise RemoteProtocolError(f"expected records of {size} bytes, found {len(payload) - _LENGTH.size}")
     try:
-        found = pb.AppMessage.FromString(header)
+        found = pb.AppContent.FromString(bytes(payload[_LENGTH.size : end]))
     except DecodeError:
-        raise RemoteProtocolError("expected an app's message, found bytes that are none") from None
+        raise RemoteProtocolError("expected records, found bytes that are none") from None
+    return _decode_content(found, payload[end:])
+
+
+def encode_values(values: Mapping[str, Any]) -> pb.AppValues:
+    """Settings; raises as `Packed.of`."""
+    found = pb.AppValues()
+    _encode_values(found, values)
+    return found
+
+
+def decode_values(found: pb.AppValues) -> dict[str, Any]:
+    """Settings; raises as `unpack`."""
+    if len(found.values) > MAX_ENTRIES:
+        raise LimitError(f"expected at most {MAX_ENTRIES} values, found {len(found.values)}")
+    return _decode_values(found, metrics=False)
+
+
+def encode(about: AppMessage, content: pb.Blob | None = None) -> pb.AppMessage:
+    """All of a message but its content, of which this is said."""
+    found = pb.AppMessage(
+        id=about.id,
+        kind=about.kind,
+        node=about.node,
+        src=about.src,
+        group=about.group,
+        reply_to=about.reply_to,
+        created_at=about.created_at,
+        ttl=about.ttl,
+        content=content,
+    )
+    if isinstance(about.content, AppError):
+        found.error.CopyFrom(pb.AppError(code=about.content.code, reason=about.content.reason))
+    return found
+
+
+def decode(found: pb.AppMessage) -> AppMessage:
+    """All of a message but its content, which is empty here, or an error.
+
+    Raises:
+        RemoteProtocolError: its times are no times.
+        LimitError: a text is too long.
+    """
     for what, text in (
         ("id", found.id),
         ("kind", found.kind),
@@ -96,19 +163,13 @@ def decode(header: bytes, body: memoryview) -> AppMessage:
         check_size(f"a message's {what}", len(text.encode()), _MAX_TEXT)
     if not (math.isfinite(found.created_at) and math.isfinite(found.ttl)):
         raise RemoteProtocolError("expected times of a message that are numbers")
-    content: Content | AppError
-    match found.WhichOneof("body"):
-        case "content":
-            content = _decode_content(found.content, body)
-        case "error" if not len(body):
-            content = AppError(found.error.code, found.error.reason)
-        case other:
-            raise RemoteProtocolError(f"expected records, or an error without any, found {other}")
+    check_size("an error's reason", len(found.error.reason.encode()), _MAX_REASON)
+    error = AppError(found.error.code, found.error.reason) if found.HasField("error") else None
     return AppMessage(
         found.id,
         found.kind,
         found.node,
-        content,
+        error or {},
         found.group,
         found.reply_to,
         found.created_at,
@@ -117,13 +178,11 @@ def decode(header: bytes, body: memoryview) -> AppMessage:
     )
 
 
-def _check_entries(content: Content | AppError) -> None:
+def _check_entries(content: Content) -> None:
     """
     Raises:
         LimitError: there are more than a message may have.
     """
-    if isinstance(content, AppError):
-        return
     entries = len(content) + sum(map(_length, content.values()))
     if entries > MAX_ENTRIES:
         raise LimitError(

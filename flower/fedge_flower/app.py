@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import re
 import sys
 import tomllib
@@ -11,10 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from flwr.app import Context, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.serverapp import ServerApp
+from flwr.serverapp import Grid, ServerApp
 
-from fedge.errors import ConfigError, TaskError
+from fedge.errors import ConfigError, FedgeError, TaskError
+from fedge_flower.internals import SUPERLINK_NODE_ID
+
+log = logging.getLogger(__name__)
 
 Setting = bool | int | float | str
 Settings = Mapping[str, Setting]
@@ -80,6 +85,24 @@ class FlowerApp:
             TaskError: it cannot be imported, or is none.
         """
         return self._loaded(self.serverapp, ServerApp)
+
+    def serve(self, server: ServerApp, grid: Grid, *, run_id: int, config: Settings) -> None:
+        """Run a ServerApp to its end.
+
+        Raises:
+            TaskError: it fails.
+            FedgeError: as the grid does.
+        """
+        context = Context(run_id, SUPERLINK_NODE_ID, {}, RecordDict(), dict(config))
+        try:
+            server(grid=grid, context=context)
+        except FedgeError:
+            raise
+        except Exception as error:  # the app's code may raise anything
+            log.exception("server_app_failed app=%s", self.name)
+            raise TaskError(
+                f"app {self.name}: its ServerApp failed: {type(error).__name__}: {error}"
+            ) from error
 
     def client(self) -> ClientApp:
         """

@@ -15,7 +15,6 @@ try:
         NUM_PARTITIONS_KEY,
         PARTITION_ID_KEY,
         SUPERLINK_NODE_ID,
-        ErrorCode,
         SType,
     )
     from flwr.proto.node_pb2 import NodeInfo
@@ -38,7 +37,6 @@ __all__ = [
     "NUM_PARTITIONS_KEY",
     "PARTITION_ID_KEY",
     "SUPERLINK_NODE_ID",
-    "ErrorCode",
     "NodeInfo",
     "Run",
     "SType",

@@ -11,9 +11,9 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedge.errors import FedgeError
-from fedge.records import AppError, AppMessage, Content
+from fedge.records import AppError, AppMessage, Content, ErrorCode, reply_to
 from fedge_flower.app import Settings
-from fedge_flower.internals import ErrorCode, be
+from fedge_flower.internals import be
 from fedge_flower.records import content_of, message_of, plain_of, records_of
 
 log = logging.getLogger(__name__)
@@ -38,9 +38,19 @@ class Answer:
 
 
 def answered(
-    app: ClientApp, node: Node, message: AppMessage, *, run_id: int, run_config: Settings, state: Content
+    app: ClientApp,
+    node: Node,
+    message: AppMessage,
+    *,
+    run_id: int,
+    run_config: Settings,
+    state: Content,
+    discreet: bool = False,
 ) -> Answer:
-    """Have an app deal with a message. Whatever it raises is the reply's error, and its state is as before."""
+    """Have an app deal with a message. Whatever it raises is the reply's error, and its state is as before.
+
+    `discreet`: the reply's error says no more than the exception's type; what else it says may be of the data.
+    """
     be(run_id=run_id, node_id=node.id)
     context = Context(run_id, node.id, dict(node.config), records_of(state), dict(run_config))
     try:
@@ -48,26 +58,16 @@ def answered(
         if not isinstance(reply, Message):
             raise TypeError(f"expected the ClientApp to return a Message, found a {type(reply).__name__}")
         made = plain_of(reply)
-        answer = replace(reply_to(message, made.content), created_at=made.created_at, ttl=made.ttl)
+        answer = replace(
+            reply_to(message, made.content, now=time.time()), created_at=made.created_at, ttl=made.ttl
+        )
         return Answer(answer, content_of(context.state))
     except FedgeError as error:
-        return Answer(reply_to(message, AppError(ErrorCode.UNKNOWN, str(error))), state)
+        said = type(error).__name__ if discreet else str(error)
+        return Answer(reply_to(message, AppError(ErrorCode.UNKNOWN, said), now=time.time()), state)
     except Exception as error:  # the app's code may raise anything
         log.exception("client_app_failed node=%d kind=%s", node.id, message.kind)
-        reason = f"{type(error).__name__}: {error}"[:_MAX_REASON]
-        return Answer(reply_to(message, AppError(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason)), state)
-
-
-def reply_to(message: AppMessage, content: Content | AppError) -> AppMessage:
-    """What comes back for a message, from its node to the app's server, now."""
-    now = time.time()
-    return replace(
-        message,
-        id=f"{message.id}/reply",
-        reply_to=message.id,
-        node=message.src,
-        src=message.node,
-        content=content,
-        created_at=now,
-        ttl=max(0.0, message.ttl - (now - message.created_at)),
-    )
+        what = type(error).__name__
+        reason = f"{what}; see the site's log" if discreet else f"{what}: {error}"[:_MAX_REASON]
+        failed = AppError(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason)
+        return Answer(reply_to(message, failed, now=time.time()), state)

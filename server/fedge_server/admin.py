@@ -19,6 +19,8 @@ from fedge.wire import fedge_pb2 as pb
 from fedge.wire import fedge_pb2_grpc as services
 from fedge.wire.codec import check_blob, decode_layout, encode_layout
 from fedge.wire.limits import CHUNK_BYTES, check_size
+from fedge_server.apps.app_run import in_short
+from fedge_server.apps.conversation import Conversation
 from fedge_server.callers import Context, answering, caller, refuse
 from fedge_server.coordinator import Coordinator, Submission
 from fedge_server.driver import RunDriver
@@ -74,7 +76,8 @@ class AdminService(services.AdminServicer):
     @answering
     async def List(self, request: pb.ListRequest, context: Context) -> pb.RunList:
         await caller(context, self._membership, role="admin")
-        return pb.RunList(runs=[summary_of(driver) for driver in self._coordinator.all_runs()])
+        runs = [summary_of(driver) for driver in self._coordinator.all_runs()]
+        return pb.RunList(runs=[*runs, *map(in_short, self._coordinator.apps.runs.values())])
 
     @answering
     async def Show(self, request: pb.RunRef, context: Context) -> pb.RunDetail:
@@ -148,6 +151,19 @@ class AdminService(services.AdminServicer):
             signature=sign(encoded, key_pem=self._credential.key_pem),
             certificate=self._credential.certificate_pem,
         )
+
+    async def App(
+        self, request_iterator: AsyncIterator[pb.AppRequest], context: Context
+    ) -> AsyncIterator[pb.AppEvent]:
+        """A Flower app's ServerApp, for as long as it runs: messages for nodes come in, and their replies go out."""
+        try:
+            admin = await caller(context, self._membership, role="admin")
+            limits = self._coordinator.settings.limits
+            conversation = Conversation(self._coordinator.apps, request_iterator, limits, admin=admin.name)
+            async for event in conversation.run(list(self._coordinator.sessions)):
+                yield event
+        except FedgeError as error:
+            await refuse(context, error)
 
     @answering
     async def Sites(self, request: pb.SitesRequest, context: Context) -> pb.SiteList:

@@ -18,6 +18,7 @@ from fedge.strategy import load_strategy
 from fedge.vector import Model
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire.codec import encode_layout
+from fedge_server.apps.switchboard import Switchboard
 from fedge_server.archive import Archive
 from fedge_server.driver import RunDriver, Surroundings
 from fedge_server.limits import Pace
@@ -64,6 +65,7 @@ class Coordinator:
         self.runs: dict[str, RunDriver] = {}
         self.past: dict[str, PastRun] = {}
         """Runs that no process drives: those that ended before this one, and those that cannot go on here."""
+        self.apps = Switchboard(spool, self._send, most=settings.max_runs)
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._when_full = Pace(after_s=_FULL_S)
         self._after_restart = Pace(after_s=_RESTART_S)
@@ -86,11 +88,16 @@ class Coordinator:
         log.info("site_connected site=%s session=%d", session.site, session.number)
         for driver in self._open_runs():
             session.send(_offer(driver))
+        self.apps.connect(session.site)
 
     def _make_room(self) -> None:
         """Send the site away that has been idle for longest; it is told when to come back."""
         now = asyncio.get_running_loop().time()
-        idle = [each for each in self.sessions.values() if not each.joined and now - each.since >= IDLE_S]
+        idle = [
+            each
+            for each in self.sessions.values()
+            if not each.joined and now - each.since >= IDLE_S and not self.apps.needs(each.site)
+        ]
         if not idle:
             raise BusyError(
                 f"this coordinator has its {self.settings.max_sessions} sessions",
@@ -107,6 +114,7 @@ class Coordinator:
         del self.sessions[session.site]
         for run_id in session.joined:
             self.runs[run_id].leave(session.site)
+        self.apps.disconnect(session.site)
         log.info(
             "site_disconnected site=%s session=%d because=%s",
             session.site,
@@ -131,6 +139,7 @@ class Coordinator:
         """A site will not take part in a run."""
         driver = self.runs.get(run_id)
         if driver is None:
+            self.apps.refuse(session.site, run_id, refusal)
             return
         log.warning("run_refused run=%s site=%s reason=%s", run_id, session.site, refusal)
         driver.history.refusals[session.site] = refusal
@@ -263,6 +272,10 @@ class Coordinator:
             RunError: there is none.
         """
         run = self.runs.get(run_id) or self.past.get(run_id)
+        if run is None and run_id in self.apps.runs:
+            raise RunError(
+                f"run {run_id} is a Flower app: its ServerApp's own process has all there is to see"
+            )
         if run is None:
             raise RunError(
                 f"expected the id of a run on this coordinator, found {run_id[:80]!r}; see fedge run list"
@@ -282,6 +295,9 @@ class Coordinator:
 
     def stop(self, run_id: str, *, admin: str = "") -> None:
         """End a run; what it has committed stays."""
+        if run_id in self.apps.runs:
+            self.apps.end(run_id, "stopped", f"stopped by admin {admin}")
+            return
         if self.find(run_id).machine.status == "running":
             self.driver(run_id).post(Stop())
             self.archive.note("run_stopped", run_id, actor=admin)
@@ -289,6 +305,7 @@ class Coordinator:
     async def shut_down(self, grace_s: float) -> None:
         """End every session, and every run's task once the run is kept, if that takes no longer than this."""
         now = asyncio.get_running_loop().time()
+        self.apps.shut_down()
         for session in list(self.sessions.values()):
             back_in_s = self._after_restart.return_in_s(now=now)
             session.close("the coordinator is shutting down", retry_after_s=back_in_s)

@@ -26,6 +26,7 @@ from fedge.wire.codec import (
     shorten,
 )
 from fedge.wire.limits import MAX_MESSAGE_BYTES
+from fedge.wire.records import decode
 from fedge_server.coordinator import Coordinator
 from fedge_server.driver import RunDriver
 from fedge_server.limits import Bucket, Concurrency
@@ -104,11 +105,6 @@ class Deliveries:
                 ) as incoming,
             ):
                 await self._fill(incoming, driver, requests)
-                if incoming.upload.missing:
-                    # A link that broke looks like this, too: it is not held against the site, which may go on.
-                    missing = incoming.upload.missing
-                    raise RemoteProtocolError(f"expected {missing} more bytes, found the end")
-                incoming.upload.finish()
             # From here on the upload is the run's, whatever becomes of this call.
             outcome = await driver.deliver(site, order, update, incoming.upload)
         except RefusedError as error:
@@ -116,13 +112,47 @@ class Deliveries:
             outcome = error.refusal
         return _receipt(update, outcome)
 
-    async def resume(self, site: str, request: pb.ResumeRequest) -> int:
-        """How much of an update has arrived."""
-        return await self._uploads.resume(site, request.run_id, decode_order_id(request.id), request.digest)
+    async def app_reply(
+        self, site: str, request: pb.DeliverRequest, requests: AsyncIterator[bytes]
+    ) -> pb.Receipt:
+        """A large reply to an app's message, or the rest of one; raises as `in_chunks`."""
+        reply, apps = request.reply, self._coordinator.apps
+        about, blob = decode(reply.message), reply.message.content
+        self._coordinator.settings.limits.check_model(blob.size)
+        check_blob(blob, expected_bytes=blob.size)
+        run = apps.runs.get(reply.run_id)
+        if run is None or not run.exchange.may_reply(site, about.reply_to):
+            apps.not_wanted(site, reply.run_id, about.reply_to)
+            return pb.Receipt(run_id=reply.run_id)
+        try:
+            with (
+                self._under_way.one_of(site),
+                self._uploads.receiving(
+                    site,
+                    reply.run_id,
+                    about.reply_to,
+                    size=blob.size,
+                    digest=blob.digest,
+                    offset=request.offset,
+                    masked=True,
+                ) as incoming,
+            ):
+                await self._fill(incoming, None, requests)
+        except RefusedError as error:
+            raise RemoteProtocolError(str(error)) from None
+        apps.stored(site, reply, incoming.upload)
+        return pb.Receipt(run_id=reply.run_id)
 
-    async def _fill(self, incoming: Incoming, driver: RunDriver, requests: AsyncIterator[bytes]) -> None:
-        """Keep what arrives until the sender ends; while one chunk is written the next is on its way."""
-        site, _, order = incoming.key
+    async def resume(self, site: str, request: pb.ResumeRequest) -> int:
+        """How much of an update, or of an app's reply, has arrived."""
+        subject = request.message or decode_order_id(request.id)
+        return await self._uploads.resume(site, request.run_id, subject, request.digest)
+
+    async def _fill(
+        self, incoming: Incoming, driver: RunDriver | None, requests: AsyncIterator[bytes]
+    ) -> None:
+        """Keep what arrives until the sender ends, and check it; while one chunk is written the next is on its way."""
+        site, _, subject = incoming.key
         faults = self._coordinator.archive.faults
         clock = asyncio.get_running_loop().time
         told = clock()
@@ -138,11 +168,16 @@ class Deliveries:
                 raise _refused(RefusalCode.TOO_LARGE, f"expected chunks of at most {MAX_MESSAGE_BYTES} bytes")
             await incoming.write(data)
             faults.reach("upload.chunk")
-            if clock() - told >= driver.progress_every_s:
+            if driver is not None and clock() - told >= driver.progress_every_s:
                 told = clock()
-                driver.progressed(site, order, delivered(incoming.received, incoming.upload.size))
+                assert isinstance(subject, OrderId)  # the driver's
+                driver.progressed(site, subject, delivered(incoming.received, incoming.upload.size))
             await self._wait_for_its_turn(site, len(data))
         await incoming.settle()
+        if incoming.upload.missing:
+            # A link that broke looks like this, too: it is not held against the site, which may go on.
+            raise RemoteProtocolError(f"expected {incoming.upload.missing} more bytes, found the end")
+        incoming.upload.finish()
 
     async def _wait_for_its_turn(self, site: str, amount: int) -> None:
         """Read no faster than a site may send: its stream, and then it, waits."""

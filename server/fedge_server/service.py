@@ -10,7 +10,7 @@ from contextlib import suppress
 from fedge.errors import FedgeError, RemoteProtocolError
 from fedge.signing import SignedDirectory
 from fedge.wire import fedge_pb2 as pb
-from fedge.wire.chunks import frames, open_deliver_request
+from fedge.wire.chunks import frame, frames, open_deliver_request
 from fedge.wire.codec import decode_order_id, decode_refusal
 from fedge.wire.keys import encode_directory
 from fedge.wire.limits import CHUNK_BYTES, PROTOCOL
@@ -22,6 +22,7 @@ from fedge_server.deliveries import Deliveries
 from fedge_server.driver import RunDriver
 from fedge_server.limits import Bucket, Concurrency, Pace
 from fedge_server.membership import Membership
+from fedge_server.spool import Upload
 from fedge_server.witnesses import Witnesses
 
 log = logging.getLogger(__name__)
@@ -158,6 +159,10 @@ class FederationService:
                 driver = self._coordinator.runs.get(getattr(message, kind).run_id)
                 if driver is not None:
                     driver.hear(session.site, message)
+            case "app_join":
+                self._coordinator.apps.join(session.site, message.app_join)
+            case "app_reply":
+                self._coordinator.apps.inline(session.site, message.app_reply)
             case "witness":
                 self._witnesses.remember(session.site, message.witness.sealed)
             case other:
@@ -167,20 +172,34 @@ class FederationService:
         """Bytes that the caller's order named, from any offset, as encoded Chunks."""
         try:
             site = (await caller(context, self._membership, role="site")).name
-            driver = self._coordinator.driver(request.run_id)
-            view = driver.shelf.find(site, request.digest)
-            if view is None:
-                raise RemoteProtocolError("expected the digest of something that an open order names")
-            if request.offset > len(view):
-                raise RemoteProtocolError(f"expected an offset up to {len(view)}, found {request.offset}")
+            sent = self._content_of(site, request) or self._vector_of(site, request)
         except FedgeError as error:
             await refuse(context, error)
         try:
             with self._fetches.one_of(site):
-                async for frame in self._frames(site, driver, request.offset, view):
+                async for frame in sent:
                     yield frame
         except FedgeError as error:
             await refuse(context, error)
+
+    def _content_of(self, site: str, request: pb.FetchRequest) -> AsyncIterator[bytes] | None:
+        """What is left of the content of an app's message; None if that is no app's."""
+        app = self._coordinator.apps.runs.get(request.run_id)
+        if app is None:
+            return None
+        stored = app.find(site, request.digest)
+        if stored is None:
+            raise RemoteProtocolError(
+                "expected the digest of something that one of the site's messages names"
+            )
+        return _stored(stored, _offset(request, stored.size))
+
+    def _vector_of(self, site: str, request: pb.FetchRequest) -> AsyncIterator[bytes]:
+        driver = self._coordinator.driver(request.run_id)
+        view = driver.shelf.find(site, request.digest)
+        if view is None:
+            raise RemoteProtocolError("expected the digest of something that an open order names")
+        return self._frames(site, driver, _offset(request, len(view)), view)
 
     async def _frames(
         self, site: str, driver: RunDriver, offset: int, view: memoryview
@@ -189,9 +208,9 @@ class FederationService:
         clock = asyncio.get_running_loop().time
         told = clock()
         starts = range(offset, len(view), CHUNK_BYTES)
-        for start, frame in zip(starts, frames(view, offset=offset), strict=True):
+        for start, chunk in zip(starts, frames(view, offset=offset), strict=True):
             driver.count(down=min(CHUNK_BYTES, len(view) - start))
-            yield frame
+            yield chunk
             if clock() - told >= driver.progress_every_s:
                 told = clock()
                 driver.fetching(site, start, len(view))
@@ -204,6 +223,8 @@ class FederationService:
                 first = open_deliver_request(await anext(request_iterator))
             if not isinstance(first, pb.DeliverRequest):
                 raise RemoteProtocolError("expected an update's description first, found bytes")
+            if first.HasField("reply"):
+                return await self._deliveries.app_reply(site, first, request_iterator)
             return await self._deliveries.in_chunks(site, first, request_iterator)
         except (TimeoutError, StopAsyncIteration):
             await refuse(context, RemoteProtocolError("expected more of the update, found nothing in time"))
@@ -256,3 +277,16 @@ class EnrolmentService:
             session.close("the site was enrolled again")
         log.info("site_enrolled site=%s", principal.name)
         return pb.EnrolReply(certificate=certificate)
+
+
+def _offset(request: pb.FetchRequest, size: int) -> int:
+    """Where in so many bytes a fetch begins."""
+    if request.offset > size:
+        raise RemoteProtocolError(f"expected an offset up to {size}, found {request.offset}")
+    return request.offset
+
+
+async def _stored(upload: Upload, offset: int) -> AsyncIterator[bytes]:
+    """What is left of something in the spool, in chunks."""
+    for start in range(offset, upload.size, CHUNK_BYTES):
+        yield frame(upload.read(start, min(start + CHUNK_BYTES, upload.size)))

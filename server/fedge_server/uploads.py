@@ -21,8 +21,11 @@ from fedge_server.spool import Spool, Upload
 FORGOTTEN_S: Final = 3600.0
 _ON_LOOP_BYTES: Final = 128 << 10
 
-Key = tuple[str, str, OrderId]
-"""Site, run and order."""
+Subject = OrderId | str
+"""What an upload is of: an order's update, or the reply to an app's message, by its id."""
+
+Key = tuple[str, str, Subject]
+"""Site, run, and what it is of."""
 
 
 @dataclass(eq=False, slots=True)
@@ -90,7 +93,7 @@ class Uploads:
         self,
         site: str,
         run_id: str,
-        order: OrderId,
+        order: Subject,
         *,
         size: int,
         digest: bytes,
@@ -119,7 +122,7 @@ class Uploads:
             raise LinkError("another call goes on with this upload")
         del self._active[key]
 
-    async def resume(self, site: str, run_id: str, order: OrderId, digest: bytes) -> int:
+    async def resume(self, site: str, run_id: str, order: Subject, digest: bytes) -> int:
         """How many bytes of an upload are here; the call that fed it until now feeds it no more."""
         key = (site, run_id, order)
         if key in self._active:

@@ -23,9 +23,9 @@ from typing import Any, Final
 from fedge.errors import ConfigError, FedgeError
 from fedge.files import write_atomic
 from fedge.parallel import processors
+from fedge.python import python
 from fedge.run import RunConfig
 from fedge_sim.folders import prepare_folder
-from fedge_sim.python import python
 
 MAX_RUNS: Final = 10_000
 _SAID: Final = 2000

@@ -14,10 +14,11 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedge.errors import ConfigError, LimitError, TaskError
+from fedge_client.apps.process import Setting
 from fedge_flower.app import FlowerApp, parse_settings
+from fedge_flower.grid import AppGrid
 from fedge_flower.internals import SUPERLINK_NODE_ID, be
-from fedge_sim.flower.grid import LocalGrid
-from fedge_sim.flower.nodes import Setting
+from fedge_sim.flower.local import local_grid
 from fedge_sim.flower.simulation import simulate_app
 
 APPS = Path(__file__).parent / "apps"
@@ -156,19 +157,18 @@ def test_an_app_that_cannot_run_ends_with_the_reason(old: str, new: str, says: s
 
 
 @pytest.fixture
-def grid() -> Iterator[LocalGrid]:
+def grid() -> Iterator[AppGrid]:
     be(run_id=9, node_id=SUPERLINK_NODE_ID)
     app = FlowerApp.load(APPS / "several_actions")
-    found = LocalGrid(Setting(app.folder, 9, app.config, 0), nodes=3, workers=2)
-    yield found
-    found.close()
+    with local_grid(Setting(str(app.folder), 9, app.config, 0), nodes=3, workers=2) as found:
+        yield found
 
 
 def question(node: int, **named: Any) -> Message:
     return Message(RecordDict({"question": ConfigRecord({"a": 1})}), node, "query", **named)
 
 
-def test_many_threads_may_use_a_grid_at_once(grid: LocalGrid):
+def test_many_threads_may_use_a_grid_at_once(grid: AppGrid):
     nodes, found = list(grid.get_node_ids()), []
 
     def ask() -> None:
@@ -185,7 +185,7 @@ def test_many_threads_may_use_a_grid_at_once(grid: LocalGrid):
     )
 
 
-def test_nodes_are_the_same_each_time_and_those_that_are_not_there_get_nothing(grid: LocalGrid):
+def test_nodes_are_the_same_each_time_and_those_that_are_not_there_get_nothing(grid: AppGrid):
     nodes = list(grid.get_node_ids())
     assert [each.node_id for each in grid.get_nodes()] == nodes
     assert len(set(nodes)) == 3
@@ -194,7 +194,7 @@ def test_nodes_are_the_same_each_time_and_those_that_are_not_there_get_nothing(g
     assert list(grid.push_messages([question(12345)])) == [""]
 
 
-def test_a_message_is_sent_once_and_replies_are_no_messages(grid: LocalGrid):
+def test_a_message_is_sent_once_and_replies_are_no_messages(grid: AppGrid):
     (node, *_) = grid.get_node_ids()
     message = question(node)
     (reply,) = grid.send_and_receive([message])
@@ -203,7 +203,7 @@ def test_a_message_is_sent_once_and_replies_are_no_messages(grid: LocalGrid):
             grid.push_messages([odd])
 
 
-def test_a_reply_is_given_out_once_and_not_after_its_time(grid: LocalGrid):
+def test_a_reply_is_given_out_once_and_not_after_its_time(grid: AppGrid):
     (node, *_) = grid.get_node_ids()
     message = grid.create_message(RecordDict({"question": ConfigRecord()}), "query", node, "3")
     ids = list(grid.push_messages([message]))
@@ -236,13 +236,10 @@ def query(message, context):
 
 
 @contextmanager
-def grid_of(app: FlowerApp, *, nodes: int = 2, workers: int = 1) -> Iterator[LocalGrid]:
+def grid_of(app: FlowerApp, *, nodes: int = 2, workers: int = 1) -> Iterator[AppGrid]:
     be(run_id=9, node_id=SUPERLINK_NODE_ID)
-    found = LocalGrid(Setting(app.folder, 9, app.config, 0), nodes=nodes, workers=workers)
-    try:
+    with local_grid(Setting(str(app.folder), 9, app.config, 0), nodes=nodes, workers=workers) as found:
         yield found
-    finally:
-        found.close()
 
 
 def test_a_timeout_shorter_than_it_takes_to_load_the_app_means_fewer_replies(tmp_path: Path):

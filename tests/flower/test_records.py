@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import pickle
 from contextlib import suppress
 from typing import Any
@@ -72,11 +71,13 @@ RECORDS = st.one_of(
 
 
 def crossed(plain: AppMessage) -> AppMessage:
-    header, buffers = wire.encode(plain)
-    body = bytearray(
-        b"".join(bytes(memoryview(each).cast("B")) if len(memoryview(each)) else b"" for each in buffers)
-    )
-    return wire.decode(header, memoryview(body))
+    packed = wire.Packed.of(plain)
+    about = wire.decode(pb.AppMessage.FromString(wire.encode(packed.about).SerializeToString()))
+    return wire.Packed(about, (memoryview(joined(packed.payload)),)).unpacked()
+
+
+def joined(parts: Any) -> bytearray:
+    return bytearray(b"".join(bytes(memoryview(each)) for each in parts))
 
 
 def same(one: Any, other: Any) -> bool:
@@ -180,44 +181,43 @@ def test_numbers_of_numpy_are_numbers():
     assert type(found["m"].metrics["loss"]) is float  # type: ignore[union-attr]  # it is metrics
 
 
-MESSAGE = AppMessage("1", "train", 7, {"a": Arrays({"x": RawArray("float32", (2,), b"12345678")})})
+CONTENT = {"a": Arrays({"x": RawArray("float32", (2,), b"12345678")})}
 
 
-def header(change: Any) -> bytes:
-    found = pb.AppMessage.FromString(wire.encode(MESSAGE)[0])
+def payload(change: Any, body: bytes = b"12345678") -> memoryview:
+    """The content with some change, and these for its arrays' bytes."""
+    found = pb.AppContent.FromString(bytes(wire.pack(CONTENT)[0])[4:])
     change(found)
-    return found.SerializeToString()
+    header = found.SerializeToString()
+    return memoryview(len(header).to_bytes(4, "little") + header + body)
 
 
-def twice(found: pb.AppMessage) -> None:
-    found.content.records.add().CopyFrom(found.content.records[0])
-    found.content.records[0].arrays.arrays[0].size = 0
-    found.content.records[0].arrays.arrays[0].shape[:] = [0]
+def twice(found: pb.AppContent) -> None:
+    found.records.add().CopyFrom(found.records[0])
+    found.records[0].arrays.arrays[0].size = 0
+    found.records[0].arrays.arrays[0].shape[:] = [0]
 
 
 HOSTILE: dict[str, tuple[Any, bytes, str]] = {
     "too little": (lambda found: None, b"1234567", "expected 8 bytes of arrays, found 7"),
     "another shape": (
-        lambda found: found.content.records[0].arrays.arrays[0].shape.append(2),
+        lambda found: found.records[0].arrays.arrays[0].shape.append(2),
         b"12345678",
         "expected 16 bytes",
     ),
     "a type of its own": (
-        lambda found: setattr(found.content.records[0].arrays.arrays[0], "dtype", "O"),
+        lambda found: setattr(found.records[0].arrays.arrays[0], "dtype", "O"),
         b"12345678",
         "expected a dtype of int8",
     ),
     "a record twice": (twice, b"12345678", "expected each record once"),
     "no kind": (
-        lambda found: found.content.records[0].ClearField("arrays"),
+        lambda found: found.records[0].ClearField("arrays"),
         b"",
         "expected arrays, metrics or configs",
     ),
-    "no body": (lambda found: found.ClearField("content"), b"", "expected records, or an error"),
-    "an error with arrays": (lambda found: found.error.SetInParent(), b"1", "expected records, or an error"),
-    "no time": (lambda found: setattr(found, "ttl", float("nan")), b"12345678", "expected times"),
     "a huge shape": (
-        lambda found: found.content.records[0].arrays.arrays[0].shape.extend([2**40] * 3),
+        lambda found: found.records[0].arrays.arrays[0].shape.extend([2**40] * 3),
         b"12345678",
         "expected .* bytes of float32",
     ),
@@ -225,30 +225,48 @@ HOSTILE: dict[str, tuple[Any, bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_message_that_lies_is_refused_before_anything_is_made_of_it(name: str):
+def test_content_that_lies_is_refused_before_anything_is_made_of_it(name: str):
     change, body, says = HOSTILE[name]
     with pytest.raises(RemoteProtocolError, match=says):
-        wire.decode(header(change), memoryview(body))
+        wire.unpack(payload(change, body))
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"", "expected records, found 0 bytes"),
+        (b"\x05\0\0\0ab", "expected records of 5 bytes, found 2"),
+        (b"\xff\xff\xff\xff", "of at most 16777216 bytes, found 4294967295"),
+        (b"\x01\0\0\0\xff", "expected records, found bytes that are none"),
+    ],
+    ids=["nothing", "cut", "huge", "others"],
+)
+def test_bytes_that_are_no_content_are_refused(data: bytes, says: str):
+    with pytest.raises(RemoteProtocolError, match=says):
+        wire.unpack(memoryview(data))
 
 
 def test_a_message_of_too_many_things_is_refused(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(LimitError, match="at most 64 axes, found 70"):
-        wire.decode(
-            header(lambda found: found.content.records[0].arrays.arrays[0].shape.extend([1] * 69)),
-            memoryview(b"12345678"),
-        )
+        wire.unpack(payload(lambda found: found.records[0].arrays.arrays[0].shape.extend([1] * 69)))
     with pytest.raises(LimitError, match="message's kind"):
-        wire.decode(header(lambda found: setattr(found, "kind", "x" * 5000)), memoryview(b"12345678"))
+        wire.decode(pb.AppMessage(kind="x" * 5000))
+    with pytest.raises(LimitError, match="error's reason"):
+        wire.decode(pb.AppMessage(error=pb.AppError(reason="x" * 70_000)))
+    with pytest.raises(RemoteProtocolError, match="expected times"):
+        wire.decode(pb.AppMessage(ttl=float("nan")))
     monkeypatch.setattr(wire, "MAX_ENTRIES", 1)
     with pytest.raises(LimitError, match="at most 1 records"):
-        wire.decode(wire.encode(MESSAGE)[0], memoryview(b"12345678"))
+        wire.unpack(payload(lambda found: None))
+    with pytest.raises(LimitError, match="at most 1 records"):
+        wire.pack(CONTENT)
 
 
 @given(st.binary(max_size=60))
 @settings(max_examples=150, deadline=None)
-def test_any_bytes_are_a_message_or_are_refused(data: bytes):
+def test_any_bytes_are_records_or_are_refused(data: bytes):
     with suppress(RemoteProtocolError, LimitError):
-        wire.decode(data, memoryview(b""))
+        wire.unpack(memoryview(data))
 
 
 @pytest.mark.parametrize(
@@ -261,7 +279,7 @@ def test_any_bytes_are_a_message_or_are_refused(data: bytes):
 )
 def test_what_no_record_may_hold_is_not_sent(configs: Any, says: str):
     with pytest.raises(ValueError, match=says):
-        wire.encode(dataclasses.replace(MESSAGE, content={"c": Configs(configs)}))
+        wire.pack({"c": Configs(configs)})
 
 
 def test_an_array_is_as_long_as_it_says():

@@ -17,6 +17,15 @@ from fedge.wire.status import error_of
 from fedge_server.settings import load_admin
 
 CALL_S = 60.0
+_OPTIONS = (
+    *CHANNEL_OPTIONS,
+    # What takes hours notices a dead link within a minute, and a coordinator that is back at once.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.ping_timeout_ms", 20_000),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+)
 _MAX_PEM_BYTES = 64 << 10
 
 AdminToml = Annotated[
@@ -37,7 +46,7 @@ def admin_link(path: Path) -> Iterator[services.AdminStub]:
         for name in (settings.ca, settings.key, settings.certificate)
     )
     credentials = grpc.ssl_channel_credentials(ca, key, certificate)
-    with grpc.secure_channel(settings.server, credentials, options=CHANNEL_OPTIONS) as channel:
+    with grpc.secure_channel(settings.server, credentials, options=_OPTIONS) as channel:
         try:
             yield services.AdminStub(channel)
         except grpc.RpcError as error:

@@ -102,7 +102,7 @@ def list_runs(admin: AdminToml, as_json: AsJson = False) -> None:
         table.add_row(
             run.run_id,
             run.status,
-            f"{run.round}/{run.rounds}",
+            f"{run.round}/{run.rounds}" if run.rounds else "",
             run.strategy.split("(")[0],
             escape(run.reason),
         )

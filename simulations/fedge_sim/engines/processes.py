@@ -23,6 +23,7 @@ import numpy as np
 
 from fedge.errors import ConfigError, RunError
 from fedge.events import Send
+from fedge.python import python
 from fedge.run import RunConfig
 from fedge.strategy import WorkKind
 from fedge.task import Task
@@ -32,7 +33,6 @@ from fedge_client.torch.trainer import Outcome
 from fedge_sim.engines.crew import Done, UnsuitedError
 from fedge_sim.engines.setting import setting_of
 from fedge_sim.engines.worker import Lines, Shared, divide
-from fedge_sim.python import python
 
 MAX_ROWS_BYTES: Final = 1 << 28
 """Of vectors at once; a row for each worker there is in any case."""

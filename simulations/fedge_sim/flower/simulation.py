@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 
-from flwr.app import Context, RecordDict
-
-from fedge.errors import ConfigError, FedgeError, TaskError
+from fedge.errors import ConfigError
 from fedge.parallel import processors
 from fedge.seeds import derive_seed
+from fedge_client.apps.process import Setting
+from fedge_client.apps.worker import seed_globally
 from fedge_flower.app import FlowerApp, Settings
 from fedge_flower.internals import SUPERLINK_NODE_ID, be
-from fedge_sim.flower.grid import LocalGrid
-from fedge_sim.flower.nodes import Setting
-from fedge_sim.flower.worker import seed_globally
-
-log = logging.getLogger(__name__)
+from fedge_sim.flower.local import local_grid
 
 MAX_NODES = 100_000
 
@@ -52,16 +47,7 @@ def simulate_app(
     seed_globally(drawn)
     server = app.server()
     seed_globally(drawn)  # with torch, if the app has imported it
-    setting = Setting(app.folder, run_id, config, seed)
-    grid = LocalGrid(setting, nodes=nodes, workers=workers or processors())
-    context = Context(run_id, SUPERLINK_NODE_ID, {}, RecordDict(), dict(config))
-    try:
-        server(grid=grid, context=context)
-    except FedgeError:
-        raise
-    except Exception as error:  # the app's code may raise anything
-        log.exception("server_app_failed app=%s", app.name)
-        raise TaskError(f"app {app.name}: its ServerApp failed: {type(error).__name__}: {error}") from error
-    finally:
-        grid.close()
+    setting = Setting(str(app.folder.resolve()), run_id, dict(config), seed)
+    with local_grid(setting, nodes=nodes, workers=workers or processors()) as grid:
+        app.serve(server, grid, run_id=run_id, config=config)
     return Done(nodes, grid.sent, grid.received)

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -27,4 +28,10 @@ def train(message: Message, context: Context) -> Message:
             time.sleep(3600)
         if how == "returns nothing":
             return None
+        if how == "waits":
+            gate = Path(context.run_config["gate.path"])
+            with gate.with_suffix(".began").open("a") as log:
+                log.write("x")
+            while not gate.exists():
+                time.sleep(0.01)
     return Message(RecordDict({"metrics": MetricRecord({"turns": count["count"]})}), reply_to=message)

@@ -1,0 +1,87 @@
+"""What a ServerApp's process says to its coordinator, as one stream: contents that several messages share go once."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from fedge.records import Buffer
+from fedge.vector import new_digest
+from fedge.wire import fedge_pb2 as pb
+from fedge.wire.limits import INLINE_BYTES
+from fedge.wire.records import Packed, encode
+
+CHUNK_BYTES: Final = 1 << 20
+"""On this stream, which is the operator's own."""
+
+MAX_TOGETHER: Final = 4096
+"""Messages in one send: some hundred bytes each."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Bundle:
+    """Messages of one content."""
+
+    messages: Sequence[Packed]
+    blob: pb.Blob
+
+    def requests(self) -> Iterator[pb.AppRequest]:
+        """As they go over the stream."""
+        messages = [encode(each.about) for each in self.messages]
+        yield pb.AppRequest(send=pb.AppSend(messages=messages, content=self.blob))
+        if not self.blob.HasField("inline"):
+            for part in self.messages[0].payload:
+                view = memoryview(part).cast("B") if memoryview(part).nbytes else memoryview(b"")
+                for start in range(0, len(view), CHUNK_BYTES):
+                    yield pb.AppRequest(data=bytes(view[start : start + CHUNK_BYTES]))
+
+
+def bundled(messages: Iterable[Packed]) -> list[Bundle]:
+    """Messages by their contents, in the order of the first of each."""
+    groups: dict[object, list[Packed]] = {}
+    for each in messages:
+        groups.setdefault(_sameness(each.payload), []).append(each)
+    found = []
+    for group in groups.values():
+        blob = _blob_of(group[0])
+        found += [Bundle(group[at : at + MAX_TOGETHER], blob) for at in range(0, len(group), MAX_TOGETHER)]
+    return found
+
+
+class Requests:
+    """The requests of one stream, in the order in which any thread puts them."""
+
+    def __init__(self, first: pb.AppRequest) -> None:
+        self._queue: queue.SimpleQueue[pb.AppRequest | Bundle | None] = queue.SimpleQueue()
+        self._queue.put(first)
+
+    def put(self, request: pb.AppRequest | Bundle) -> None:
+        self._queue.put(request)
+
+    def end(self) -> None:
+        """That was all; what is queued still goes."""
+        self._queue.put(None)
+
+    def __iter__(self) -> Iterator[pb.AppRequest]:
+        while (found := self._queue.get()) is not None:
+            if isinstance(found, Bundle):
+                yield from found.requests()
+            else:
+                yield found
+
+
+def _sameness(payload: Sequence[Buffer]) -> object:
+    """The same for payloads whose arrays are the same memory, and whose headers say the same of them."""
+    header, *arrays = payload
+    views = [memoryview(each) for each in arrays]
+    return bytes(header), tuple((id(view.obj), view.nbytes) for view in views)
+
+
+def _blob_of(packed: Packed) -> pb.Blob:
+    digest = new_digest()
+    for part in packed.payload:
+        digest.update(part)
+    inline = b"".join(packed.payload) if packed.size <= INLINE_BYTES else None
+    return pb.Blob(digest=digest.digest(), size=packed.size, inline=inline)

@@ -1,4 +1,4 @@
-"""Messages of one app between its ServerApp and the sites' nodes: whatever breaks, each has one reply, and is done once."""
+"""Messages between an app's ServerApp and the sites' nodes: whatever breaks, each has one reply, and is done once."""
 
 from __future__ import annotations
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import ctypes
 
-_ARENA_MAX = -8
-"""M_ARENA_MAX of glibc's malloc.h."""
+_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
+"""M_TRIM_THRESHOLD, M_MMAP_MAX and M_ARENA_MAX of glibc's malloc.h."""
 
 
 def use_one_arena() -> None:
@@ -20,6 +20,18 @@ def use_one_arena() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_ARENA_MAX, 1)
+
+
+def keep_freed() -> None:
+    """Have what is freed serve the next allocation, large ones too, until `give_back_freed`.
+
+    Else each array of some 100 MB is new pages, which the system has to clear: for those who make many of them that is
+    most of what they cost.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_MMAP_MAX, 0)
+        mallopt(_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def give_back_freed() -> None:

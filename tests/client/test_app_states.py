@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,36 +29,79 @@ def state(kept: States, node: int = NODE) -> bytes:
     return b"".join(kept.state(node))
 
 
-def test_another_process_finds_the_last_state_and_every_reply_that_is_wanted(tmp_path: Path):
+def test_another_process_finds_the_last_state_and_every_reply_that_was_stored(tmp_path: Path):
     kept = States(tmp_path, "run")
     assert (state(kept), kept.ids, kept.reply("1")) == (b"", [], None)
     keep(kept, "1", b"one")
     keep(kept, "2", b"two")
     keep(kept, "3", b"three", node=OTHER)
+    kept.store(["1", "unknown"])
+    assert sorted(kept.ids) == ["1", "2", "3"]
     again = States(tmp_path, "run")
-    assert (state(again), state(again, OTHER), sorted(again.ids)) == (b"two", b"three", ["1", "2", "3"])
+    assert (state(again), state(again, OTHER), again.ids) == (b"two", b"three", ["1"])
     found = again.reply("1")
     assert found is not None
     assert (bytes(found.payload[0]), found.about.reply_to, found.about.src) == (b"reply 1", "1", NODE)
+    assert again.reply("2") is None
     keep(again, "4", b"four")
-    assert state(States(tmp_path, "run")) == b"four"
+    again.store()
+    third = States(tmp_path, "run")
+    assert (state(third), third.ids) == (b"four", ["1", "4"])
+
+
+def test_a_message_whose_reply_was_lost_is_dealt_with_from_the_state_before_it(tmp_path: Path):
+    kept = States(tmp_path, "run")
+    keep(kept, "1", b"one")
+    kept.forget("1")
+    keep(kept, "2", b"two")
+    again = States(tmp_path, "run")
+    assert state(again) == b"two", "nobody has said yet that it comes again"
+    again.rewind(NODE, "2")
+    assert state(again) == b"one"
+    keep(again, "2", b"two again")
+    again.forget("2")
+    keep(again, "3", b"three")
+    assert state(States(tmp_path, "run")) == b"three"
+    first = States(tmp_path, "other run")
+    keep(first, "1", b"one")
+    first = States(tmp_path, "other run")
+    first.rewind(NODE, "1")
+    first.rewind(NODE, "unknown")
+    assert state(first) == b""
+    keep(first, "1", b"one again")
+    assert state(States(tmp_path, "other run")) == b"one again"
 
 
 def test_a_reply_that_nobody_needs_goes_and_the_state_stays(tmp_path: Path):
     kept = States(tmp_path, "run")
     for id in "123":
         keep(kept, id, f"state {id}".encode())
+    kept.store(["1", "2"])
     for id in ("1", "3", "unknown"):
         kept.forget(id)
     assert (kept.ids, kept.reply("1"), kept.reply("3")) == (["2"], None, None)
     assert state(kept) == b"state 3"
-    keep(kept, "4", b"state 4")
-    assert len(list(tmp_path.rglob("*.kept"))) == 2, "of the second and the fourth"
+    kept.forget("2")
+    for at in range(4, 30):
+        keep(kept, str(at), f"state {at}".encode())
+        kept.forget(str(at))
+    assert len(list(tmp_path.rglob("*.*"))) == 1, "the last state"
+    assert state(States(tmp_path, "run")) == b"state 29"
+
+
+def test_turns_that_nobody_comes_back_to_do_not_fill_the_disk(tmp_path: Path):
+    for run in range(3):
+        kept = States(tmp_path, "run")
+        for at in range(100):
+            keep(kept, f"{run}.{at}", b"x")
+    assert len(list(tmp_path.rglob("*.state"))) <= states.MAX_TURNS + 1
 
 
 def test_an_error_is_kept_as_a_reply_as_well(tmp_path: Path):
     failed = Packed(AppMessage("1/reply", "train", 1, AppError(2, "why"), reply_to="1", src=NODE))
-    States(tmp_path, "run").keep(NODE, failed, memoryview(b"before"))
+    kept = States(tmp_path, "run")
+    kept.keep(NODE, failed, memoryview(b"before"))
+    kept.store()
     again = States(tmp_path, "run")
     found = again.reply("1")
     assert found is not None
@@ -65,24 +109,42 @@ def test_an_error_is_kept_as_a_reply_as_well(tmp_path: Path):
     assert state(again) == b"before"
 
 
-@pytest.mark.parametrize("cut", [0, 3, 30, -1])
-def test_what_is_damaged_counts_as_not_there(cut: int, tmp_path: Path):
+def test_a_reply_that_is_forgotten_while_it_is_stored_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     kept = States(tmp_path, "run")
     keep(kept, "1", b"one")
-    keep(kept, "2", b"two")
-    path = max(tmp_path.rglob("*.kept"))
+    write = States._write
+
+    def meanwhile(*arguments: Any) -> None:
+        write(*arguments)
+        kept.forget("1")
+
+    monkeypatch.setattr(States, "_write", meanwhile)
+    kept.store()
+    assert (kept.ids, list(tmp_path.rglob("*.reply"))) == ([], [])
+
+
+@pytest.mark.parametrize("cut", [0, 3, 30, -1])
+@pytest.mark.parametrize("suffix", ["state", "reply"])
+def test_what_is_damaged_counts_as_not_there(suffix: str, cut: int, tmp_path: Path):
+    kept = States(tmp_path, "run")
+    keep(kept, "1", b"one" * 20)
+    keep(kept, "2", b"two" * 20)
+    kept.store()
+    path = max(tmp_path.rglob(f"*.{suffix}"))
     path.write_bytes(path.read_bytes()[:cut])
     again = States(tmp_path, "run")
-    assert (state(again), again.ids) == (b"one", ["1"])
+    assert again.ids == ["1"]
+    assert state(again) == (b"two" if suffix == "reply" else b"one") * 20
 
 
 def test_files_of_others_are_not_read(tmp_path: Path):
-    kept = States(tmp_path, "run")
-    keep(kept, "1", b"one")
+    keep(States(tmp_path, "run"), "1", b"one")
     (folder,) = tmp_path.iterdir()
-    (folder / "x.y.kept").write_bytes(b"what")
-    (folder / "7.2.kept").write_bytes(os.urandom(100))
-    assert States(tmp_path, "run").ids == ["1"]
+    (folder / "x.y.state").write_bytes(b"what")
+    (folder / "7.2.state").write_bytes(os.urandom(100))
+    assert state(States(tmp_path, "run")) == b"one"
 
 
 def test_runs_are_apart_and_end_with_all_that_was_kept(tmp_path: Path):

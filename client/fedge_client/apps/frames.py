@@ -9,12 +9,19 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
+import numpy as np
+
 from fedge.records import Buffer
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire.records import Packed, decode, encode
 
 _SIZES = struct.Struct("<QQ")
 _LOOK_MS: Final = 500
+
+
+def room(size: int) -> memoryview:
+    """New memory of so many bytes; numpy asks for large pages, of which there are few to clear."""
+    return np.empty(size, np.uint8).data
 
 
 class Frames:
@@ -82,7 +89,7 @@ class Frames:
         return bytes(self._read(head)), self._read(size)
 
     def _read(self, size: int) -> memoryview:
-        whole = memoryview(bytearray(size))
+        whole = room(size)
         at = 0
         while at < size:
             try:

@@ -15,7 +15,7 @@ from typing import Final
 
 import numpy as np
 
-from fedge.errors import FedgeError, LinkError, RefusedError, RemoteProtocolError
+from fedge.errors import FedgeError, LinkError, RefusedError, RemoteProtocolError, StorageError
 from fedge.records import AppError, AppMessage, ErrorCode, node_id, reply_to, run_number
 from fedge.refusal import Refusal, RefusalCode
 from fedge.vector import bytes_of, new_digest
@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 APPS: Final = "apps"
 MAX_APPS: Final = 16
+STORE_S: Final = 1.0
 
 Post = Callable[[pb.ClientMessage], Awaitable[None]]
 """Sends a message when the session has room for it; without a session it is dropped."""
@@ -163,6 +164,9 @@ class _Run:
         self._failed: dict[str, Packed] = {}
         """Replies that are errors of which the states know nothing."""
         self._sending: dict[str, asyncio.Task[None]] = {}
+        self._to_store: list[str] = []
+        """Messages whose replies go to the disk if they are still here in a moment."""
+        self._storing: asyncio.Task[None] | None = None
         self._holds = False
         self._link: Link | None = None
 
@@ -192,6 +196,7 @@ class _Run:
         if about.id in self._failed or about.id in self._states.ids:
             self._hand_in(about.id)
             return
+        self._states.rewind(about.node, about.id)  # if its reply was lost with an earlier process
         self._timers[about.id] = self._loop.call_later(max(0.0, order.left_s), self._drop, about.id)
         self._under_way[about.id] = asyncio.create_task(self._take(order.message, link))
 
@@ -216,9 +221,10 @@ class _Run:
                 task.cancel()
         for timer in self._timers.values():
             timer.cancel()
+        if self._storing is not None:
+            self._storing.cancel()
         await asyncio.to_thread(self._pool.close)
-        if for_good:
-            await asyncio.to_thread(self._states.close)
+        await asyncio.to_thread(self._states.close if for_good else self._store)
 
     async def _take(self, message: pb.AppMessage, link: Link) -> None:
         """Fetch what a message has, and give it to its node."""
@@ -261,9 +267,26 @@ class _Run:
             self._states.forget(id)
             return
         self._over(id)
-        if id not in self._states.ids:
+        if id in self._states.ids:
+            self._to_store.append(id)
+            if self._storing is None or self._storing.done():
+                self._storing = asyncio.create_task(self._store_late_ones())
+        else:
             self._failed[id] = reply
         self._hand_in(id, reply)
+
+    async def _store_late_ones(self) -> None:
+        """Replies that do not leave at once go to the disk: their link is slow or broken, and they are much work."""
+        while self._to_store:
+            ids, self._to_store = self._to_store, []
+            await asyncio.sleep(STORE_S)
+            await asyncio.to_thread(self._store, ids)
+
+    def _store(self, ids: Iterable[str] | None = None) -> None:
+        try:
+            self._states.store(ids)
+        except StorageError as error:  # without it, the work would be done again after a crash
+            log.error("app_reply_not_kept run=%s reason=%s", self.run_id, error)
 
     def _hand_in(self, id: str, reply: Packed | None = None) -> None:
         if self._holds or self._link is None or id in self._sending:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from fedge.errors import FedgeError, LimitError
+from fedge.memory import keep_freed, use_one_arena
 from fedge.records import AppError, ErrorCode, reply_to
 from fedge.seeds import derive_seed
 from fedge.wire.records import Packed, pack, unpack
@@ -29,6 +30,8 @@ def main() -> int:
         after_in_child=end.close
     )  # else its end would seem to be here when this process is gone
     frames = Frames(end)
+    use_one_arena()
+    keep_freed()
     try:
         told = frames.hear()
         try:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Final, cast
 
 import grpc
+import numpy as np
 
 from fedge.errors import BusyError, FedgeError, LinkError, RemoteProtocolError, RunError
 from fedge.vector import digest_of
@@ -225,7 +226,7 @@ class Remote:
         if blob.HasField("inline"):
             whole = memoryview(blob.inline)
         else:
-            whole, at = memoryview(bytearray(blob.size)), 0
+            whole, at = np.empty(blob.size, np.uint8).data, 0
             while at < blob.size:
                 data = next(events, pb.AppEvent()).data
                 if not data or at + len(data) > blob.size:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from fedge.memory import keep_freed, use_one_arena
 from fedge.records import run_number
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire.records import encode_values
@@ -47,6 +48,8 @@ def submit_app(
         RunError: it refuses the app or ends it, or there are too few nodes.
         TaskError: the ServerApp cannot be loaded, or fails.
     """
+    use_one_arena()
+    keep_freed()
     server = app.server()
     offer = pb.AppOffer(app=app.name, version=app.version, config=encode_values(config))
     with admin_link(admin) as stub:

@@ -176,6 +176,19 @@ def test_an_app_goes_on_when_a_site_is_killed_and_comes_back(small: Federation, 
     assert gate.with_suffix(".began").read_text() == "xx"
 
 
+def test_what_a_site_has_done_outlives_it_and_its_coordinator(small: Federation, tmp_path: Path):
+    running, gate, report = waiting(small, tmp_path)
+    small.server.signal(signal.SIGKILL)
+    gate.touch()  # it replies, to nobody
+    kept = small.folder / "hospital-a/apps"
+    until(lambda: list(kept.rglob("*.reply")), "the reply is on the site's disk")
+    small.clients["hospital-a"].signal(signal.SIGKILL)
+    small = small.restarted()
+    small.start("hospital-a")
+    assert ended(running, report) == EXPECTED
+    assert gate.with_suffix(".began").read_text() == "x", "it was done once"
+
+
 def test_an_app_whose_own_process_is_killed_is_listed_until_it_is_stopped(small: Federation, tmp_path: Path):
     running, _, _ = waiting(small, tmp_path)
     (row,) = json.loads(fedge_ok("run", "list", "--json", "--admin", small.admin_toml))

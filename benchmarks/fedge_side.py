@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -145,8 +145,15 @@ class Deployment:
 
 
 @contextmanager
-def deployment(name: str, *, clients: int, options: Options) -> Iterator[Deployment]:
-    """Start a coordinator and `clients` sites, each with one training thread; end them all."""
+def deployment(
+    name: str,
+    *,
+    clients: int,
+    options: Options,
+    tables: Callable[[int], dict[str, Any]] = lambda index: {},
+) -> Iterator[Deployment]:
+    """Start a coordinator and `clients` sites, each with one training thread and these `tables` in its client.toml; end
+    them all."""
     folder = Path(options.scratch) / f"{name}-{time.monotonic_ns()}"
     folder.mkdir()
     port, home = free_port(), folder / "server"
@@ -172,7 +179,9 @@ def deployment(name: str, *, clients: int, options: Options) -> Iterator[Deploym
             token = fedge("server", "token", settings, "--site", f"site-{index}")
             ca = str(home / "ca.pem")
             fedge("client", "enrol", "--server", address, "--token", token, "--ca", ca, "--dir", str(site))
-            _configure(site / "client.toml", index=index, marks=folder / f"marks-{index}")
+            _configure(
+                site / "client.toml", index=index, marks=folder / f"marks-{index}", tables=tables(index)
+            )
             log = folder / f"site-{index}.log"
             arguments = [FEDGE, "client", "start", str(site / "client.toml")]
             agents.append(stack.enter_context(started(arguments, log=log)))
@@ -183,10 +192,11 @@ def deployment(name: str, *, clients: int, options: Options) -> Iterator[Deploym
         yield deployed
 
 
-def _configure(path: Path, *, index: int, marks: Path) -> None:
+def _configure(path: Path, *, index: int, marks: Path, tables: dict[str, Any]) -> None:
     """What a site's engineer adds to the client.toml that `enrol` wrote."""
     document = tomlkit.parse(path.read_text())
     document["task"] = {"path": str(ROOT)}
     document["worker"] = {"threads": 1}
     document["data"] = {"index": index, "marks": str(marks)}
+    document.update(tables)
     path.write_text(tomlkit.dumps(document))

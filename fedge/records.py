@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from enum import IntEnum, unique
 from typing import Final
 
+from fedge.errors import RemoteProtocolError
 from fedge.seeds import derive_seed
 
 Number = int | float
@@ -138,6 +139,19 @@ def reply_to(message: AppMessage, content: Content | AppError, *, now: float) ->
         created_at=now,
         ttl=max(0.0, message.ttl - (now - message.created_at)),
     )
+
+
+def check_settings(values: Mapping[str, object]) -> None:
+    """
+    Raises:
+        RemoteProtocolError: one is no number, text or truth value.
+    """
+    for name, value in values.items():
+        if not isinstance(value, bool | int | float | str):
+            raise RemoteProtocolError(
+                f"expected an app's settings to be numbers, texts, true or false, found a {type(value).__name__} "
+                f"for {name[:80]!r}"
+            )
 
 
 def node_id(site: str, at: int) -> int:

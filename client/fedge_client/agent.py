@@ -54,9 +54,13 @@ _SOON_S = 60.0
 _MAX_BACKOFF_SOON_S = 2.0
 _MAX_BACKOFF_S = 30.0
 _MAX_QUEUED_JOBS = 256
+_MAX_QUEUED_FOR_APPS = 64
 _POST_S = 60.0
 _RENEW_AT = 2 / 3
 _RENEW_RETRY_S = 3600.0
+
+_Outgoing = asyncio.Queue[tuple[pb.ClientMessage, asyncio.Semaphore | None]]
+"""Messages, and whose room each takes."""
 
 
 class Agent:
@@ -99,7 +103,10 @@ class Agent:
         self._doing: pb.ServerMessage | None = None
         self._doing_over: Link | None = None
         self._link: Link | None = None
-        self._outgoing: asyncio.Queue[pb.ClientMessage] | None = None
+        self._outgoing: _Outgoing | None = None
+        self._room_for_apps = asyncio.Semaphore(_MAX_QUEUED_FOR_APPS)
+        """What apps may have in that queue: the rest is for runs."""
+        self._call: SessionCall | None = None
         self._was_connected = False
         self._back_in_s = 0.0
         """When the coordinator would like this site back, if it has said so."""
@@ -176,7 +183,9 @@ class Agent:
         self._was_connected = True
         self._jobs.new_session()
         self._queue = deque(message for message in self._queue if not message.HasField("offer"))
-        self._outgoing = asyncio.Queue(_MAX_QUEUED_JOBS)
+        self._outgoing = asyncio.Queue(_MAX_QUEUED_JOBS + _MAX_QUEUED_FOR_APPS)
+        self._room_for_apps, self._call = asyncio.Semaphore(_MAX_QUEUED_FOR_APPS), call
+        self._apps.new_session()
         self._tell_witness()
         writer = asyncio.create_task(self._write(link, call, self._outgoing), name="session writer")
         try:
@@ -210,24 +219,36 @@ class Agent:
         witness = pb.Witness(sealed=self._seal.close(self._ledger.head))
         self._send(pb.ClientMessage(witness=witness))
 
-    async def _write(self, link: Link, call: SessionCall, outgoing: asyncio.Queue[pb.ClientMessage]) -> None:
+    async def _write(self, link: Link, call: SessionCall, outgoing: _Outgoing) -> None:
         with suppress(LinkError):  # the call is over; its reader says so
             while True:
-                await link.write(call, await outgoing.get())
+                message, room = await outgoing.get()
+                await link.write(call, message)
+                if room is not None:
+                    room.release()
 
     def _send(self, message: pb.ClientMessage) -> None:
         """Queue a message for the session; without one it is dropped, since a new session starts afresh."""
         spare = message.WhichOneof("kind") in ("progress", "witness")  # the next one says more
         if self._outgoing is None or (spare and self._outgoing.full()):
             return
-        self._outgoing.put_nowait(message)
+        self._outgoing.put_nowait((message, None))
 
     async def _post(self, message: pb.ClientMessage) -> None:
         """As `_send`, but it waits for room."""
-        if self._outgoing is not None:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_POST_S):
-                    await self._outgoing.put(message)
+        outgoing, room = self._outgoing, self._room_for_apps
+        if outgoing is None:
+            return
+        try:
+            async with asyncio.timeout(_POST_S):
+                await room.acquire()
+        except TimeoutError:
+            log.warning("session_stuck because=nothing could be sent for %g s", _POST_S)
+            if outgoing is self._outgoing and self._call is not None:
+                self._call.cancel()  # in the next session everything is said again
+            return
+        if outgoing is self._outgoing:
+            outgoing.put_nowait((message, room))
 
     def _take(self, message: pb.ServerMessage) -> None:
         match message.WhichOneof("kind"):

@@ -1665,7 +1665,7 @@ class AppJoin(_message.Message):
     IDS_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     nodes: _builtins.int
-    """of this site"""
+    """of this site; 0: it asks what became of the app"""
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """messages that it is at, and those whose replies it has kept"""

@@ -45,10 +45,6 @@ class Carrier(Protocol):
         """Nobody waits for what comes of these messages."""
         ...
 
-    def taken(self, ids: Collection[str]) -> None:
-        """The app has the replies to these messages: nobody needs to keep them any more."""
-        ...
-
     def check(self) -> None:
         """
         Raises:
@@ -139,9 +135,7 @@ class AppGrid(Grid):
         self._expire(ids)
         with self._changed:
             found = [self._replies.pop(each) for each in ids if each in self._replies]
-        if found:
-            self._carrier.taken([each.about.reply_to for each in found])
-        else:
+        if not found:
             self._carrier.check()
         return [message_of(_unpacked(each), run_id=self._run.run_id) for each in found]
 

@@ -160,7 +160,7 @@ class AdminService(services.AdminServicer):
             admin = await caller(context, self._membership, role="admin")
             limits = self._coordinator.settings.limits
             conversation = Conversation(self._coordinator.apps, request_iterator, limits, admin=admin.name)
-            async for event in conversation.run(list(self._coordinator.sessions)):
+            async for event in conversation.run(lambda: list(self._coordinator.sessions)):
                 yield event
         except FedgeError as error:
             await refuse(context, error)

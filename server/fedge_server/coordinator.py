@@ -65,7 +65,7 @@ class Coordinator:
         self.runs: dict[str, RunDriver] = {}
         self.past: dict[str, PastRun] = {}
         """Runs that no process drives: those that ended before this one, and those that cannot go on here."""
-        self.apps = Switchboard(spool, self._send, most=settings.max_runs)
+        self.apps = Switchboard(spool, self._send, most=settings.max_runs, is_run=self._is_run)
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._when_full = Pace(after_s=_FULL_S)
         self._after_restart = Pace(after_s=_RESTART_S)
@@ -261,6 +261,9 @@ class Coordinator:
     def _surroundings(self) -> Surroundings:
         return Surroundings(self._send, self.archive, self._keys, self.settings.max_kept_bytes)
 
+    def _is_run(self, run_id: str) -> bool:
+        return run_id in self.runs or run_id in self.past
+
     def all_runs(self) -> list[RunDriver | PastRun]:
         """Those that are over first, then those that are driven here, oldest first."""
         return [*self.past.values(), *self.runs.values()]
@@ -296,7 +299,7 @@ class Coordinator:
     def stop(self, run_id: str, *, admin: str = "") -> None:
         """End a run; what it has committed stays."""
         if run_id in self.apps.runs:
-            self.apps.end(run_id, "stopped", f"stopped by admin {admin}")
+            self.apps.end(self.apps.runs[run_id], "stopped", f"stopped by admin {admin}")
             return
         if self.find(run_id).machine.status == "running":
             self.driver(run_id).post(Stop())

@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 
-from fedge.errors import RefusedError, RemoteProtocolError
+from fedge.errors import BusyError, RefusedError, RemoteProtocolError
 from fedge.events import OrderId
 from fedge.exact import MAX_WEIGHT
 from fedge.progress import delivered
@@ -27,6 +27,7 @@ from fedge.wire.codec import (
 )
 from fedge.wire.limits import MAX_MESSAGE_BYTES
 from fedge.wire.records import decode
+from fedge_server.apps.exchange import Heard
 from fedge_server.coordinator import Coordinator
 from fedge_server.driver import RunDriver
 from fedge_server.limits import Bucket, Concurrency
@@ -121,9 +122,13 @@ class Deliveries:
         self._coordinator.settings.limits.check_model(blob.size)
         check_blob(blob, expected_bytes=blob.size)
         run = apps.runs.get(reply.run_id)
-        if run is None or not run.exchange.may_reply(site, about.reply_to):
-            apps.not_wanted(site, reply.run_id, about.reply_to)
+        heard = run.exchange.would_hear(site, about.reply_to) if run is not None else Heard.TOO_EARLY
+        if run is not None and heard is Heard.UNWANTED:
+            run.tell_unwanted(site, about.reply_to)
+        if heard is not Heard.TAKEN:
             return pb.Receipt(run_id=reply.run_id)
+        if apps.kept_bytes + blob.size > self._coordinator.settings.max_kept_bytes:
+            raise BusyError("replies that nobody has taken yet fill the room for them", retry_after_s=1.0)
         try:
             with (
                 self._under_way.one_of(site),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from fedge.records import node_id
-from fedge_server.apps.exchange import PATIENCE_S, WINDOW, Exchange
+from fedge_server.apps.exchange import PATIENCE_S, WINDOW, Exchange, Heard
 
 SITES = {"a": 2, "b": 1}
 NODES = {node_id(name, at): name for name, count in SITES.items() for at in range(count)}
@@ -84,10 +86,11 @@ class Apps(RuleBasedStateMachine):
                 self.give(name)
 
     def hand_in(self, name: str, id: str) -> None:
-        if self.exchange.reply(name, id):
-            self.held.append(id)
-        elif id not in self.held:
-            self.kept[name].discard(id)
+        match self.exchange.reply(name, id):
+            case Heard.TAKEN:
+                self.held.append(id)
+            case Heard.UNWANTED if id not in self.held:
+                self.kept[name].discard(id)
 
     @rule()
     def take(self) -> None:
@@ -154,16 +157,24 @@ def exchange() -> Exchange[str]:
 A0, A1, B0 = node_id("a", 0), node_id("a", 1), node_id("b", 0)
 
 
+def lost(found: list[Any]) -> list[str]:
+    return [each.sent.id for each in found]
+
+
 def ids(found: list[object]) -> list[str]:
     return [each.id for each in found]  # type: ignore[attr-defined]
 
 
-def test_a_site_has_so_many_messages_at_once_and_the_next_when_it_has_replied(exchange: Exchange[str]):
+def test_a_site_has_so_many_messages_at_once_and_the_next_when_a_reply_is_where_it_is_wanted(
+    exchange: Exchange[str],
+):
     for at in range(WINDOW + 2):
         assert exchange.send(str(at), A0, "x", until=FOREVER, now=0.0) == "a"
     assert len(exchange.due("a")) == WINDOW
     assert exchange.due("a") == []
-    assert exchange.reply("a", "5")
+    assert exchange.reply("a", "5") is Heard.TAKEN
+    assert exchange.due("a") == [], "it is still on its way: whoever does not take replies is given no more"
+    exchange.forget(["5"])
     assert ids(exchange.due("a")) == [str(WINDOW)]
     exchange.forget(["7"])
     assert ids(exchange.due("a")) == [str(WINDOW + 1)]
@@ -172,10 +183,10 @@ def test_a_site_has_so_many_messages_at_once_and_the_next_when_it_has_replied(ex
 def test_a_message_for_a_node_that_does_not_come_is_lost_after_a_while(exchange: Exchange[str]):
     assert exchange.send("1", B0, "x", until=FOREVER, now=0.0) == ""
     assert exchange.lost(now=PATIENCE_S - 1) == []
-    assert ids(exchange.lost(now=PATIENCE_S)) == ["1"]
+    assert lost(exchange.lost(now=PATIENCE_S)) == ["1"]
     assert exchange.lost(now=PATIENCE_S) == [], "once"
     exchange.send("2", B0, "x", until=FOREVER, now=PATIENCE_S)
-    assert ids(exchange.lost(now=PATIENCE_S)) == ["2"], "it is not waited for again"
+    assert lost(exchange.lost(now=PATIENCE_S)) == ["2"], "it is not waited for again"
     exchange.join("b", 1, [], now=PATIENCE_S)
     exchange.send("3", B0, "x", until=FOREVER, now=PATIENCE_S)
     assert exchange.lost(now=9 * PATIENCE_S) == []
@@ -193,23 +204,40 @@ def test_a_message_is_lost_when_its_site_is_gone_for_a_while_and_not_when_it_com
     exchange.join("a", 2, ["1"], now=60.0)
     assert exchange.lost(now=10.0 + PATIENCE_S) == []
     exchange.leave("a", now=80.0)
-    assert ids(exchange.lost(now=80.0 + PATIENCE_S)) == ["1"]
-    assert not exchange.reply("a", "1"), "its reply is that it is lost"
+    assert lost(exchange.lost(now=80.0 + PATIENCE_S)) == ["1"]
+    assert exchange.reply("a", "1") is Heard.UNWANTED, "its reply is that it is lost"
 
 
 def test_a_message_is_lost_when_its_time_is_over(exchange: Exchange[str]):
     exchange.send("1", A0, "x", until=5.0, now=0.0)
     assert exchange.lost(now=4.0) == []
-    assert ids(exchange.lost(now=5.0)) == ["1"]
+    exchange.send("2", B0, "x", until=FOREVER, now=0.0)
+    assert [each.expired for each in exchange.lost(now=5.0)] == [True]
+    assert [each.expired for each in exchange.lost(now=PATIENCE_S)] == [False]
+
+
+def test_messages_whose_time_is_over_leave_room_for_others(exchange: Exchange[str]):
+    for at in range(WINDOW + 1):
+        exchange.send(str(at), A0, "x", until=5.0 if at < WINDOW else FOREVER, now=0.0)
+    assert len(exchange.due("a")) == WINDOW
+    assert len(exchange.lost(now=5.0)) == WINDOW
+    assert ids(exchange.due("a")) == [str(WINDOW)]
 
 
 def test_a_reply_counts_once_and_from_the_node_that_was_asked(exchange: Exchange[str]):
     exchange.join("b", 1, [], now=0.0)
     exchange.send("1", A0, "x", until=FOREVER, now=0.0)
-    assert not exchange.reply("b", "1")
-    assert not exchange.reply("a", "2")
-    assert exchange.reply("a", "1")
-    assert not exchange.reply("a", "1")
+    heard = [exchange.reply(*each) for each in (("b", "1"), ("a", "2"), ("a", "1"), ("a", "1"))]
+    assert heard == [Heard.UNWANTED, Heard.UNWANTED, Heard.TAKEN, Heard.UNWANTED]
+
+
+def test_a_reply_that_comes_before_its_site_has_joined_is_not_called_unwanted():
+    exchange: Exchange[str] = Exchange()
+    exchange.wait_for(["1"])
+    exchange.send("1", A0, "x", until=FOREVER, now=0.0)
+    assert exchange.reply("a", "1") is Heard.TOO_EARLY
+    assert exchange.join("a", 2, ["1"], now=0.0) == []
+    assert exchange.reply("a", "1") is Heard.TAKEN
 
 
 def test_a_site_that_refuses_loses_its_messages_and_its_nodes(exchange: Exchange[str]):
@@ -227,13 +255,13 @@ def test_a_site_that_comes_back_with_fewer_nodes_has_no_others(exchange: Exchang
     exchange.join("a", 1, [], now=1.0)
     assert exchange.nodes() == [A0]
     assert exchange.due("a") == []
-    assert ids(exchange.lost(now=1.0 + PATIENCE_S)) == ["1"]
+    assert lost(exchange.lost(now=1.0 + PATIENCE_S)) == ["1"]
 
 
 def test_a_site_is_told_what_of_its_own_nobody_wants(exchange: Exchange[str]):
     exchange.wait_for(["1"])
     assert exchange.join("a", 2, ["1", "2"], now=0.0) == ["2"]
-    assert exchange.reply("a", "1"), "before it was sent again"
+    assert exchange.reply("a", "1") is Heard.TAKEN, "before it was sent again"
     assert exchange.send("1", A0, "x", until=FOREVER, now=0.0) == ""
     assert exchange.due("a") == []
 

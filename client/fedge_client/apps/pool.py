@@ -148,9 +148,14 @@ class Pool:
                 if self._is_wanted(message, process):
                     state = self._memory.state(node_id)
                     reply, after = process.do(node_id, node.config, node.done, packed, state)
-                    self._memory.keep(node_id, reply, after)
+                    if self._is_wanted(message, None):
+                        self._memory.keep(node_id, reply, after)
+                    else:
+                        reply = _called_off(message)
+                        self._without(process)  # it was ended for that
+                        process = None
                 else:
-                    reply = _error(message, ErrorCode.UNKNOWN, "it was called off")
+                    reply = _called_off(message)
             except TaskError as error:
                 self.failure = error
                 reason = "see the site's log" if self._setting.discreet else str(error)
@@ -183,8 +188,8 @@ class Pool:
             process = self._started()
             process.load()
             return process
-        except (TaskError, EOFError, OSError) as error:
-            log.error("client_app_not_loaded reason=%s", error)
+        except Exception:  # whatever it is, messages are to be answered
+            log.exception("client_app_not_loaded")
             self._without(process)
             return None
 
@@ -200,8 +205,8 @@ class Pool:
             self._begun[packed.about.id] = None
             return node_id, packed
 
-    def _is_wanted(self, message: AppMessage, process: Process) -> bool:
-        """Whether it was not called off meanwhile: from now on that ends the process."""
+    def _is_wanted(self, message: AppMessage, process: Process | None) -> bool:
+        """Whether it was not called off meanwhile: from now on that ends this process, if it is one."""
         with self._changed:
             if self._closed or message.id in self._called_off:
                 return False
@@ -232,6 +237,10 @@ class Pool:
             process.close()
             with self._changed:
                 self._processes.discard(process)
+
+
+def _called_off(message: AppMessage) -> Packed:
+    return _error(message, ErrorCode.UNKNOWN, "it was called off")
 
 
 def _error(message: AppMessage, code: ErrorCode, reason: str) -> Packed:

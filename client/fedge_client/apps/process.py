@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -39,6 +40,7 @@ class Setting:
     seed: int | None = None
     discreet: bool = False
     threads: int = 1
+    load_s: float = 900.0
     memory_mb: int | None = None
 
 
@@ -52,7 +54,7 @@ class Process:
     def __init__(self, setting: Setting) -> None:
         mine, its = socket.socketpair()
         self._end, self._setting = mine, setting
-        self._loaded = self._too_large = False
+        self._loaded = self._too_large = self._too_slow = False
         threads = os.environ.get("OMP_NUM_THREADS", str(setting.threads))
         try:
             self._process = subprocess.Popen(  # noqa: S603  # this Python, and a module of ours
@@ -79,13 +81,19 @@ class Process:
         if self._loaded:
             return
         self._frames.tell(asdict(self._setting))
+        deadline = threading.Timer(self._setting.load_s, self._give_up)
+        deadline.start()
         try:
             said = self._frames.hear()
         except EOFError:
             how = self.how_it_ended()
-            if how == _KILLED:
+            if self._too_slow:
+                how = f"it took longer than {self._setting.load_s:g} s"
+            elif how == _KILLED:
                 raise
             raise TaskError(f"the app's process has ended while it loaded: {how}") from None
+        finally:
+            deadline.cancel()
         if "failed" in said:
             raise TaskError(said["failed"])
         self._loaded = True
@@ -113,6 +121,10 @@ class Process:
         if self._too_large:
             return f"it used more than {self._setting.memory_mb} MB of memory"
         return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+
+    def _give_up(self) -> None:
+        self._too_slow = True
+        self.kill()
 
     def kill(self) -> None:
         """At once, whatever it and those that it has started are at."""

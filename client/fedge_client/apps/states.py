@@ -15,7 +15,7 @@ import os
 import shutil
 import struct
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,8 +53,9 @@ class _Turn:
 class States:
     """One app's run. Made anew, it has what an earlier process kept. For any thread, one at a time for each node."""
 
-    def __init__(self, folder: Path, run_id: str) -> None:
-        """
+    def __init__(self, folder: Path, run_id: str, *, in_use: Collection[str] = ()) -> None:
+        """`in_use` are other runs, whose states stay.
+
         Raises:
             StorageError: the folder cannot be written.
         """
@@ -65,7 +66,7 @@ class States:
         self._newest: dict[int, memoryview] = {}
         for path in sorted(self._folder.glob(f"*{_STATE}"), key=_number_of):
             self._find(path)
-        _forget_others(folder, self._folder)
+        _forget_others(folder, {_stem(run_id), *map(_stem, in_use)})
 
     @property
     def ids(self) -> list[str]:
@@ -228,10 +229,10 @@ def _number_of(path: Path) -> int:
     return int(number) if number.isdigit() else 0
 
 
-def _forget_others(folder: Path, mine: Path) -> None:
+def _forget_others(folder: Path, in_use: Collection[str]) -> None:
     """Of runs whose end nobody has told this site, the oldest go."""
     with suppress(OSError):
-        others = [each for each in folder.iterdir() if each != mine and each.is_dir()]
+        others = [each for each in folder.iterdir() if each.name not in in_use and each.is_dir()]
         for old in sorted(others, key=lambda path: path.stat().st_mtime_ns)[: -(MAX_RUNS - 1)]:
             shutil.rmtree(old, ignore_errors=True)
 

@@ -14,13 +14,13 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from fedge.errors import FedgeError, LimitError, RunError
+from fedge.errors import BusyError, FedgeError, LimitError, RemoteProtocolError, RunError, StorageError
 from fedge.records import MAX_NODES_OF_A_SITE, AppError, AppMessage, ErrorCode
 from fedge.refusal import Refusal
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire import records
-from fedge.wire.limits import CHUNK_BYTES
-from fedge_server.apps.exchange import Exchange, Sent
+from fedge.wire.limits import CHUNK_BYTES, MAX_NAME_BYTES
+from fedge_server.apps.exchange import Exchange, Heard, Sent
 from fedge_server.spool import Upload
 
 log = logging.getLogger(__name__)
@@ -28,8 +28,11 @@ log = logging.getLogger(__name__)
 ANSWERS_S: Final = 5.0
 """How long a new app waits for the sites that are there to say whether they take part."""
 
-LINGER_S: Final = 600.0
-"""How long an app waits for its ServerApp's process to come back."""
+LINGER_S: Final = 900.0
+"""How long an app waits for its ServerApp's process to come back: longer than that one tries to."""
+
+MAX_IDS: Final = 4096
+"""Messages that a site names when it joins: more than it is given at once."""
 
 MAX_MESSAGES: Final = 100_000
 """Of one app, without a reply that was taken."""
@@ -42,10 +45,17 @@ Send = Callable[[str, pb.ServerMessage], None]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Letter:
-    """A message as it goes to a site; its content is in `stored`, unless it is inline."""
+    """A message to a site, or its reply. Its content is in `stored` unless it is inline; letters may share both."""
 
     message: pb.AppMessage
+    content: pb.Blob | None
     stored: Upload | None
+
+    def whole(self) -> pb.AppMessage:
+        """As it goes over the wire."""
+        whole = pb.AppMessage(content=self.content)
+        whole.MergeFrom(self.message)
+        return whole
 
 
 class AppRun:
@@ -126,9 +136,7 @@ class AppRun:
                     f"expected at most {MAX_MESSAGES} messages of an app without a reply, found more"
                 )
             about = records.decode(message)
-            whole = pb.AppMessage(content=content)
-            whole.MergeFrom(message)
-            letter, until = Letter(whole, stored), now + max(0.0, about.ttl)
+            letter, until = Letter(message, content, stored), now + max(0.0, about.ttl)
             self._post(self.exchange.send(about.id, about.node, letter, until=until, now=now))
 
     def forget(self, ids: Iterable[str]) -> None:
@@ -152,11 +160,10 @@ class AppRun:
                 letter = self._replies.popleft()
                 if letter.message.reply_to not in self._kept:
                     continue
-                yield pb.AppEvent(reply=letter.message)
+                yield pb.AppEvent(reply=letter.whole())
                 if letter.stored is not None:
                     for start in range(0, letter.stored.size, CHUNK_BYTES):
-                        stop = min(start + CHUNK_BYTES, letter.stored.size)
-                        yield pb.AppEvent(data=bytes(letter.stored.read(start, stop)))
+                        yield pb.AppEvent(data=self._part(letter, letter.stored, start))
             else:
                 self._news.clear()
                 await self._news.wait()
@@ -178,6 +185,12 @@ class AppRun:
         """
         if not 1 <= joined.nodes <= MAX_NODES_OF_A_SITE:
             raise LimitError(f"expected 1 to {MAX_NODES_OF_A_SITE} nodes of a site, found {joined.nodes}")
+        if len(joined.ids) > MAX_IDS or any(len(id) > MAX_NAME_BYTES for id in joined.ids):
+            raise LimitError(
+                f"expected at most {MAX_IDS} ids of messages, found {len(joined.ids)}, or long ones"
+            )
+        if self.exchange.is_here(site):
+            raise RemoteProtocolError("expected a site to join an app once in a session, found it again")
         self.refusals.pop(site, None)
         unwanted = self.exchange.join(site, joined.nodes, joined.ids, now=self._clock())
         log.info("app_joined run=%s site=%s nodes=%d", self.run_id, site, joined.nodes)
@@ -191,7 +204,7 @@ class AppRun:
         log.warning("app_refused run=%s site=%s reason=%s", self.run_id, site, refusal)
         self.refusals[site] = refusal
         for sent in self.exchange.refuse(site):
-            self._fail(sent, f"the site refuses the app: {refusal}")
+            self._fail(sent.id, sent.node, ErrorCode.NODE_UNAVAILABLE, f"the site refuses the app: {refusal}")
         self._has_answered(site)
 
     def leave(self, site: str) -> None:
@@ -208,17 +221,35 @@ class AppRun:
 
     def reply(self, site: str, message: pb.AppMessage, stored: Upload | None) -> None:
         """A site's reply to a message, with its content if that is not inline."""
-        if self.exchange.reply(site, message.reply_to):
-            self._hand_in(Letter(message, stored))
-            self._post(site)
-        else:  # it is here already, or nobody wants it
-            ids = pb.AppIds(run_id=self.run_id, ids=[message.reply_to])
-            self._send(site, pb.ServerMessage(app_forget=ids))
+        match self.exchange.reply(site, message.reply_to):
+            case Heard.TAKEN:
+                self._hand_in(Letter(message, None, stored))
+            case Heard.UNWANTED:
+                self.tell_unwanted(site, message.reply_to)
+            case Heard.TOO_EARLY:
+                pass  # it comes again when the site has joined
+
+    def tell_unwanted(self, site: str, id: str) -> None:
+        """Nobody waits for a site's reply to this message."""
+        ids = pb.AppIds(run_id=self.run_id, ids=[id])
+        self._send(site, pb.ServerMessage(app_forget=ids))
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of replies that are stored here until they are taken."""
+        return sum(each.stored.size for each in self._kept.values() if each.stored is not None)
 
     def look(self) -> None:
         """Now and then: what has waited for too long is answered."""
-        for sent in self.exchange.lost(now=self._clock()):
-            self._fail(sent, "its site is not connected")
+        for sent, expired in self.exchange.lost(now=self._clock()):
+            if expired:
+                why = "there was no reply within the time that the message had"
+                self._fail(sent.id, sent.node, ErrorCode.MESSAGE_UNAVAILABLE, why)
+            else:
+                self._fail(sent.id, sent.node, ErrorCode.NODE_UNAVAILABLE, "its site is not connected")
+            if sent.site:
+                self.tell_unwanted(sent.site, sent.id)
+                self._post(sent.site)
 
     # Parts.
 
@@ -227,14 +258,28 @@ class AppRun:
         for sent in self.exchange.due(site):
             assert sent.what is not None  # only such are given to anybody
             left_s = max(0.0, sent.until - self._clock())
-            order = pb.AppOrder(run_id=self.run_id, message=sent.what.message, left_s=left_s)
+            order = pb.AppOrder(run_id=self.run_id, message=sent.what.whole(), left_s=left_s)
             self._send(site, pb.ServerMessage(app_order=order))
 
-    def _fail(self, sent: Sent[Letter], reason: str) -> None:
-        error = AppError(ErrorCode.NODE_UNAVAILABLE, reason)
-        now = time.time()
-        reply = AppMessage(f"{sent.id}/reply", "", 1, error, reply_to=sent.id, created_at=now, src=sent.node)
-        self._hand_in(Letter(records.encode(reply), None))
+    def _part(self, letter: Letter, stored: Upload, start: int) -> bytes:
+        """A part of a stored reply.
+
+        Raises:
+            BusyError: it cannot be read back; over the next stream there is an error in its place.
+        """
+        try:
+            return bytes(stored.read(start, min(start + CHUNK_BYTES, stored.size)))
+        except StorageError as error:
+            log.error("app_reply_lost run=%s reason=%s", self.run_id, error)
+            why = "the coordinator has lost the reply: see its log"
+            self._fail(letter.message.reply_to, letter.message.src, ErrorCode.UNKNOWN, why)
+            raise BusyError("a reply cannot be read back", retry_after_s=0.1) from None
+
+    def _fail(self, id: str, node: int, code: ErrorCode, reason: str) -> None:
+        """An error is the reply to a message."""
+        error, now = AppError(code, reason), time.time()
+        reply = AppMessage(f"{id}/reply", "", 1, error, reply_to=id, created_at=now, src=node)
+        self._hand_in(Letter(records.encode(reply), None, None))
 
     def _hand_in(self, reply: Letter) -> None:
         self._kept[reply.message.reply_to] = reply

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import suppress
 from typing import Final
 
 from fedge.errors import FedgeError, LinkError, RefusedError, RemoteProtocolError
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire.codec import check_blob, printable, shorten
-from fedge.wire.limits import Limits
+from fedge.wire.limits import INLINE_BYTES, Limits, check_size
 from fedge_server.apps.app_run import AppRun
 from fedge_server.apps.switchboard import Switchboard
 from fedge_server.spool import Upload
@@ -38,8 +38,8 @@ class Conversation:
         self._failed: FedgeError | None = None
         self._closed = False
 
-    async def run(self, sites: list[str]) -> AsyncIterator[pb.AppEvent]:
-        """Events for the process, until it ends its stream; `sites` are those that are there when it begins.
+    async def run(self, sites: Callable[[], Iterable[str]]) -> AsyncIterator[pb.AppEvent]:
+        """Events for the process, until it ends its stream; `sites` are those that are there when it is asked.
 
         Raises:
             FedgeError: it said something that it may not, or its app was ended.
@@ -57,7 +57,7 @@ class Conversation:
         try:
             if is_new:
                 log.info("app_opened run=%s app=%s admin=%s", app.run_id, app.offer.app, self._admin)
-                for site in sites:
+                for site in sites():
                     app.ask(site)
                 await app.answers()
             yield pb.AppEvent(opened=pb.AppOpened(run_id=app.run_id))
@@ -98,7 +98,7 @@ class Conversation:
                 app.forget(request.forget.ids)
             case "close":
                 failed, self._closed = printable(shorten(request.close.failed)), True
-                self._apps.end(app.run_id, "failed" if failed else "done", failed)
+                self._apps.end(app, "failed" if failed else "done", failed)
                 return False
             case other:
                 raise RemoteProtocolError(f"expected messages, or which are over, found {other}")
@@ -109,6 +109,7 @@ class Conversation:
         self._limits.check_model(blob.size)
         check_blob(blob, expected_bytes=blob.size)
         if blob.HasField("inline"):
+            check_size("content in one message", blob.size, INLINE_BYTES)
             return None
         upload = self._apps.spool.upload(size=blob.size, digest=blob.digest, masked=True)
         while upload.missing:

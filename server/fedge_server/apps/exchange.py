@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from typing import Final, Generic, TypeVar
+from enum import Enum, auto
+from typing import Final, Generic, NamedTuple, TypeVar
 
 from fedge.records import node_id
 
@@ -17,7 +18,7 @@ PATIENCE_S: Final = 60.0
 """How long a message waits for a site that is not there, before its reply is that there is no such node."""
 
 WINDOW: Final = 64
-"""Messages that one site has at once: the next wait here until it has replied."""
+"""Messages that one site has at once: the next wait here until its replies are where they are wanted."""
 
 B = TypeVar("B")
 
@@ -36,11 +37,29 @@ class Sent(Generic[B]):
     replied: bool = False
 
 
+class Heard(Enum):
+    """What a reply is."""
+
+    TAKEN = auto()
+    UNWANTED = auto()
+    """It is here already, or nobody waits for it, or not for one of this site."""
+    TOO_EARLY = auto()
+    """Its site has not joined yet: it will be asked for."""
+
+
+class Loss(NamedTuple, Generic[B]):
+    """A message that counts as replied to: its time is over, or its node is not there."""
+
+    sent: Sent[B]
+    expired: bool
+
+
 @dataclass(slots=True, eq=False)
 class _Site(Generic[B]):
-    nodes: int
+    ids: list[int]
     gone_at: float | None = None
     has: dict[str, Sent[B]] = field(default_factory=dict)
+    """What it was given, until nobody needs its reply any more."""
     next: deque[Sent[B]] = field(default_factory=deque)
 
 
@@ -51,6 +70,7 @@ class Exchange(Generic[B]):
         self._sites: dict[str, _Site[B]] = {}
         self._nodes: dict[int, str] = {}
         self._sent: dict[str, Sent[B]] = {}
+        self._by_node: dict[int, dict[str, Sent[B]]] = {}
         self._unknown_since: dict[int, float] = {}
 
     def __len__(self) -> int:
@@ -64,11 +84,16 @@ class Exchange(Generic[B]):
     @property
     def sites(self) -> list[str]:
         """Those that are there."""
-        return [name for name, site in self._sites.items() if site.gone_at is None]
+        return [name for name in self._sites if self.is_here(name)]
+
+    def is_here(self, name: str) -> bool:
+        """Whether a site takes part and is there."""
+        site = self._sites.get(name)
+        return site is not None and site.gone_at is None
 
     def nodes(self) -> list[int]:
         """Those of the sites that are there, in the order of sites' names."""
-        return [node_id(name, at) for name in sorted(self.sites) for at in range(self._sites[name].nodes)]
+        return [id for name in sorted(self.sites) for id in self._sites[name].ids]
 
     def wait_for(self, ids: Iterable[str]) -> list[Sent[B]]:
         """The app's ServerApp is here (again), and waits for these and no others; what is of no use any more.
@@ -86,10 +111,14 @@ class Exchange(Generic[B]):
         known = self._sent.get(id)
         if known is not None and (known.what is not None or known.replied):
             return ""
-        sent = self._sent[id] = Sent(id, node, until, what)
+        sent = self._sent.setdefault(id, Sent(id))
+        sent.node, sent.until, sent.what = node, until, what
+        self._by_node.setdefault(node, {})[id] = sent
         name = self._nodes.get(node, "")
         if not name:
             self._unknown_since.setdefault(node, now)
+            return ""
+        if id in self._sites[name].has:  # it has said so before this was sent again
             return ""
         self._sites[name].next.append(sent)
         return name
@@ -111,22 +140,25 @@ class Exchange(Generic[B]):
     def join(self, name: str, nodes: int, ids: Collection[str], *, now: float) -> list[str]:
         """A site is there, and has these messages, or their replies: those of its own that nobody wants."""
         before = self._sites.get(name)
-        for at in range(nodes, before.nodes if before is not None else 0):
-            del self._nodes[node_id(name, at)]
-            self._unknown_since[node_id(name, at)] = now
-        for at in range(nodes):
-            self._nodes[node_id(name, at)] = name
-            self._unknown_since.pop(node_id(name, at), None)
-        site = self._sites[name] = _Site(nodes)
+        for id in before.ids[nodes:] if before is not None else ():
+            del self._nodes[id]
+            self._unknown_since[id] = now
+        site = self._sites[name] = _Site([node_id(name, at) for at in range(nodes)])
         has = set(ids)
-        for sent in self._sent.values():
-            if sent.what is None or sent.replied or self._nodes.get(sent.node) != name:
-                continue
-            if sent.id in has:
-                sent.site = name
-                site.has[sent.id] = sent
-            else:
-                site.next.append(sent)
+        for id in ids:
+            known = self._sent.get(id)
+            if known is not None and known.what is None and not known.replied:
+                known.site = name
+                site.has[id] = known
+        for node in site.ids:
+            self._nodes[node] = name
+            self._unknown_since.pop(node, None)
+            for sent in self._by_node.get(node, {}).values():
+                if sent.id in has:
+                    sent.site = name
+                    site.has[sent.id] = sent
+                elif not sent.replied:
+                    site.next.append(sent)
         return [id for id in ids if id not in self._sent or self._sent[id].replied]
 
     def leave(self, name: str, *, now: float) -> None:
@@ -139,45 +171,50 @@ class Exchange(Generic[B]):
     def refuse(self, name: str) -> list[Sent[B]]:
         """A site does not take part (any more): what it had been sent will have no reply from it."""
         site = self._sites.pop(name, None)
-        if site is None:
-            return []
-        nodes = {node_id(name, at) for at in range(site.nodes)}
-        for node in nodes:
-            self._nodes.pop(node, None)
-        lost = [each for each in self._sent.values() if each.node in nodes and not each.replied]
+        lost = []
+        for node in site.ids if site is not None else ():
+            del self._nodes[node]
+            lost += [each for each in self._by_node.get(node, {}).values() if not each.replied]
         for each in lost:
             each.replied = True
         return lost
 
-    def reply(self, name: str, id: str) -> bool:
-        """A site has handed in the reply to a message; whether it is the first, to one that was sent to it."""
-        if not self.may_reply(name, id):
-            return False
-        sent = self._sent[id]
-        sent.site, sent.replied = name, True
-        self._take_back(sent)
-        return True
+    def reply(self, name: str, id: str) -> Heard:
+        """A site hands in the reply to a message. Its place is free again when that is where it is wanted."""
+        heard = self.would_hear(name, id)
+        if heard is Heard.TAKEN:
+            sent = self._sent[id]
+            sent.site, sent.replied = name, True
+        return heard
 
-    def may_reply(self, name: str, id: str) -> bool:
-        """Whether a reply to this would be taken from this site."""
+    def would_hear(self, name: str, id: str) -> Heard:
+        """What a reply to this from this site would be."""
         sent = self._sent.get(id)
         if sent is None or sent.replied:
-            return False
-        return sent.what is None or self._nodes.get(sent.node) == name
+            return Heard.UNWANTED
+        if sent.what is None:
+            return Heard.TAKEN
+        owner = self._nodes.get(sent.node, "")
+        if not owner:
+            return Heard.TOO_EARLY
+        return Heard.TAKEN if owner == name else Heard.UNWANTED
 
     def of_site(self, name: str) -> list[Sent[B]]:
         """What a site has and has not replied to."""
         site = self._sites.get(name)
-        return list(site.has.values()) if site is not None else []
+        return [each for each in site.has.values() if not each.replied] if site is not None else []
 
     def forget(self, ids: Iterable[str]) -> list[Sent[B]]:
         """Nobody waits for these: their replies are where they are wanted, or they are not wanted. Those there were."""
         found = [self._sent.pop(id) for id in ids if id in self._sent]
         for sent in found:
-            self._take_back(sent)
+            self._free(sent)
+            self._by_node.get(sent.node, {}).pop(sent.id, None)
+            if not self._by_node.get(sent.node, True):
+                del self._by_node[sent.node]
         return found
 
-    def lost(self, *, now: float) -> list[Sent[B]]:
+    def lost(self, *, now: float) -> list[Loss[B]]:
         """Messages whose nodes have not been there for too long, or whose time is over: they count as replied to."""
         gone = {
             name
@@ -186,17 +223,18 @@ class Exchange(Generic[B]):
         }
         unknown = {node for node, since in self._unknown_since.items() if now - since >= PATIENCE_S}
         found = [
-            each
+            Loss(each, each.until <= now)
             for each in self._sent.values()
             if each.what is not None
             and not each.replied
             and (each.until <= now or each.node in unknown or self._nodes.get(each.node, "") in gone)
         ]
-        for each in found:
-            each.replied = True
+        for sent, _ in found:
+            sent.replied = True
+            self._free(sent)
         return found
 
-    def _take_back(self, sent: Sent[B]) -> None:
+    def _free(self, sent: Sent[B]) -> None:
         site = self._sites.get(sent.site)
         if site is not None:
             site.has.pop(sent.id, None)

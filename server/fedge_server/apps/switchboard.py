@@ -6,19 +6,24 @@ import asyncio
 import logging
 import re
 import secrets
+import time
+from collections.abc import Callable
 from typing import Final
 
 from fedge.errors import BusyError, ConfigError, FedgeError, RemoteProtocolError, RunError
+from fedge.records import check_settings
 from fedge.refusal import Refusal
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire import records
 from fedge.wire.codec import check_blob
-from fedge_server.apps.app_run import AppRun, Send
+from fedge.wire.limits import INLINE_BYTES, check_size, check_text
+from fedge_server.apps.app_run import LINGER_S, AppRun, Send
 from fedge_server.spool import Spool, Upload
 
 log = logging.getLogger(__name__)
 
 _LOOK_S: Final = 1.0
+_MAX_ENDED: Final = 1000
 _RUN_ID: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}-[0-9a-f]{8}")
 _APP: Final = re.compile(r"[^\s/]{1,100}/[^\s/]{1,100}")
 
@@ -26,11 +31,16 @@ _APP: Final = re.compile(r"[^\s/]{1,100}/[^\s/]{1,100}")
 class Switchboard:
     """Apps by the ids of their runs. Its methods belong to the event loop's thread."""
 
-    def __init__(self, spool: Spool, send: Send, *, most: int) -> None:
+    def __init__(self, spool: Spool, send: Send, *, most: int, is_run: Callable[[str], bool]) -> None:
+        """`is_run`: whether an id is that of a run which is no app."""
         self.spool = spool
         self.runs: dict[str, AppRun] = {}
         self._send = send
         self._most = most
+        self._is_run = is_run
+        self._ended: dict[str, str] = {}
+        """Why those ended that ended last."""
+        self._began = time.monotonic()
         self._looking: asyncio.Task[None] | None = None
 
     def open(self, asked: pb.AppOpen, *, admin: str) -> AppRun:
@@ -47,14 +57,16 @@ class Switchboard:
             if found.admin != admin:
                 raise RunError(f"run {asked.run_id} is another admin's")
             return found
-        if len(self.runs) >= self._most:
+        if asked.run_id in self._ended:
+            raise RunError(f"run {asked.run_id} was ended: {self._ended[asked.run_id]}")
+        if not asked.run_id and len(self.runs) >= self._most:  # one that comes back had its place
             raise RunError(f"this coordinator has its {self._most} open apps; stop one first")
         offer = pb.AppOffer()
         offer.CopyFrom(asked.offer)
-        records.decode_values(offer.config)
+        check_settings(records.decode_values(offer.config))
         if not _APP.fullmatch(offer.app) or not offer.version or len(offer.version) > 100:
             raise ConfigError(f"expected an app's publisher/name and version, found {offer.app[:100]!r}")
-        if asked.run_id and not _RUN_ID.fullmatch(asked.run_id):
+        if asked.run_id and (not _RUN_ID.fullmatch(asked.run_id) or self._is_run(asked.run_id)):
             raise ConfigError("expected the id of an app's run, as this coordinator gives them")
         offer.run_id = asked.run_id or _new_id(offer.app)
         run = self.runs[offer.run_id] = AppRun(offer, self._send, admin=admin)
@@ -62,9 +74,15 @@ class Switchboard:
             self._looking = asyncio.create_task(self._look(), name="apps")
         return run
 
-    def end(self, run_id: str, status: str, reason: str) -> None:
+    def end(self, run: AppRun, status: str, reason: str) -> None:
         """A run is over: the sites are told, and so is its ServerApp's process."""
-        run = self.runs.pop(run_id)
+        run_id = run.run_id
+        if self.runs.get(run_id) is not run:
+            return  # it was ended meanwhile
+        del self.runs[run_id]
+        self._ended[run_id] = reason or status
+        while len(self._ended) > _MAX_ENDED:
+            del self._ended[next(iter(self._ended))]
         log.info("app_ended run=%s status=%s reason=%s", run_id, status, reason)
         ended = pb.ServerMessage(ended=pb.Ended(run_id=run_id, status=status, reason=reason))
         for site in run.exchange.sites:
@@ -89,15 +107,22 @@ class Switchboard:
 
     def needs(self, site: str) -> bool:
         """Whether a site takes part in an app."""
-        return any(site in run.exchange.sites for run in self.runs.values())
+        return any(run.exchange.is_here(site) for run in self.runs.values())
 
     def join(self, site: str, joined: pb.AppJoin) -> None:
-        """A site takes part in an app, of which it has some messages already."""
-        run = self.runs.get(joined.run_id)
+        """A site takes part in an app, of which it has some messages already; or it asks what became of one.
+
+        Raises:
+            RemoteProtocolError: it may not say this.
+        """
+        run_id = check_text("an id of a run", joined.run_id)
+        run = self.runs.get(run_id)
         if run is not None:
-            run.join(site, joined)
-        else:
-            ended = pb.Ended(run_id=joined.run_id, status="ended", reason="no such app runs here")
+            if joined.nodes:  # else it only asks, and has been offered it meanwhile
+                run.join(site, joined)
+        elif run_id in self._ended or time.monotonic() - self._began > LINGER_S:
+            # Before that, its ServerApp's process may still come back to a coordinator that was started again.
+            ended = pb.Ended(run_id=run_id, status="ended", reason="no such app runs here")
             self._send(site, pb.ServerMessage(ended=ended))
 
     def refuse(self, site: str, run_id: str, refusal: Refusal) -> bool:
@@ -121,14 +146,16 @@ class Switchboard:
         if message.WhichOneof("body") == "content":
             if not message.content.HasField("inline"):
                 raise RemoteProtocolError("expected a reply with its content in it, found none")
+            check_size("a reply in one message", message.content.size, INLINE_BYTES)
             check_blob(message.content, expected_bytes=message.content.size)
         elif message.WhichOneof("body") is None:
             raise RemoteProtocolError("expected a reply with content or an error, found neither")
         run.reply(site, message, None)
 
-    def not_wanted(self, site: str, run_id: str, id: str) -> None:
-        """Tell a site that nobody waits for its reply to this message."""
-        self._send(site, pb.ServerMessage(app_forget=pb.AppIds(run_id=run_id, ids=[id])))
+    @property
+    def kept_bytes(self) -> int:
+        """Of replies that are stored until they are taken."""
+        return sum(run.kept_bytes for run in self.runs.values())
 
     def stored(self, site: str, reply: pb.AppReply, upload: Upload) -> None:
         """A site's reply whose content has arrived in chunks."""
@@ -144,9 +171,7 @@ class Switchboard:
                 try:
                     run.look()
                     if run.deserted:
-                        self.end(
-                            run.run_id, "failed", "its ServerApp's process is gone, and did not come back"
-                        )
+                        self.end(run, "failed", "its ServerApp's process is gone, and did not come back")
                 except Exception:  # a defect: the other apps go on
                     log.exception("app_not_looked_at run=%s", run.run_id)
 

@@ -11,12 +11,14 @@ import random
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Final, cast
 
 import grpc
 import numpy as np
 
-from fedge.errors import BusyError, FedgeError, LinkError, RemoteProtocolError, RunError
+from fedge.errors import BusyError, FedgeError, LimitError, LinkError, RemoteProtocolError, RunError
+from fedge.records import AppError, ErrorCode
 from fedge.vector import digest_of
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire import fedge_pb2_grpc as services
@@ -34,6 +36,8 @@ PATIENCE_S: Final = 600.0
 OPENED_S: Final = 60.0
 CLOSED_S: Final = 10.0
 _PAUSE_S: Final = 0.5
+_MAX_PAUSE_S: Final = 10.0
+_LASTS_S: Final = 30.0
 _LOOK_S: Final = 1.0
 
 
@@ -56,6 +60,9 @@ class Remote:
         self._requests: Requests | None = None
         self._cancel: Callable[[], object] = lambda: None
         self._unanswered: dict[str, Packed] = {}
+        self._waited_for: set[str] = set()
+        """What the coordinator was told at the beginning of the stream that it has to answer."""
+        self._progress = False
         self._nodes: list[int] = []
         self._known: set[int] = set()
         self._failure: FedgeError | None = None
@@ -99,9 +106,6 @@ class Remote:
                 self._unanswered.pop(each, None)
         self._forget(ids)
 
-    def taken(self, ids: Collection[str]) -> None:
-        self._forget(ids)
-
     def check(self) -> None:
         if self._failure is not None:
             raise self._failure
@@ -141,8 +145,9 @@ class Remote:
 
     def _serve(self) -> None:
         """One stream after the other, until the app is closed or cannot go on."""
-        away_since = time.monotonic()
+        away_since, failures = time.monotonic(), 0
         while not self._closing:
+            began = time.monotonic()
             error = self._converse()
             if error is None or self._closing:
                 return
@@ -152,19 +157,25 @@ class Remote:
                 self._fail(error)
                 return
             now = time.monotonic()
-            if was_there:
-                away_since = now
-                self._say(f"{error}; trying again for {PATIENCE_S:g} s, the app waits meanwhile")
+            # One that opens streams and ends them again is not there, either.
+            if self._progress or now - began > _LASTS_S:
+                away_since, failures = now, 0
             if now - away_since > PATIENCE_S:
-                self._fail(LinkError(f"{error}; it was away for {PATIENCE_S:g} s"))
+                self._fail(LinkError(f"{error}; nothing has come of it for {PATIENCE_S:g} s"))
                 return
-            wait_s = error.retry_after_s if isinstance(error, BusyError) else _PAUSE_S
+            if was_there:
+                self._say(f"{error}; trying again for {PATIENCE_S:g} s, the app waits meanwhile")
+            wait_s = min(_MAX_PAUSE_S, _PAUSE_S * 2**failures) if was_there else _PAUSE_S
+            failures += was_there
+            if isinstance(error, BusyError):
+                wait_s = max(wait_s, error.retry_after_s)
             time.sleep(wait_s * random.uniform(1, 1.2))  # noqa: S311  # jitter, not a secret
 
     def _converse(self) -> FedgeError | None:
         """One stream from its beginning to its end; why it ended, None if it was to."""
         with self._changed:
             waiting = list(self._unanswered)
+            self._waited_for, self._progress = set(waiting), False
             opening = pb.AppOpen(run_id=self.run_id, offer=self._offer, waiting=waiting)
             requests = Requests(pb.AppRequest(open=opening))
         call: Any = self._admin.App(
@@ -197,6 +208,9 @@ class Remote:
         """The coordinator knows the app; what it has not answered is sent again."""
         with self._changed:
             again = list(self._unanswered.values())
+            dropped = self._waited_for - self._unanswered.keys()
+            if dropped:  # while the stream was being opened
+                requests.put(pb.AppRequest(forget=pb.AppIds(run_id=run_id, ids=dropped)))
             if self.run_id:
                 self._say(f"the coordinator at {self._server} is back; {len(again)} messages are sent again")
             self.run_id = run_id
@@ -215,24 +229,35 @@ class Remote:
     def _reply(self, message: pb.AppMessage, events: Iterator[pb.AppEvent]) -> None:
         reply = Packed(decode(message))
         if message.WhichOneof("body") == "content":
-            reply = Packed(reply.about, (self._content(message.content, events),))
+            content = self._content(message.content, events)
+            if content is None:
+                why = f"the reply has {message.content.size} bytes, for which this process has no room"
+                reply = Packed(replace(reply.about, content=AppError(ErrorCode.UNKNOWN, why)))
+            else:
+                reply = Packed(reply.about, (content,))
+        id = reply.about.reply_to
         with self._changed:
-            self._unanswered.pop(reply.about.reply_to, None)
+            self._unanswered.pop(id, None)
+            self._progress = True
         self._answered(reply)
+        self._forget([id])  # nobody else needs to keep it: it is of use to this process alone
 
-    def _content(self, blob: pb.Blob, events: Iterator[pb.AppEvent]) -> memoryview:
-        """The bytes of a reply."""
-        Limits().check_model(blob.size)
+    def _content(self, blob: pb.Blob, events: Iterator[pb.AppEvent]) -> memoryview | None:
+        """The bytes of a reply; None if there is no room for them."""
         if blob.HasField("inline"):
             whole = memoryview(blob.inline)
         else:
-            whole, at = np.empty(blob.size, np.uint8).data, 0
+            room, at = _room(blob.size), 0
             while at < blob.size:
                 data = next(events, pb.AppEvent()).data
                 if not data or at + len(data) > blob.size:
                     raise RemoteProtocolError(f"expected {blob.size} bytes of a reply, found others")
-                whole[at : at + len(data)] = data
+                if room is not None:
+                    room[at : at + len(data)] = data
                 at += len(data)
+            if room is None:
+                return None
+            whole = room
         if len(whole) != blob.size or digest_of(whole) != blob.digest:
             raise RemoteProtocolError("expected a reply of the announced size and digest, found another")
         return whole
@@ -242,3 +267,11 @@ class Remote:
             self._failure = error
             self._changed.notify_all()
         self._wake()
+
+
+def _room(size: int) -> memoryview | None:
+    """Memory of so many bytes, if there may be and is so much."""
+    try:
+        return np.empty(Limits().check_model(size), np.uint8).data
+    except (LimitError, MemoryError):
+        return None

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
+
 from fedge.records import Buffer
 from fedge.vector import new_digest
 from fedge.wire import fedge_pb2 as pb
@@ -75,8 +77,12 @@ class Requests:
 def _sameness(payload: Sequence[Buffer]) -> object:
     """The same for payloads whose arrays are the same memory, and whose headers say the same of them."""
     header, *arrays = payload
-    views = [memoryview(each) for each in arrays]
-    return bytes(header), tuple((id(view.obj), view.nbytes) for view in views)
+    return bytes(header), tuple(_place(memoryview(each)) for each in arrays)
+
+
+def _place(view: memoryview) -> tuple[int, int]:
+    """Where in memory that is, and how much of it."""
+    return (np.frombuffer(view, np.uint8).ctypes.data if view.nbytes else 0), view.nbytes
 
 
 def _blob_of(packed: Packed) -> pb.Blob:

@@ -45,9 +45,6 @@ class _Local:
     def drop(self, ids: Collection[str]) -> None:
         self.pool.drop(ids)
 
-    def taken(self, ids: Collection[str]) -> None:
-        pass  # nobody keeps replies here
-
     def check(self) -> None:
         if self.pool.failure is not None:
             raise type(self.pool.failure)(str(self.pool.failure))

@@ -140,9 +140,9 @@ class Exchange(Generic[B]):
     def join(self, name: str, nodes: int, ids: Collection[str], *, now: float) -> list[str]:
         """A site is there, and has these messages, or their replies: those of its own that nobody wants."""
         before = self._sites.get(name)
-        for id in before.ids[nodes:] if before is not None else ():
-            del self._nodes[id]
-            self._unknown_since[id] = now
+        for node in before.ids[nodes:] if before is not None else ():
+            del self._nodes[node]
+            self._unknown_since[node] = now
         site = self._sites[name] = _Site([node_id(name, at) for at in range(nodes)])
         has = set(ids)
         for id in ids:

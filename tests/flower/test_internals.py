@@ -71,7 +71,7 @@ def test_constants_are_what_apps_are_told():
 
 
 def test_only_one_file_names_what_is_not_public():
-    public = {"flwr.app", "flwr.clientapp", "flwr.serverapp"}
+    public = {"flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.serverapp.strategy"}
     for folder in ("flower", "fedge", "server", "client", "strategies", "simulations"):
         for path in (ROOT / folder).rglob("*.py"):
             if path.name == "internals.py" and path.parent.name == "fedge_flower":

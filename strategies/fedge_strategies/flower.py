@@ -1,0 +1,183 @@
+"""fedge's strategies in Flower's ServerApp: Flower asks its nodes, and what they return is combined here.
+
+    strategy = InFlower(FedAvg(aggregation="median"))
+    result = strategy.start(grid=grid, initial_arrays=arrays, num_rounds=10)
+
+Needs flwr (`pip install 'fedge[flower]'`). Sampling, messages and metrics are Flower's own.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterable
+from typing import Any, Final
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg as FlowersFedAvg
+from flwr.serverapp.strategy import Strategy
+
+from fedge.errors import ConfigError, FedgeError, RemoteProtocolError
+from fedge.events import OrderId
+from fedge.exact import MAX_WEIGHT
+from fedge.learning import Learning
+from fedge.pipeline import Update
+from fedge.strategy import AnyStrategy, work_kind
+from fedge.vector import FLOATS, Layout, Model, Role, Tensor, all_finite
+from fedge.vector import Array as Vector
+
+log = logging.getLogger(__name__)
+
+WORK_KEY: Final = "fedge-work"
+"""In the settings of a message: what a node is to return, "train" (its arrays) or "gradient" (theirs)."""
+
+
+class InFlower(Strategy):
+    """A fedge strategy as one of Flower's. `sampling` are the arguments of Flower's own FedAvg.
+
+    Nodes return what they return to FedAvg: arrays of the same names and shapes, and metrics with "num-examples". Under
+    strategies of gradients (`mirrored_sgd`, `sgd`) the arrays are the gradients of the node's loss, as the setting
+    "fedge-work" says. One that returns anything else is left out, with a warning. `sgd` applies each gradient by
+    itself, in the order of the replies, and leaves out those that more than `max_staleness` others came before.
+
+    Floating-point arrays are combined in float32, whatever their own type; integers stay as they were sent. No
+    optimiser moves the arrays named in `buffers` (batch statistics): they become the mean of what nodes return.
+
+    Raises:
+        ConfigError: Flower's FedAvg does not know one of `sampling`.
+    """
+
+    def __init__(self, strategy: AnyStrategy, *, buffers: Collection[str] = (), **sampling: Any) -> None:
+        self.strategy = strategy
+        self._buffers = frozenset(buffers)
+        try:
+            self._flowers = FlowersFedAvg(**sampling)
+        except TypeError as error:
+            raise ConfigError(f"expected arguments of Flower's FedAvg: {error}") from None
+        self._kind = work_kind(strategy)
+        self._learning: Learning | None = None
+        self._arrays = ArrayRecord()
+
+    @property
+    def learned(self) -> Model | None:
+        """The model of the last round; None before the first."""
+        return self._learning.model if self._learning is not None else None
+
+    def summary(self) -> None:
+        """Log what it is."""
+        log.info("fedge strategy %r, nodes return their %s", self.strategy, self._kind)
+        self._flowers.summary()
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Messages as Flower's FedAvg makes them, which say what nodes are to return."""
+        self._go_on_from(arrays)
+        config[WORK_KEY] = self._kind
+        return self._flowers.configure_train(server_round, arrays, config, grid)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """The next model, and the mean of the metrics; None if there is nothing to make them of.
+
+        Raises:
+            RunError: the new model has NaN or infinity in it.
+            ValueError: there was no `configure_train` before.
+        """
+        if self._learning is None:
+            raise ValueError("expected configure_train before aggregate_train")
+        updates, good = [], []
+        for reply in replies:
+            if (update := self._update_of(reply, self._learning.model)) is not None:
+                updates.append(update)
+                good.append(reply.content)
+        if not updates:
+            return None, None
+        self._learning = self._stepped(self._learning, server_round, updates)
+        self._arrays = self._record_of(self._learning.model)
+        return self._arrays, self._flowers.train_metrics_aggr_fn(good, self._flowers.weighted_by_key)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """As Flower's FedAvg."""
+        return self._flowers.configure_evaluate(server_round, arrays, config, grid)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """As Flower's FedAvg."""
+        return self._flowers.aggregate_evaluate(server_round, replies)
+
+    def _stepped(self, learning: Learning, round: int, updates: list[Update]) -> Learning:
+        """After a round's step, or after one for each update that is not too stale."""
+        bound = self.strategy.max_staleness
+        if bound is None:
+            return learning.close(OrderId(self._kind, round, 1), *updates)[0]
+        for step, update in enumerate(updates):
+            if step > bound:
+                log.warning("update_refused node=%s reason=%d steps too late", update.client, step - bound)
+                continue
+            learning = learning.close(OrderId(self._kind, round, step + 1), update)[0]
+        return learning
+
+    def _go_on_from(self, arrays: ArrayRecord) -> None:
+        """Begin with these arrays, unless they are those of the last round."""
+        if self._learning is not None and arrays is self._arrays:
+            return
+        model = self._model_of(arrays)
+        known = self._learning.model if self._learning is not None else None
+        if known is None or known.layout != model.layout or not np.array_equal(known.vector, model.vector):
+            if known is not None:
+                log.warning("strategy_begins_anew because=the arrays are not those of its last round")
+            self._learning = Learning.begin(self.strategy, model)
+        self._arrays = arrays
+
+    def _model_of(self, arrays: ArrayRecord) -> Model:
+        tensors, values = [], {}
+        for name, array in arrays.items():
+            if array.dtype in FLOATS:
+                role: Role = "buffer" if name in self._buffers else "trainable"
+                tensors.append(Tensor(name, tuple(array.shape), array.dtype, role))
+                values[name] = array.numpy()
+        layout = Layout.of(tensors)
+        vector = layout.flatten(values)
+        if not all_finite(vector):
+            raise ConfigError("expected initial arrays of finite numbers, found NaN or infinity in them")
+        return Model(vector, layout)
+
+    def _update_of(self, reply: Message, model: Model) -> Update | None:
+        """What a node has returned, as a change of the model or a gradient; None if it is of no use."""
+        node = reply.metadata.src_node_id
+        try:
+            if reply.has_error():
+                raise RemoteProtocolError(f"an error: {reply.error.reason}")
+            return self._checked(str(node), reply, model)
+        except (FedgeError, ValueError, KeyError, TypeError) as error:
+            log.warning("reply_left_out node=%d reason=%s: %s", node, type(error).__name__, error)
+            return None
+
+    def _checked(self, node: str, reply: Message, model: Model) -> Update:
+        ((_, arrays),) = reply.content.array_records.items()
+        ((_, metrics),) = reply.content.metric_records.items()
+        examples = metrics[self._flowers.weighted_by_key]
+        if isinstance(examples, list) or not 1 <= examples < MAX_WEIGHT or examples != int(examples):
+            raise RemoteProtocolError(f"expected a whole number of examples from 1, found {examples}")
+        vector: Vector = model.layout.flatten(
+            {tensor.name: arrays[tensor.name].numpy() for tensor in model.layout.tensors}
+        )
+        if self._kind == "train":
+            vector -= model.vector
+        elif self._buffers:
+            vector[model.layout.trainable_size :] -= model.vector[model.layout.trainable_size :]
+        if not all_finite(vector):
+            raise RemoteProtocolError("expected finite numbers, found NaN or infinity")
+        return Update(node, vector, int(examples))
+
+    def _record_of(self, model: Model) -> ArrayRecord:
+        """The model as arrays of the types that they had; what is no floating-point number stays as it was."""
+        views = model.layout.views(model.vector)
+        record = ArrayRecord()
+        for name, array in self._arrays.items():
+            record[name] = Array(views[name].astype(array.dtype)) if name in views else array
+        return record

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from harness import Federation, Running, coordinator, fedge, fedge_ok, set_tables, until
 
+from fedge_client.apps.installed import app_in
+
 APPS = Path(__file__).parents[1] / "flower/apps"
-FOLDERS = ("numpy_quickstart", "torch_quickstart", "legacy", "several_actions", "unruly", "large")
-NAMES = {f"fedge-tests/{each.replace('_', '-')}": str(APPS / each) for each in FOLDERS}
+NAMES = {app_in(folder)[0]: str(folder) for folder in sorted(APPS.iterdir())}
 
 
 def partitions(*numbers: int, of: int, processes: int = 2) -> dict[str, Any]:
@@ -70,7 +71,9 @@ def alike(one: Any, other: Any) -> bool:
     return bool(one == (pytest.approx(other, rel=1e-5, abs=1e-6) if isinstance(one, float) else other))
 
 
-@pytest.mark.parametrize("app", ["numpy_quickstart", "torch_quickstart", "legacy"])
+@pytest.mark.parametrize(
+    "app", ["numpy_quickstart", "torch_quickstart", "legacy", "sklearn_app", "custom_strategy"]
+)
 def test_an_app_gives_the_results_that_it_has_in_the_simulation(
     app: str, hospitals: Federation, tmp_path: Path
 ):

@@ -26,7 +26,9 @@ OURS = {
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    strategies = {name: InFlower(each) for name, each in OURS.items()} | {"flowers": FlowersFedAvg()}
+    strategies = {
+        name: InFlower(each, min_train_nodes=4, min_available_nodes=4) for name, each in OURS.items()
+    } | {"flowers": FlowersFedAvg(min_train_nodes=4, min_available_nodes=4)}
     told = {}
     for name, strategy in strategies.items():
         arrays = {"w": Array(np.zeros(3, np.float32)), "steps": Array(np.array(7))}

@@ -52,6 +52,21 @@ class Task:
     metrics: Mapping[str, Callable[[Any, Any], Any]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class OwnTask:
+    """A task that trains by itself, in whatever framework: one made of a Flower client, for instance.
+
+    Attributes:
+        initial: makes the run's initial model, from the run's seed.
+        local: what does a run's orders at a site (`fedge_client.local.Local`), made of the site and the run's `[work]`.
+        metrics: names of what an evaluation gives.
+    """
+
+    initial: Callable[[int], Model]
+    local: Callable[[Site, Any], Any]
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+
+
 class Framework(Protocol):
     """What the core asks of a training framework, found by entry point (`fedge.frameworks`)."""
 
@@ -64,6 +79,18 @@ class Framework(Protocol):
 
 
 def load_task(name: str, *, path: Path | None = None) -> Task:
+    """As `load_any_task`, for those who need a task's own parts.
+
+    Raises:
+        TaskError: it is one that trains by itself, too.
+    """
+    found = load_any_task(name, path=path)
+    if not isinstance(found, Task):
+        raise TaskError(f"task {name!r} trains by itself: expected one with a model and data here")
+    return found
+
+
+def load_any_task(name: str, *, path: Path | None = None) -> Task | OwnTask:
     """Import a task by its `package.module:attribute` name.
 
     `path` is a folder that is searched first, beside the usual import path. This runs user code:
@@ -87,7 +114,7 @@ def load_task(name: str, *, path: Path | None = None) -> Task:
     except Exception as error:  # user code may raise anything while it is imported
         where = f" (searched {path} first)" if path else ""
         raise TaskError(f"cannot import task {name!r}{where}: {type(error).__name__}: {error}") from error
-    if not isinstance(found, Task):
+    if not isinstance(found, Task | OwnTask):
         raise TaskError(f"expected {name!r} to be a fedge.Task, found a {type(found).__name__}")
     return found
 

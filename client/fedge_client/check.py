@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from fedge.errors import FedgeError, TaskError
-from fedge.task import Site, load_task
+from fedge.task import OwnTask, Site, load_any_task
 from fedge_client import admission
 from fedge_client.identity import Identity, load_identity
 from fedge_client.ledger_file import read_only
@@ -70,7 +70,9 @@ def _budget(settings: ClientSettings, folder: Path) -> str:
 def _load(settings: ClientSettings, folder: Path, site: str, name: str) -> str:
     task_folder = folder / settings.task.path
     admission.check_task(settings.policy, name, folder=task_folder)
-    task = load_task(name, path=task_folder)
+    task = load_any_task(name, path=task_folder)
+    if isinstance(task, OwnTask):
+        return f"{name} trains by itself: its data are looked at when it does"
     try:
         train, test = task.data(Site(site, MappingProxyType(settings.data.table)))
         return f"{name} has {len(train)} training and {len(test)} test examples"

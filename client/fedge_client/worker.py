@@ -19,26 +19,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from fedge.errors import FedgeError, LayoutError, RefusedError, TaskError
-from fedge.events import OrderId
 from fedge.privacy.secure import KEY_BYTES, SecureSource
 from fedge.refusal import Refusal, RefusalCode
 from fedge.run import Work
 from fedge.seeds import work_seed
-from fedge.task import Site, load_task
-from fedge.vector import Array
+from fedge.task import OwnTask, Site, Task, load_any_task
 from fedge.wire.codec import decode_layout, decode_order_id, decode_work, encode_metrics, encode_refusal
 from fedge_client import pipe_pb2 as pb
 from fedge_client.framing import HEADER, check_length, frame
+from fedge_client.local import Local
 from fedge_client.protection import decode_level, encode_releases
 from fedge_client.segment import Segment
 from fedge_client.settings import ClientSettings, load_client
 
 if TYPE_CHECKING:
     from fedge_client.torch.private.steps import Private
-    from fedge_client.torch.trainer import Outcome, Trainer
 
 log = logging.getLogger(__name__)
 
@@ -50,13 +48,9 @@ M = TypeVar("M", pb.Load, pb.Perform)
 class _Run:
     """A run's task, loaded and found to fit."""
 
-    trainer: Trainer
-    train: Any
-    test: Any
-    work: Work
+    local: Local
     seed: int
     slot: int
-    threads: int
 
 
 class _AgentGoneError(Exception):
@@ -104,7 +98,8 @@ class Worker:
         except _AgentGoneError:
             raise
         except RefusedError as error:
-            reply = _failure(error.refusal, str(error))
+            why = "".join(traceback.format_exception(error.__cause__)) if error.__cause__ else str(error)
+            reply = _failure(error.refusal, why)
         except LayoutError as error:
             reply = _failure(Refusal(RefusalCode.LAYOUT_MISMATCH, str(error)), str(error))
         except MemoryError:
@@ -123,57 +118,51 @@ class Worker:
 
     def _load(self, load: pb.Load) -> pb.FromWorker:
         try:
-            task = load_task(load.task, path=self._folder)
+            task = load_any_task(load.task, path=self._folder)
         except TaskError as error:
             refusal = Refusal(
                 RefusalCode.TASK_UNAVAILABLE, f"task {load.task!r} cannot be imported on this site"
             )
             return _failure(refusal, str(error))
-        from fedge_client.torch.batches import examples  # torch takes seconds to import: only for real work
-        from fedge_client.torch.threads import suitable_threads
-        from fedge_client.torch.trainer import Trainer
+        work = decode_work(load.work)
+        local = self._own(task, work, load) if isinstance(task, OwnTask) else self._torch(task, work, load)
+        self._runs[load.run_id] = _Run(local, load.seed, load.slot)
+        train, test = local.examples
+        return pb.FromWorker(loaded=pb.Loaded(run_id=load.run_id, train_examples=train, test_examples=test))
 
-        trainer = Trainer(task, seed=load.seed)
-        difference = decode_layout(load.layout).difference(trainer.layout)
-        if difference:
-            raise RefusedError(
-                Refusal(
-                    RefusalCode.LAYOUT_MISMATCH, f"this site's model differs from the run's: {difference}"
-                )
-            )
-        try:
-            train, test = task.data(self._site)
-            counts = examples(train), examples(test)
-        except Exception as error:  # noqa: BLE001  # user code may raise anything
-            refusal = Refusal(RefusalCode.NO_DATA, "the task found no usable data on this site")
-            return _failure(refusal, "".join(traceback.format_exception(error)))
+    def _torch(self, task: Task, work: Work, load: pb.Load) -> Local:
+        from fedge_client.torch.local import TorchLocal  # torch takes seconds to import: only for real work
+
+        local = TorchLocal(task, work, seed=load.seed, threads=self._threads)
+        _check_layout(local, load)
+        local.load(self._site, private=load.private)
+        return local
+
+    def _own(self, task: OwnTask, work: Work, load: pb.Load) -> Local:
+        """One that trains by itself: nobody can see to it that each example is protected."""
         if load.private:
-            from fedge_client.torch.framework import framework
-
-            # With the run's own first values: a model of zeros may look as if nothing depended on anything.
-            first = framework.initial_model(task, seed=load.seed).vector
-            trainer.prepare_private(first, train)
-            trainer.prepare_private_evaluation(first, test)
-        threads = self._threads or suitable_threads(trainer.layout.size)
-        self._runs[load.run_id] = _Run(
-            trainer, train, test, decode_work(load.work), load.seed, load.slot, threads
-        )
-        return pb.FromWorker(
-            loaded=pb.Loaded(run_id=load.run_id, train_examples=counts[0], test_examples=counts[1])
-        )
+            refusal = Refusal(
+                RefusalCode.MODEL_NOT_PRIVATE,
+                'the task trains by itself, so that its examples cannot be protected; use [privacy] unit = "client"',
+            )
+            raise RefusedError(refusal)
+        local: Local = task.local(self._site, work)
+        _check_layout(local, load)
+        return local
 
     def _perform(self, perform: pb.Perform) -> pb.FromWorker:
-        from fedge_client.torch.threads import using_threads
-
         run = self._runs[perform.run_id]
         order = decode_order_id(perform.id)
-        size = run.trainer.layout.size
+        size = run.local.layout.size
         shared_model, shared_update = self._slots[run.slot]
-        model, out = shared_model.vector(size), shared_update.vector(size)
-        seed = work_seed(run.seed, site=self._site.name, kind=order.kind, round=order.round)
-        private = self._private(perform)
-        with using_threads(run.threads):
-            done = self._train(run, order, seed=seed, model=model, out=out, private=private)
+        done = run.local.do(
+            order,
+            seed=work_seed(run.seed, site=self._site.name, kind=order.kind, round=order.round),
+            model=shared_model.vector(size),
+            out=shared_update.vector(size),
+            private=self._private(perform),
+            progress=self._progress,
+        )
         return pb.FromWorker(
             finished=pb.Finished(
                 num_examples=done.num_examples,
@@ -190,29 +179,6 @@ class Worker:
         if not perform.HasField("privacy"):
             return None
         return Private(decode_level(perform.privacy), SecureSource(os.urandom(KEY_BYTES)))
-
-    def _train(
-        self, run: _Run, order: OrderId, *, seed: int, model: Array, out: Array, private: Private | None
-    ) -> Outcome:
-        trainer, work, progress = run.trainer, run.work, self._progress
-        match order.kind:
-            case "train":
-                return trainer.train(
-                    model, run.train, work, seed=seed, out=out, private=private, progress=progress
-                )
-            case "gradient":
-                return trainer.gradient(
-                    model,
-                    run.train,
-                    work,
-                    seed=seed,
-                    step=order.round - 1,
-                    out=out,
-                    private=private,
-                    progress=progress,
-                )
-            case "evaluate":
-                return trainer.evaluate(model, run.test, private=private, progress=progress)
 
     def _progress(self, done: int, total: int) -> None:
         """Called after every step: look for a cancel, and tell the agent now and then."""
@@ -248,6 +214,17 @@ class Worker:
                 raise _AgentGoneError
             data += more
         return bytes(data)
+
+
+def _check_layout(local: Local, load: pb.Load) -> None:
+    """
+    Raises:
+        RefusedError: LAYOUT_MISMATCH; the run's model is another than this site's.
+    """
+    difference = decode_layout(load.layout).difference(local.layout)
+    if difference:
+        message = f"this site's model differs from the run's: {difference}"
+        raise RefusedError(Refusal(RefusalCode.LAYOUT_MISMATCH, message))
 
 
 def _failure(refusal: Refusal, detail: str) -> pb.FromWorker:

@@ -12,11 +12,12 @@ from fedge.run import RunConfig
 from fedge.seeds import derive_key, work_seed
 from fedge.task import Task
 from fedge.vector import Array, all_finite
+from fedge_client.local import Outcome
 from fedge_client.torch.batches import examples
 from fedge_client.torch.framework import framework
 from fedge_client.torch.private.independence import TRIED
 from fedge_client.torch.private.steps import Private
-from fedge_client.torch.trainer import Outcome, Trainer
+from fedge_client.torch.trainer import Trainer
 from fedge_sim.population import Population
 from fedge_sim.privacy import Accounts
 from fedge_sim.virtual.devices import Load

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable
 from typing import Any, Final
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg as FlowersFedAvg
 from flwr.serverapp.strategy import Strategy
@@ -24,8 +24,8 @@ from fedge.exact import MAX_WEIGHT
 from fedge.learning import Learning
 from fedge.pipeline import Update
 from fedge.strategy import AnyStrategy, work_kind
-from fedge.vector import FLOATS, Layout, Model, Role, Tensor, all_finite
-from fedge.vector import Array as Vector
+from fedge.vector import Model, all_finite
+from fedge_flower.layouts import model_of, record_of, vector_of
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ class InFlower(Strategy):
         if not updates:
             return None, None
         self._learning = self._stepped(self._learning, server_round, updates)
-        self._arrays = self._record_of(self._learning.model)
+        self._arrays = record_of(self._learning.vector, self._learning.layout, self._arrays)
         return self._arrays, self._flowers.train_metrics_aggr_fn(good, self._flowers.weighted_by_key)
 
     def configure_evaluate(
@@ -134,17 +134,10 @@ class InFlower(Strategy):
         self._arrays = arrays
 
     def _model_of(self, arrays: ArrayRecord) -> Model:
-        tensors, values = [], {}
-        for name, array in arrays.items():
-            if array.dtype in FLOATS:
-                role: Role = "buffer" if name in self._buffers else "trainable"
-                tensors.append(Tensor(name, tuple(array.shape), array.dtype, role))
-                values[name] = array.numpy()
-        layout = Layout.of(tensors)
-        vector = layout.flatten(values)
-        if not all_finite(vector):
+        model = model_of(arrays, buffers=self._buffers)
+        if not all_finite(model.vector):
             raise ConfigError("expected initial arrays of finite numbers, found NaN or infinity in them")
-        return Model(vector, layout)
+        return model
 
     def _update_of(self, reply: Message, model: Model) -> Update | None:
         """What a node has returned, as a change of the model or a gradient; None if it is of no use."""
@@ -163,9 +156,7 @@ class InFlower(Strategy):
         examples = metrics[self._flowers.weighted_by_key]
         if isinstance(examples, list) or not 1 <= examples < MAX_WEIGHT or examples != int(examples):
             raise RemoteProtocolError(f"expected a whole number of examples from 1, found {examples}")
-        vector: Vector = model.layout.flatten(
-            {tensor.name: arrays[tensor.name].numpy() for tensor in model.layout.tensors}
-        )
+        vector = vector_of(model.layout, arrays)
         if self._kind == "train":
             vector -= model.vector
         elif self._buffers:
@@ -173,11 +164,3 @@ class InFlower(Strategy):
         if not all_finite(vector):
             raise RemoteProtocolError("expected finite numbers, found NaN or infinity")
         return Update(node, vector, int(examples))
-
-    def _record_of(self, model: Model) -> ArrayRecord:
-        """The model as arrays of the types that they had; what is no floating-point number stays as it was."""
-        views = model.layout.views(model.vector)
-        record = ArrayRecord()
-        for name, array in self._arrays.items():
-            record[name] = Array(views[name].astype(array.dtype)) if name in views else array
-        return record

@@ -21,6 +21,7 @@ from fedge.privacy.example import ExampleLevel
 from fedge.privacy.secure import SecureSource
 from fedge.run import Work
 from fedge.vector import Array
+from fedge_client.local import Outcome
 from fedge_client.torch.batches import Batches
 from fedge_client.torch.flat import FlatModule
 from fedge_client.torch.framework import framework
@@ -30,7 +31,7 @@ from fedge_client.torch.private.layers import LinearLayer
 from fedge_client.torch.private.single import OneByOne
 from fedge_client.torch.private.steps import Private
 from fedge_client.torch.seeded import GlobalRandomness
-from fedge_client.torch.trainer import Outcome, Trainer
+from fedge_client.torch.trainer import Trainer
 
 CLIP = 0.5
 QUIET = ExampleLevel(CLIP, 1e-6, evaluation_noise_multiplier=1e-6)

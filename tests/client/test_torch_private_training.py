@@ -21,9 +21,10 @@ from fedge.privacy.secure import SecureSource
 from fedge.refusal import RefusalCode
 from fedge.run import Work
 from fedge.vector import Array
+from fedge_client.local import Outcome
 from fedge_client.torch.framework import framework
 from fedge_client.torch.private.steps import Private
-from fedge_client.torch.trainer import Outcome, Trainer
+from fedge_client.torch.trainer import Trainer
 
 CLIP, SIGMA = 0.5, 1.5
 

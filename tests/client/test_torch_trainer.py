@@ -18,9 +18,10 @@ from torch_cases import OPTIMIZERS, SEED, accuracy, gradient, mlp, noisy, rows, 
 from fedge.errors import TaskError
 from fedge.run import Work
 from fedge.vector import Array
+from fedge_client.local import Outcome
 from fedge_client.torch.batches import Batches
 from fedge_client.torch.framework import build_module
-from fedge_client.torch.trainer import Outcome, Trainer
+from fedge_client.torch.trainer import Trainer
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)

@@ -13,7 +13,7 @@ from fedge.errors import RefusedError
 from fedge.exact import MAX_WEIGHT
 from fedge.vector import Layout, Tensor
 from fedge_client.gate import release
-from fedge_client.torch.trainer import Outcome
+from fedge_client.local import Outcome
 from fedge_sim.engines.together import all_pass
 
 LAYOUT = Layout((Tensor("w", (3,)),))

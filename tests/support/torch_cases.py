@@ -14,8 +14,9 @@ from torch.utils.data import TensorDataset
 from fedge import Task
 from fedge.run import Work
 from fedge.vector import Array
+from fedge_client.local import Outcome
 from fedge_client.torch.framework import framework
-from fedge_client.torch.trainer import Outcome, Trainer
+from fedge_client.torch.trainer import Trainer
 
 SEED = 11
 

@@ -7,8 +7,7 @@ in the middle leaves a trace. One trainer serves one thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,11 +17,11 @@ import torch
 from fedge.errors import TaskError
 from fedge.optimizer import Optimizer
 from fedge.privacy.example import Schedule, evaluation_mechanism
-from fedge.privacy.mechanism import Mechanism
 from fedge.run import Work
 from fedge.seeds import derive_seed
 from fedge.task import Task
 from fedge.vector import Array, Layout
+from fedge_client.local import Outcome, Progress
 from fedge_client.torch.batches import Batches, Order, describe, joined
 from fedge_client.torch.flat import FlatModule
 from fedge_client.torch.framework import build_module
@@ -35,27 +34,11 @@ from fedge_client.torch.private.rows import row_losses
 from fedge_client.torch.private.steps import Private, check_unchanged, noisy_gradient
 from fedge_client.torch.seeded import GlobalRandomness
 
-Progress = Callable[[int, int], None]
-"""Called with (done, total) after every step or evaluation batch; it may raise to cancel."""
-
 EVALUATION_ROWS = 1024
 EVALUATION_BYTES = 1 << 17
 """What goes into one evaluation batch: activations are often a hundred times the input."""
 
 _EVALUATION_SEED = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a piece of local work gives beside its vector: the examples it used, and its metrics.
-
-    Private work tells neither how many examples there were nor any metric of them without noise; `mechanism`
-    is what was really done for privacy.
-    """
-
-    num_examples: int
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    mechanism: Mechanism | None = None
 
 
 def no_progress(done: int, total: int) -> None:

@@ -15,13 +15,14 @@ from rich.table import Table
 
 from fedge.checkpoint import to_safetensors
 from fedge.config import read_toml
-from fedge.errors import ConfigError, RunError
+from fedge.errors import ConfigError, RefusedError, RunError
 from fedge.files import read_capped, write_atomic
 from fedge.principal import MAX_CERTIFICATE_BYTES
 from fedge.privacy.statement import MAX_STATEMENT_BYTES, document, verify
+from fedge.refusal import Refusal, RefusalCode
 from fedge.run import RunConfig
 from fedge.strategy import load_strategy
-from fedge.task import load_framework, load_task
+from fedge.task import OwnTask, load_any_task, load_framework
 from fedge.vector import Model, bytes_of
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire import fedge_pb2_grpc as services
@@ -75,9 +76,14 @@ def initial_model(config: RunConfig, *, folder: Path) -> Model:
     # Only what is not installed here is left to the coordinator's own list of strategies.
     if ":" not in config.strategy.name:
         load_strategy(config.strategy, config.work)
-    task = load_task(config.task, path=folder)
+    task = load_any_task(config.task, path=folder)
     if left_out := config.left_out(task.metrics):
         Console(stderr=True).print(f"note: {left_out}", highlight=False, markup=False)
+    if isinstance(task, OwnTask):
+        if config.privacy.unit == "example":
+            why = f'task {config.task!r} trains by itself: its examples cannot be protected; use unit = "client"'
+            raise RefusedError(Refusal(RefusalCode.MODEL_NOT_PRIVATE, why))
+        return task.initial(config.seed)
     return load_framework().initial_model(task, seed=config.seed, unit=config.privacy.unit)
 
 

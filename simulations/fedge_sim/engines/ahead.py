@@ -16,7 +16,7 @@ import numpy as np
 from fedge.events import Send
 from fedge.exact import Values
 from fedge.vector import Array
-from fedge_client.torch.trainer import Outcome
+from fedge_client.local import Outcome
 from fedge_sim.engines.crew import Crew, Done, Rows, UnsuitedError
 from fedge_sim.engines.elsewhere import Row
 

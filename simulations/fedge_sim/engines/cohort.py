@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from fedge.run import Work
+from fedge_client.local import Outcome
 from fedge_client.torch.batches import Batches, Order
 from fedge_client.torch.private.steps import Private
-from fedge_client.torch.trainer import Outcome
 from fedge_sim.engines.model import SIZES, StackedModel
 from fedge_sim.engines.noisy import most_at_once
 from fedge_sim.engines.pool import Part

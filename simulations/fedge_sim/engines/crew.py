@@ -9,7 +9,7 @@ from fedge.events import Send
 from fedge.exact import Values
 from fedge.strategy import WorkKind
 from fedge.vector import Array
-from fedge_client.torch.trainer import Outcome
+from fedge_client.local import Outcome
 
 
 class UnsuitedError(Exception):

@@ -16,10 +16,10 @@ from torch.func import functional_call
 from fedge.errors import TaskError
 from fedge.task import Task
 from fedge.vector import Array
+from fedge_client.local import Outcome
 from fedge_client.torch.batches import Batches
 from fedge_client.torch.flat import FlatModule
 from fedge_client.torch.framework import build_module
-from fedge_client.torch.trainer import Outcome
 from fedge_sim.engines.accelerator import HOST
 from fedge_sim.engines.crew import UnsuitedError
 

@@ -24,7 +24,7 @@ from fedge.errors import FedgeError
 from fedge.events import OrderId, Send
 from fedge.exact import ExactSum, Partial, Term
 from fedge.vector import Array
-from fedge_client.torch.trainer import Outcome
+from fedge_client.local import Outcome
 from fedge_sim.clients import Clients
 from fedge_sim.engines.crew import UnsuitedError
 from fedge_sim.engines.setting import loaded

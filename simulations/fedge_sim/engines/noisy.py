@@ -13,10 +13,10 @@ import torch
 
 from fedge.privacy.example import Schedule
 from fedge.run import Work
+from fedge_client.local import Outcome
 from fedge_client.torch.private.clipping import PHYSICAL_ROWS
 from fedge_client.torch.private.steps import Private
 from fedge_client.torch.seeded import secrets_of
-from fedge_client.torch.trainer import Outcome
 from fedge_sim.engines.crew import UnsuitedError
 from fedge_sim.engines.model import Slopes, StackedModel
 from fedge_sim.engines.pool import Gathered, Part

@@ -34,7 +34,7 @@ from fedge.run import RunConfig
 from fedge.strategy import WorkKind
 from fedge.task import Task
 from fedge.vector import Array
-from fedge_client.torch.trainer import Outcome
+from fedge_client.local import Outcome
 from fedge_sim.clients import Clients
 from fedge_sim.engines import node
 from fedge_sim.engines.crew import Done, UnsuitedError

@@ -28,8 +28,8 @@ from fedge.run import RunConfig
 from fedge.strategy import WorkKind
 from fedge.task import Task
 from fedge.vector import Array
+from fedge_client.local import Outcome
 from fedge_client.segment import Segment
-from fedge_client.torch.trainer import Outcome
 from fedge_sim.engines.crew import Done, UnsuitedError
 from fedge_sim.engines.setting import setting_of
 from fedge_sim.engines.worker import Lines, Shared, divide

@@ -9,8 +9,8 @@ import torch
 
 from fedge.optimizer import Optimizer
 from fedge.run import Work
+from fedge_client.local import Outcome
 from fedge_client.torch.optim import InPlaceOptimizer
-from fedge_client.torch.trainer import Outcome
 from fedge_sim.engines.model import Slopes, StackedModel
 from fedge_sim.engines.noisy import Noisy, all_private, private_outcomes
 from fedge_sim.engines.pool import Filler, Part, all_alike, filler, gathered

@@ -17,7 +17,7 @@ from fedge.seeds import work_seed
 from fedge.strategy import WorkKind
 from fedge.task import Task
 from fedge.vector import Array, all_finite
-from fedge_client.torch.trainer import Outcome
+from fedge_client.local import Outcome
 from fedge_sim.clients import Clients
 from fedge_sim.engines.accelerator import HOST
 from fedge_sim.engines.cohort import Cohort, Member

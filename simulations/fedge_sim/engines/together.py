@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from fedge.exact import MAX_WEIGHT
 from fedge.wire.limits import MAX_METRICS, MAX_NAME_BYTES
-from fedge_client.torch.trainer import Outcome
+from fedge_client.local import Outcome
 
 
 def all_pass(outcomes: Iterable[Outcome]) -> bool:

@@ -1,19 +1,14 @@
-"""What a Flower client may be wrapped in: mods that bound what its ClientApp returns. Needs flwr.
-
-    app = ClientApp(mods=[clip(1.0)])
-
-A mod is of the app's own code: a site that wants to be sure uses a native run, where the gate is the site's.
-"""
+"""Mods that bound what a ClientApp returns. They are of the app's own code: in a native run the gate is the site's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-from flwr.app import Array, ArrayRecord, Context, Message
+from flwr.app import ArrayRecord, Context, Message
 
 from fedge.pipeline import Clip
-from fedge.vector import FLOATS, Layout, Tensor, all_finite
+from fedge.vector import all_finite
+from fedge_flower.layouts import layout_of, record_of, vector_of
 
 ClientAppCall = Callable[[Message, Context], Message]
 Mod = Callable[[Message, Context, ClientAppCall], Message]
@@ -50,16 +45,9 @@ def _clipped(before: ArrayRecord, after: ArrayRecord, layer: Clip) -> ArrayRecor
     """`before`, and what is between them as the layer leaves it."""
     if list(before) != list(after):
         raise ValueError(f"expected arrays {list(before)[:8]}, found {list(after)[:8]}")
-    layout = Layout.of(
-        Tensor(name, tuple(each.shape), each.dtype) for name, each in before.items() if each.dtype in FLOATS
-    )
-    start = layout.flatten({tensor.name: before[tensor.name].numpy() for tensor in layout.tensors})
-    end = layout.flatten({tensor.name: after[tensor.name].numpy() for tensor in layout.tensors})
-    change = end - start
+    layout = layout_of(before)
+    start = vector_of(layout, before)
+    change = vector_of(layout, after) - start
     if not all_finite(change):
         raise ValueError("expected a finite change of the arrays, found NaN or infinity in it")
-    views = layout.views(start + layer.encode(change))
-    record = ArrayRecord()
-    for name, each in before.items():
-        record[name] = Array(views[name].astype(np.dtype(each.dtype))) if name in views else each
-    return record
+    return record_of(start + layer.encode(change), layout, before)

@@ -6,6 +6,7 @@ The names are Flower's (`flwr.app`), of which nothing is imported here: a coordi
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum, unique
@@ -19,6 +20,9 @@ Value = bool | Number | str | bytes
 Buffer = bytes | bytearray | memoryview
 
 MAX_NODES_OF_A_SITE: Final = 1024
+
+APP_NAME: Final = re.compile(r"[^\s/]{1,100}/[^\s/]{1,100}")
+"""Of an app: publisher/project."""
 
 NATIVE: Final = ""
 """The `stype` of an array whose data are its elements: little-endian, in C order."""

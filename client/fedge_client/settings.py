@@ -10,11 +10,10 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from fedge.config import Config, parse_toml, read_toml, shown
 from fedge.privacy.config import Unit
-from fedge.records import MAX_NODES_OF_A_SITE
+from fedge.records import APP_NAME, MAX_NODES_OF_A_SITE
 from fedge.wire.address import check_address
 from fedge.wire.limits import Limits
 
-_APP_NAME = re.compile(r"[^\s/]{1,100}/[^\s/]{1,100}")
 _TASK_NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -118,7 +117,7 @@ class WorkerSettings(Config):
 
 
 def _app_name(name: str) -> str:
-    if not _APP_NAME.fullmatch(name):
+    if not APP_NAME.fullmatch(name):
         raise ValueError(f"expected 'publisher/name', found {name!r}")
     return name
 

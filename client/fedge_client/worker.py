@@ -174,10 +174,10 @@ class Worker:
     @staticmethod
     def _private(perform: pb.Perform) -> Private | None:
         """What the gate demands, with a key for this order's noise that nobody else ever has."""
-        from fedge_client.torch.private.steps import Private
-
         if not perform.HasField("privacy"):
             return None
+        from fedge_client.torch.private.steps import Private  # and torch, which not every task needs
+
         return Private(decode_level(perform.privacy), SecureSource(os.urandom(KEY_BYTES)))
 
     def _progress(self, done: int, total: int) -> None:

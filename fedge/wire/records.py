@@ -22,8 +22,9 @@ from fedge.records import (
     RawArray,
     Record,
 )
+from fedge.vector import new_digest
 from fedge.wire import fedge_pb2 as pb
-from fedge.wire.limits import MAX_MESSAGE_BYTES, check_size
+from fedge.wire.limits import INLINE_BYTES, MAX_MESSAGE_BYTES, check_size
 
 MAX_AXES: Final = 64
 MAX_ENTRIES: Final = 1 << 16
@@ -75,6 +76,16 @@ class Packed:
     def size(self) -> int:
         """Bytes of the payload."""
         return sum(memoryview(each).nbytes for each in self.payload)
+
+    def blob(self) -> pb.Blob | None:
+        """What is said of the payload, which rides inline if it is small; None for an error, which has none."""
+        if isinstance(self.about.content, AppError):
+            return None
+        digest = new_digest()
+        for part in self.payload:
+            digest.update(part)
+        inline = b"".join(self.payload) if self.size <= INLINE_BYTES else None
+        return pb.Blob(digest=digest.digest(), size=self.size, inline=inline)
 
     def unpacked(self) -> AppMessage:
         """The message with its content; its arrays are views of the payload, which has to be in one piece.

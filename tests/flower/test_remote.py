@@ -231,6 +231,15 @@ def test_a_reply_for_which_there_is_no_room_is_an_error_for_that_message(monkeyp
     found.close()
 
 
+def test_a_process_that_ends_while_its_link_is_broken_says_so_when_the_link_is_back():
+    coordinator = Coordinator(lambda number, stream: stream.opens())
+    found, _, _ = begun(coordinator)
+    coordinator.streams[0].says(Gone())
+    until(lambda: found._requests is None)
+    found.close()
+    until(lambda: len(coordinator.streams) == 2 and "close" in coordinator.streams[1].kinds())
+
+
 def test_a_message_whose_close_is_said_ends_the_stream():
     coordinator = Coordinator(lambda number, stream: stream.opens())
     found, _, _ = begun(coordinator)

@@ -11,7 +11,6 @@ from typing import Final
 
 from fedge.errors import FedgeError, LinkError, RemoteProtocolError, StorageError
 from fedge.records import AppError, AppMessage, ErrorCode, node_id, reply_to, run_number
-from fedge.vector import new_digest
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire.limits import INLINE_BYTES
 from fedge.wire.records import Packed, decode, decode_values, encode
@@ -240,7 +239,7 @@ class OneRun:
         reply = reply or self._failed.get(id) or await asyncio.to_thread(self._states.reply, id)
         if reply is None:
             raise StorageError("a reply that was kept cannot be read back")
-        blob = await asyncio.to_thread(_blob_of, reply) if reply.size > INLINE_BYTES else _blob_of(reply)
+        blob = await asyncio.to_thread(reply.blob) if reply.size > INLINE_BYTES else reply.blob()
         message = pb.AppReply(run_id=self.run_id, message=encode(reply.about, blob))
         log.info("app_reply run=%s node=%d bytes=%d", self.run_id, reply.about.src, reply.size)
         if blob is None or blob.HasField("inline"):
@@ -255,14 +254,3 @@ class OneRun:
             await link.deliver(message, memoryview(payload), offset=offset)
 
         await Transfers().insist(link, attempt)
-
-
-def _blob_of(reply: Packed) -> pb.Blob | None:
-    """What is said of a reply's content; None if it has none."""
-    if isinstance(reply.about.content, AppError):
-        return None
-    digest = new_digest()
-    for part in reply.payload:
-        digest.update(part)
-    inline = b"".join(reply.payload) if reply.size <= INLINE_BYTES else None
-    return pb.Blob(digest=digest.digest(), size=reply.size, inline=inline)

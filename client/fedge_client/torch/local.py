@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedge.errors import RefusedError, TaskError
+from fedge.errors import RefusedError
 from fedge.events import OrderId
 from fedge.refusal import Refusal, RefusalCode
 from fedge.run import Work
@@ -82,4 +82,3 @@ class TorchLocal:
                     )
                 case "evaluate":
                     return trainer.evaluate(model, self._test, private=private, progress=progress)
-        raise TaskError(f"expected an order of a known kind, found a {order}")

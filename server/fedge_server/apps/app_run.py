@@ -37,8 +37,6 @@ MAX_IDS: Final = 4096
 MAX_MESSAGES: Final = 100_000
 """Of one app, without a reply that was taken."""
 
-_LOOK_S: Final = 1.0
-
 Send = Callable[[str, pb.ServerMessage], None]
 """Sends a message to a site, if that is connected."""
 

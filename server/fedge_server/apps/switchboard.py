@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Final
 
 from fedge.errors import BusyError, ConfigError, FedgeError, RemoteProtocolError, RunError
-from fedge.records import check_settings
+from fedge.records import APP_NAME, check_settings
 from fedge.refusal import Refusal
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire import records
@@ -25,7 +25,6 @@ log = logging.getLogger(__name__)
 _LOOK_S: Final = 1.0
 _MAX_ENDED: Final = 1000
 _RUN_ID: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}-[0-9a-f]{8}")
-_APP: Final = re.compile(r"[^\s/]{1,100}/[^\s/]{1,100}")
 
 
 class Switchboard:
@@ -64,7 +63,7 @@ class Switchboard:
         offer = pb.AppOffer()
         offer.CopyFrom(asked.offer)
         check_settings(records.decode_values(offer.config))
-        if not _APP.fullmatch(offer.app) or not offer.version or len(offer.version) > 100:
+        if not APP_NAME.fullmatch(offer.app) or not offer.version or len(offer.version) > 100:
             raise ConfigError(f"expected an app's publisher/name and version, found {offer.app[:100]!r}")
         if asked.run_id and (not _RUN_ID.fullmatch(asked.run_id) or self._is_run(asked.run_id)):
             raise ConfigError("expected the id of an app's run, as this coordinator gives them")

@@ -113,6 +113,12 @@ class Remote:
     def close(self, failed: str = "") -> None:
         """The ServerApp is done, or has failed; the coordinator and the sites are told."""
         with self._changed:
+            if (
+                not failed
+            ):  # a link that is broken just now may be back in a moment; who interrupts is not to wait
+                self._changed.wait_for(
+                    lambda: self._requests is not None or self._failure is not None, CLOSED_S
+                )
             self._closing = True
             if self._requests is not None:
                 self._requests.put(pb.AppRequest(close=pb.AppClose(failed=failed)))
@@ -178,9 +184,8 @@ class Remote:
             self._waited_for, self._progress = set(waiting), False
             opening = pb.AppOpen(run_id=self.run_id, offer=self._offer, waiting=waiting)
             requests = Requests(pb.AppRequest(open=opening))
-        call: Any = self._admin.App(
-            iter(requests)
-        )  # of which the stubs know only that it can be iterated over
+        # Of which the stubs know only that it can be iterated over.
+        call: Any = self._admin.App(iter(requests))
         self._cancel = call.cancel
         events: Iterator[pb.AppEvent] = iter(call)
         try:

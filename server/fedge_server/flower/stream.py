@@ -10,9 +10,7 @@ from typing import Final
 import numpy as np
 
 from fedge.records import Buffer
-from fedge.vector import new_digest
 from fedge.wire import fedge_pb2 as pb
-from fedge.wire.limits import INLINE_BYTES
 from fedge.wire.records import Packed, encode
 
 CHUNK_BYTES: Final = 1 << 20
@@ -27,13 +25,13 @@ class Bundle:
     """Messages of one content."""
 
     messages: Sequence[Packed]
-    blob: pb.Blob
+    blob: pb.Blob | None
 
     def requests(self) -> Iterator[pb.AppRequest]:
         """As they go over the stream."""
         messages = [encode(each.about) for each in self.messages]
         yield pb.AppRequest(send=pb.AppSend(messages=messages, content=self.blob))
-        if not self.blob.HasField("inline"):
+        if self.blob is not None and not self.blob.HasField("inline"):
             for part in self.messages[0].payload:
                 view = memoryview(part).cast("B") if memoryview(part).nbytes else memoryview(b"")
                 for start in range(0, len(view), CHUNK_BYTES):
@@ -47,7 +45,7 @@ def bundled(messages: Iterable[Packed]) -> list[Bundle]:
         groups.setdefault(_sameness(each.payload), []).append(each)
     found = []
     for group in groups.values():
-        blob = _blob_of(group[0])
+        blob = group[0].blob()
         found += [Bundle(group[at : at + MAX_TOGETHER], blob) for at in range(0, len(group), MAX_TOGETHER)]
     return found
 
@@ -83,11 +81,3 @@ def _sameness(payload: Sequence[Buffer]) -> object:
 def _place(view: memoryview) -> tuple[int, int]:
     """Where in memory that is, and how much of it."""
     return (np.frombuffer(view, np.uint8).ctypes.data if view.nbytes else 0), view.nbytes
-
-
-def _blob_of(packed: Packed) -> pb.Blob:
-    digest = new_digest()
-    for part in packed.payload:
-        digest.update(part)
-    inline = b"".join(packed.payload) if packed.size <= INLINE_BYTES else None
-    return pb.Blob(digest=digest.digest(), size=packed.size, inline=inline)

@@ -16,7 +16,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     torch.manual_seed(3)
-    result = FedAvg().start(
+    result = FedAvg(min_train_nodes=4, min_available_nodes=4).start(
         grid=grid,
         initial_arrays=ArrayRecord(Net().state_dict()),
         train_config=ConfigRecord({"lr": context.run_config["learning-rate"]}),

@@ -49,6 +49,16 @@ _TOLD = {
 """What a coordinator hears of the ledger's refusals, which name what is left, and files of the site."""
 
 
+def log_refusal(error: RefusedError) -> None:
+    """For the site's owner: with what is left."""
+    log.warning("%s %s", error.refusal.code.name.lower(), error)
+
+
+def as_told(error: RefusedError) -> RefusedError:
+    """A refusal in the words that may leave the site."""
+    return RefusedError(_TOLD.get(error.refusal.code, error.refusal))
+
+
 class Spending:
     """The ledger of this site's data set, under its owner's caps."""
 
@@ -140,5 +150,5 @@ class Spending:
         try:
             return await asyncio.to_thread(function, *args, **kwargs)
         except RefusedError as error:
-            log.warning("%s %s", error.refusal.code.name.lower(), error)
-            raise RefusedError(_TOLD[error.refusal.code]) from None
+            log_refusal(error)
+            raise as_told(error) from None

@@ -40,7 +40,9 @@ def model_of(arrays: ArrayRecord, *, buffers: Collection[str] = ()) -> Model:
 def record_of(vector: Vector, layout: Layout, like: ArrayRecord) -> ArrayRecord:
     """A vector as arrays of the names, order and types of `like`; what is not in the vector is as it is there."""
     views = layout.views(vector)
+    tied = {name: views[tensor.name] for tensor in layout.tensors for name in tensor.tied}
     record = ArrayRecord()
     for name, each in like.items():
-        record[name] = Array(views[name].astype(np.dtype(each.dtype))) if name in views else each
+        values = views.get(name, tied.get(name))
+        record[name] = Array(values.astype(np.dtype(each.dtype))) if values is not None else each
     return record

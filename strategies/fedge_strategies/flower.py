@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterable
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -24,13 +24,12 @@ from fedge.exact import MAX_WEIGHT
 from fedge.learning import Learning
 from fedge.pipeline import Update
 from fedge.strategy import AnyStrategy, work_kind
-from fedge.vector import Model, all_finite
+from fedge.vector import Array, Model, all_finite
+from fedge_flower import quantised
 from fedge_flower.layouts import model_of, record_of, vector_of
+from fedge_flower.work import WORK_KEY
 
 log = logging.getLogger(__name__)
-
-WORK_KEY: Final = "fedge-work"
-"""In the settings of a message: what a node is to return, "train" (its arrays) or "gradient" (theirs)."""
 
 
 class InFlower(Strategy):
@@ -150,9 +149,18 @@ class InFlower(Strategy):
             log.warning("reply_left_out node=%d reason=%s: %s", node, type(error).__name__, error)
             return None
 
+    def _start(self, model: Model) -> Array:
+        """What a change in eight bits is added to, to be what a node returns otherwise."""
+        if self._kind == "train":
+            return model.vector
+        start = model.vector.copy()
+        start[: model.layout.trainable_size] = 0
+        return start
+
     def _checked(self, node: str, reply: Message, model: Model) -> Update:
-        ((_, arrays),) = reply.content.array_records.items()
-        ((_, metrics),) = reply.content.metric_records.items()
+        content = quantised.taken(reply.content, self._start(model), model.layout, self._arrays)
+        ((_, arrays),) = content.array_records.items()
+        ((_, metrics),) = content.metric_records.items()
         examples = metrics[self._flowers.weighted_by_key]
         if isinstance(examples, list) or not 1 <= examples < MAX_WEIGHT or examples != int(examples):
             raise RemoteProtocolError(f"expected a whole number of examples from 1, found {examples}")
@@ -164,3 +172,52 @@ class InFlower(Strategy):
         if not all_finite(vector):
             raise RemoteProtocolError("expected finite numbers, found NaN or infinity")
         return Update(node, vector, int(examples))
+
+
+class Dequantised(Strategy):
+    """Any strategy of Flower's, for nodes with the mod `fedge_client.flower.quantise`: what they return is made
+    floating-point arrays again before the strategy sees it. Replies without quantisation pass as they are; one that
+    cannot be decoded is left out, with a warning. `InFlower` needs no such help."""
+
+    def __init__(self, strategy: Strategy) -> None:
+        self.strategy = strategy
+        self._sent = ArrayRecord()
+
+    def summary(self) -> None:
+        """Log what it is."""
+        log.info("replies in eight bits are decoded, for:")
+        self.strategy.summary()
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """As the strategy's own."""
+        self._sent = arrays
+        return self.strategy.configure_train(server_round, arrays, config, grid)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """As the strategy's own, of decoded replies."""
+        model = model_of(self._sent)
+        return self.strategy.aggregate_train(server_round, list(self._decoded(replies, model)))
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """As the strategy's own."""
+        return self.strategy.configure_evaluate(server_round, arrays, config, grid)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """As the strategy's own."""
+        return self.strategy.aggregate_evaluate(server_round, replies)
+
+    def _decoded(self, replies: Iterable[Message], model: Model) -> Iterable[Message]:
+        for reply in replies:
+            if reply.has_content():
+                try:
+                    reply.content = quantised.taken(reply.content, model.vector, model.layout, self._sent)
+                except (FedgeError, ValueError, TypeError) as error:
+                    log.warning("reply_left_out node=%d reason=%s", reply.metadata.src_node_id, error)
+                    continue
+            yield reply

@@ -1,22 +1,27 @@
-"""Mods that bound what a ClientApp returns. They are of the app's own code: in a native run the gate is the site's."""
+"""Mods that bound or shorten what a ClientApp returns. They are of the app's own code: in a native run the gate is the
+site's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Collection
 
-from flwr.app import ArrayRecord, Context, Message
+import numpy as np
+from flwr.app import Context, Message
 
 from fedge.pipeline import Clip
-from fedge.vector import all_finite
-from fedge_flower.layouts import layout_of, record_of, vector_of
+from fedge_client.flower.changes import Asked
+from fedge_flower import quantised
+from fedge_flower.layouts import record_of
 
 ClientAppCall = Callable[[Message, Context], Message]
 Mod = Callable[[Message, Context, ClientAppCall], Message]
 
 
-def clip(max_norm: float) -> Mod:
+def clip(max_norm: float, *, buffers: Collection[str] = ()) -> Mod:
     """A mod that scales what a node's training has changed down to an L2 norm of `max_norm`, all floating-point arrays
-    together, in float32; shorter changes pass as they are.
+    together, in float32; shorter changes pass as they are. Where gradients are asked for, they are what is scaled, with
+    the change of the arrays named in `buffers`.
 
     Arrays of other types go back as they were sent. Messages whose replies have no arrays pass. A reply that has other
     arrays than the message, or NaN or infinity in them, becomes an error: ValueError, and nothing of it leaves.
@@ -27,27 +32,33 @@ def clip(max_norm: float) -> Mod:
     layer = Clip(max_norm)
 
     def mod(message: Message, context: Context, call_next: ClientAppCall) -> Message:
-        sent = dict(message.content.array_records)
+        asked = Asked.by(message, buffers)
         reply = call_next(message, context)
-        if reply.has_error() or not reply.content.array_records:
-            return reply
-        for name, record in list(reply.content.array_records.items()):
-            before = sent.get(name) or (next(iter(sent.values())) if len(sent) == 1 else None)
-            if before is None:
-                raise ValueError(f"expected arrays that were sent, found a record {name[:80]!r}")
-            reply.content[name] = _clipped(before, record, layer)
+        for each in asked.changes(reply):
+            clipped = each.start + layer.encode(each.change)
+            reply.content[each.name] = record_of(clipped, each.layout, each.sent)
         return reply
 
     return mod
 
 
-def _clipped(before: ArrayRecord, after: ArrayRecord, layer: Clip) -> ArrayRecord:
-    """`before`, and what is between them as the layer leaves it."""
-    if list(before) != list(after):
-        raise ValueError(f"expected arrays {list(before)[:8]}, found {list(after)[:8]}")
-    layout = layout_of(before)
-    start = vector_of(layout, before)
-    change = vector_of(layout, after) - start
-    if not all_finite(change):
-        raise ValueError("expected a finite change of the arrays, found NaN or infinity in it")
-    return record_of(start + layer.encode(change), layout, before)
+def quantise(*, buffers: Collection[str] = ()) -> Mod:
+    """A mod that sends what a node's training has changed as int8, a quarter of float32, with a scale for each array.
+    Each number is off by less than 1/127 of its array's largest change, and right on average.
+
+    For ServerApps that expect it: `fedge_strategies.flower.InFlower`, or any strategy of Flower's in
+    `fedge_strategies.flower.Dequantised`. Others find a record more than they know, and say so. It is the first of the
+    ClientApp's mods, which Flower calls around the others: `mods=[quantise(), clip(1.0)]`.
+
+    Arrays of other types do not go back. What becomes an error does as in `clip`.
+    """
+
+    def mod(message: Message, context: Context, call_next: ClientAppCall) -> Message:
+        asked = Asked.by(message, buffers)
+        reply = call_next(message, context)
+        rng = np.random.default_rng(random.getrandbits(64))  # nothing is hidden by rounding
+        for each in asked.changes(reply):
+            quantised.put(reply.content, each.name, each.change, each.layout, rng)
+        return reply
+
+    return mod

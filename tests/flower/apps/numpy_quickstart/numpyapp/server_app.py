@@ -15,7 +15,9 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     initial = ArrayRecord([np.zeros((2, 3), np.float32), np.zeros(3, np.float64)])
     rounds = context.run_config["num-server-rounds"]
-    result = FedAvg(min_train_nodes=4, min_available_nodes=4).start(grid=grid, initial_arrays=initial, num_rounds=rounds)
+    result = FedAvg(min_train_nodes=4, min_available_nodes=4).start(
+        grid=grid, initial_arrays=initial, num_rounds=rounds
+    )
     if path := context.run_config["report.path"]:
         told = {
             "arrays": [array.tolist() for array in result.arrays.to_numpy_ndarrays()],

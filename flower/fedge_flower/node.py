@@ -10,7 +10,7 @@ from typing import Final
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedge.errors import FedgeError
+from fedge.errors import FedgeError, RefusedError
 from fedge.records import AppError, AppMessage, Content, ErrorCode, reply_to
 from fedge_flower.app import Settings
 from fedge_flower.internals import be
@@ -49,7 +49,8 @@ def answered(
 ) -> Answer:
     """Have an app deal with a message. Whatever it raises is the reply's error, and its state is as before.
 
-    `discreet`: the reply's error says no more than the exception's type; what else it says may be of the data.
+    `discreet`: the reply's error says no more than the exception's type, as what else it says may be of the data; but
+    for a refusal, whose words are made to be told.
     """
     be(run_id=run_id, node_id=node.id)
     context = Context(run_id, node.id, dict(node.config), records_of(state), dict(run_config))
@@ -62,6 +63,10 @@ def answered(
             reply_to(message, made.content, now=time.time()), created_at=made.created_at, ttl=made.ttl
         )
         return Answer(answer, content_of(context.state))
+    except RefusedError as error:
+        log.warning("client_app_refused node=%d kind=%s reason=%s", node.id, message.kind, error)
+        refused = AppError(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"refused: {error}"[:_MAX_REASON])
+        return Answer(reply_to(message, refused, now=time.time()), state)
     except FedgeError as error:
         said = type(error).__name__ if discreet else str(error)
         return Answer(reply_to(message, AppError(ErrorCode.UNKNOWN, said), now=time.time()), state)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from flower_apps import by_flower, simulated
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import nn
@@ -297,3 +298,31 @@ def test_a_ledger_in_use_or_rolled_back_stops_everything(tmp_path: Path):
         path.write_bytes(text)
     with pytest.raises(Exception, match="this site's ledger cannot be used; see the site's log"):
         node.answers()
+
+
+def check_report(found: Any) -> None:
+    """Six rounds of noised weights and nothing else, of which none is another's; then the budget is spent."""
+    seen = set()
+    for replies in found["rounds"][:6]:
+        assert len(replies) == 4
+        for reply in replies:
+            assert reply["records"] == ["arrays", "metrics"]
+            assert reply["metrics"] == {"num-examples": 1}
+            seen.add(tuple(reply["weight"]))
+    assert len(seen) == 6 * 4, "the noise of each is its own"
+    refusals = [reply for replies in found["rounds"][6:] for reply in replies]
+    assert all("privacy budget" in each for each in refusals)
+    assert len(refusals) == 4 * 4
+    assert np.allclose(found["weight"], [[1.0, -2.0, 0.5]], atol=0.2)
+
+
+@pytest.mark.parametrize("run", [simulated, by_flower], ids=["ours", "flowers"])
+def test_an_app_trains_privately_until_its_budget_is_spent(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    ledgers = tmp_path / "ledgers"
+    monkeypatch.setenv("PRIVATE_APP_LEDGER", str(ledgers))
+    check_report(run("private_app", tmp_path, nodes=4))
+    for partition in range(4):
+        books = read_only(ledgers, f"partition-{partition}", head_folder=ledgers / "heads").books
+        assert books.spent().mechanisms == (Gaussian(6.0, 60),)

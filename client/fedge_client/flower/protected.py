@@ -7,6 +7,8 @@ import os
 import threading
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -50,6 +52,9 @@ _SETTINGS: Final[Mapping[str, tuple[str, ...]]] = {
 """Settings of a message, the part of `Work` that each is, and the one that it takes the place of."""
 
 _SEED: Final = 0
+
+_ONE_AT_A_TIME: Final = threading.Lock()
+"""A process has one global randomness, and one ledger of a data set."""
 
 
 def protect_examples(
@@ -122,23 +127,16 @@ def protect_examples(
     return mod
 
 
+@dataclass(frozen=True, eq=False)
 class _Site:
-    """Trains, pays and looks at what comes out, for one message at a time."""
+    """Trains, pays and looks at what comes out. Flower's simulation copies it with the ClientApp for each message."""
 
-    def __init__(
-        self,
-        task: Task,
-        terms: Terms,
-        work: Work,
-        *,
-        max_epsilon: float,
-        ledger: Path | None,
-        dataset: str | None,
-    ) -> None:
-        self._task, self._terms, self._work = task, terms, work
-        self._max_epsilon, self._ledger, self._dataset = max_epsilon, ledger, dataset
-        self._one_at_a_time = threading.Lock()
-        self._loaded: tuple[object, TorchLocal] | None = None
+    task: Task
+    terms: Terms
+    work: Work
+    max_epsilon: float
+    ledger: Path | None
+    dataset: str | None
 
     def answer(self, message: Message, context: Context) -> RecordDict:
         """What is returned for a message.
@@ -149,9 +147,9 @@ class _Site:
         """
         kind = _kind_of(message)
         order = OrderId(kind, _round_of(message.content))
-        work = _work_of(self._work, message.content)
-        with self._one_at_a_time:
-            local = self._local(context, work)
+        work = _work_of(self.work, message.content)
+        with _ONE_AT_A_TIME:
+            local = _loaded(self, work, context.node_id, tuple(sorted(context.node_config.items())))
             protection = self._protection(work, kind, local)
             name, sent = _arrays_of(message.content, local)
             model = vector_of(local.layout, sent)
@@ -165,12 +163,12 @@ class _Site:
 
     def stand_aside(self, context: Context) -> None:
         """Note in the ledger that for those who see what comes now no epsilon bounds anything."""
-        with self._one_at_a_time, self._opened(context) as ledger:
+        with _ONE_AT_A_TIME, self._opened(context) as ledger:
             ledger.unprotected(_run_of(context))
 
     def _protection(self, work: Work, kind: WorkKind, local: TorchLocal) -> Protection:
         trained = "train" if kind == "evaluate" else kind
-        return Protection(self._terms, price(self._terms, work, trained, local.examples[0]))
+        return Protection(self.terms, price(self.terms, work, trained, local.examples[0]))
 
     def _released(
         self, local: TorchLocal, order: OrderId, protection: Protection, model: np.ndarray, context: Context
@@ -193,7 +191,7 @@ class _Site:
     ) -> gate.Released:
         from fedge_client.torch.private.steps import Private
 
-        terms, found = self._terms, protection.price
+        terms, found = self.terms, protection.price
         assert found is not None  # as above
         level = ExampleLevel(
             terms.clip, found.noise_multiplier, terms.evaluation_noise_multiplier, terms.loss_bound
@@ -218,7 +216,7 @@ class _Site:
         """Reserved before the work, spent after it: a process that dies in between has told nobody anything."""
         with self._opened(context) as ledger:
             entry = ledger.reserve(
-                _run_of(context), order, cost, unit="example", max_epsilon=self._max_epsilon
+                _run_of(context), order, cost, unit="example", max_epsilon=self.max_epsilon
             )
             try:
                 yield
@@ -231,26 +229,14 @@ class _Site:
         """The ledger of the node's data, whose refusals name what is left to the site's own log alone."""
         folder, dataset = self._folder(context), self._dataset_of(context)
         try:
-            with Ledger.open(folder, dataset, self._terms.delta, head_folder=folder / "heads") as opened:
+            with Ledger.open(folder, dataset, self.terms.delta, head_folder=folder / "heads") as opened:
                 yield opened
         except RefusedError as error:
             log_refusal(error)
             raise as_told(error) from None
 
-    def _local(self, context: Context, work: Work) -> TorchLocal:
-        """The node's data, loaded and found to be such that its examples can be protected."""
-        from fedge_client.torch.local import TorchLocal  # torch takes seconds to import: only for real work
-
-        key = context.node_id, work, tuple(sorted(context.node_config.items()))
-        if self._loaded is None or self._loaded[0] != key:
-            with _only_kinds_of_errors():
-                local = TorchLocal(self._task, work, seed=_SEED, threads=None)
-                local.load(Site(f"node-{context.node_id}", dict(context.node_config)), private=True)
-            self._loaded = key, local
-        return self._loaded[1]
-
     def _folder(self, context: Context) -> Path:
-        found = self._ledger or context.node_config.get(LEDGER_KEY)
+        found = self.ledger or context.node_config.get(LEDGER_KEY)
         if not isinstance(found, str | Path) or not Path(found).is_absolute():
             raise ConfigError(
                 f"expected the absolute path of a folder for the site's ledgers, as `ledger` or as {LEDGER_KEY!r} in "
@@ -259,10 +245,21 @@ class _Site:
         return Path(found)
 
     def _dataset_of(self, context: Context) -> str:
-        if self._dataset is not None:
-            return self._dataset
+        if self.dataset is not None:
+            return self.dataset
         partition = context.node_config.get("partition-id")
         return f"partition-{partition}" if partition is not None else "data"
+
+
+@lru_cache(maxsize=1)
+def _loaded(site: _Site, work: Work, node_id: int, config: tuple[tuple[str, Any], ...]) -> TorchLocal:
+    """A node's data, loaded and found to be such that its examples can be protected."""
+    from fedge_client.torch.local import TorchLocal  # torch takes seconds to import: only for real work
+
+    with _only_kinds_of_errors():
+        local = TorchLocal(site.task, work, seed=_SEED, threads=None)
+        local.load(Site(f"node-{node_id}", dict(config)), private=True)
+    return local
 
 
 @contextmanager

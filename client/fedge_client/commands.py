@@ -12,13 +12,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from fedge.errors import FedgeError
+from fedge.errors import ConfigError, FedgeError
 from fedge.files import read_capped
 from fedge.signing import key_fingerprint, public_bytes
 from fedge_client.check import run_checks
 from fedge_client.enrolment import MAX_PEM_BYTES, enrol_site
-from fedge_client.ledger import accept_head
-from fedge_client.ledger_report import print_report, report
+from fedge_client.ledger_report import Place, accept, print_report, report
 from fedge_client.ledger_report import verify as recompute
 from fedge_client.settings import load_client
 
@@ -103,7 +102,13 @@ def check(
 
 @app.command()
 def ledger(
-    path: ClientToml,
+    path: Annotated[
+        Path,
+        typer.Argument(metavar="CLIENT.toml", help="Or the folder in which a Flower client keeps ledgers."),
+    ],
+    dataset: Annotated[
+        str | None, typer.Option(help="In such a folder: the ledger of this data set, not all of them.")
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Recompute epsilon from every record, with another accountant.")
     ] = False,
@@ -116,27 +121,30 @@ def ledger(
 
     Example: fedge client ledger site/client.toml --verify
     """
-    settings, folder = load_client(path), path.parent.resolve()
+    places = _places(path, dataset)
     console = Console()
-    if trust:
-        accepted = accept_head(
-            folder / settings.ledger.path,
-            settings.ledger.dataset,
-            settings.policy.delta,
-            head_folder=folder / settings.identity,
-            reason="accepted by `fedge client ledger --trust`",
-        )
+    for place in places if trust else ():
+        accepted = accept(place, reason="accepted by `fedge client ledger --trust`")
         console.print(
             "accepted as it is, and recorded" if accepted else "nothing to do: it was accepted already"
         )
-    found = report(settings, folder)
-    checked = recompute(settings, folder) if verify else None
+    found = [(report(place), recompute(place) if verify else None) for place in places]
     if as_json:
-        typer.echo(json.dumps(found.as_dict() | {"verified": checked}))
+        objects = [each.as_dict() | {"verified": checked} for each, checked in found]
+        typer.echo(json.dumps(objects if path.is_dir() else objects[0]))
         return
-    print_report(console, found)
-    if checked is not None:
-        console.print(
-            f"verified: {checked} records, their chain and head, and every epsilon by another accountant",
-            highlight=False,
-        )
+    for each, checked in found:
+        print_report(console, each)
+        if checked is not None:
+            console.print(
+                f"verified: {checked} records, their chain and head, and every epsilon by another accountant",
+                highlight=False,
+            )
+
+
+def _places(path: Path, dataset: str | None) -> list[Place]:
+    if path.is_dir():
+        return Place.each_in(path.resolve(), dataset)
+    if dataset is not None:
+        raise ConfigError("--dataset: client.toml says which data set it is; leave it out")
+    return [Place.of(load_client(path), path.parent.resolve())]

@@ -205,7 +205,7 @@ class Ledger:
         """
         remedy = (
             "restore the newest copy; if the data set's owner put this one back on purpose, "
-            "`fedge client ledger CLIENT.toml --trust` accepts it as it is"
+            "`fedge client ledger --trust` accepts it as it is"
         )
         with self._lock:
             self._check_usable()

@@ -23,6 +23,9 @@ from fedge.refusal import Refusal, RefusalCode
 
 MAX_FILE_BYTES: Final = 1 << 30
 
+HEADS: Final = "heads"
+"""The folder of the heads, where there is no folder of keys to keep them in: in that of the ledgers."""
+
 Head = tuple[int, bytes]
 """The number of a ledger's last line, from 0 (its header), and that line's hash."""
 
@@ -113,7 +116,7 @@ def check_head(chain: Chain, head: Head | None, paths: Paths) -> None:
     """
     remedy = (
         "restore the newest copy; if the data set's owner replaced or moved it on purpose, "
-        "`fedge client ledger CLIENT.toml --trust` accepts it as it is"
+        "`fedge client ledger --trust` accepts it as it is"
     )
     records = max(0, chain.head[0])
     if head is None:
@@ -191,7 +194,7 @@ def read_head(path: Path) -> Head | None:
     except ValueError:
         refuse(
             f"{path}: expected the number and hash of a ledger's last line, found something else; remove it, and "
-            "if the ledger is in order accept it with `fedge client ledger CLIENT.toml --trust`"
+            "if the ledger is in order accept it with `fedge client ledger --trust`"
         )
 
 

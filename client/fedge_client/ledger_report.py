@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from rich.console import Console
@@ -21,12 +21,53 @@ from fedge.privacy.lines import Line
 from fedge.privacy.mechanism import Mechanism, Skellam, merged
 from fedge.privacy.pld import reference_rdp, statement
 from fedge.refusal import Refusal, RefusalCode
-from fedge_client.ledger_file import read_only
-from fedge_client.settings import ClientSettings
+from fedge_client.ledger import accept_head
+from fedge_client.ledger_file import HEADS, Chain, Paths, read_chain, read_only
+from fedge_client.settings import ClientSettings, Policy
 
 TOLERANCE = 1e-3
 
 _WHOM: dict[Protected | None, str] = {"example": "an example", "client": "the site", None: ""}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a data set's ledger is, and its owner's cap. `delta` None: that with which it was written last."""
+
+    folder: Path
+    dataset: str
+    head_folder: Path
+    delta: float | None = None
+    cap: float | None = None
+
+    @classmethod
+    def of(cls, settings: ClientSettings, folder: Path) -> Self:
+        """A site's; `folder` is that of its client.toml."""
+        kept, policy = settings.ledger, settings.policy
+        return cls(
+            folder / kept.path, kept.dataset, folder / settings.identity, policy.delta, policy.max_epsilon
+        )
+
+    @classmethod
+    def each_in(cls, folder: Path, dataset: str | None = None) -> list[Self]:
+        """Those in a folder that has their heads, too: what a Flower client keeps. Of one data set, if that is given.
+
+        Raises:
+            ConfigError: there are none.
+        """
+        names = sorted(path.stem for path in folder.glob("*.ledger"))
+        found = [name for name in names if dataset in (None, name)]
+        if not found:
+            there = f"those of {', '.join(names[:8])}" if names else "none"
+            raise ConfigError(f"{folder}: expected the ledger of {dataset or 'a data set'}, found {there}")
+        return [cls(folder, name, folder / HEADS) for name in found]
+
+    def read(self, visit: Callable[[Line], None]) -> Chain:
+        """
+        Raises:
+            RefusedError: LEDGER_UNUSABLE.
+        """
+        return read_only(self.folder, self.dataset, head_folder=self.head_folder, visit=visit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,45 +87,63 @@ class Spent:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A data set's ledger under its owner's cap; `outstanding` is set aside for work that is under way."""
+    """A data set's ledger under its owner's cap, where that is known; `outstanding` is set aside for work that is under
+    way."""
 
     dataset: str
     records: int
     runs: tuple[Spent, ...]
     total: Spent
     outstanding: float
-    cap: float
-    left: float
+    cap: float | None
+    left: float | None
     delta: float
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def report(settings: ClientSettings, folder: Path) -> Report:
-    """Read a site's ledger; `folder` is that of its client.toml.
+def report(place: Place) -> Report:
+    """Read a data set's ledger.
 
     Raises:
         RefusedError: LEDGER_UNUSABLE.
     """
-    chain = _read(settings, folder, [])
-    books, policy = chain.books, settings.policy
-    spent = books.spent()
-    whole = books.reserved().epsilon(policy.delta)
-    runs = tuple(_run(books, run_id, policy.delta) for run_id in books.runs)
+    deltas = [Policy().delta]
+    chain = place.read(lambda line: deltas.append(line.delta))
+    books, delta = chain.books, place.delta or deltas[-1]
+    whole = books.reserved().epsilon(delta)
     return Report(
-        dataset=settings.ledger.dataset,
+        dataset=place.dataset,
         records=max(0, chain.head[0]),
-        runs=runs,
-        total=_spent("all runs", spent, policy.delta, unprotected=bool(books.unprotected)),
-        outstanding=books.outstanding().epsilon(policy.delta),
-        cap=policy.max_epsilon,
-        left=max(0.0, policy.max_epsilon - whole),
-        delta=policy.delta,
+        runs=tuple(_run(books, run_id, delta) for run_id in books.runs),
+        total=_spent("all runs", books.spent(), delta, unprotected=bool(books.unprotected)),
+        outstanding=books.outstanding().epsilon(delta),
+        cap=place.cap,
+        left=max(0.0, place.cap - whole) if place.cap is not None else None,
+        delta=delta,
     )
 
 
-def verify(settings: ClientSettings, folder: Path) -> int:
+def accept(place: Place, *, reason: str) -> bool:
+    """Accept a ledger as it is, see `fedge_client.ledger.accept_head`; False if it was accepted already.
+
+    Raises:
+        RefusedError: LEDGER_UNUSABLE: nobody can.
+    """
+    delta = place.delta or _last_delta(place)
+    return accept_head(place.folder, place.dataset, delta, head_folder=place.head_folder, reason=reason)
+
+
+def _last_delta(place: Place) -> float:
+    """That of the last record, whatever a head says."""
+    deltas, path = [Policy().delta], Paths.of(place.folder, place.dataset, place.head_folder).ledger
+    with path.open("rb") as file:
+        read_chain(file, path, head=None, visit=lambda line: deltas.append(line.delta))
+    return deltas[-1]
+
+
+def verify(place: Place) -> int:
     """Read every record, and compare each epsilon that was stored with one of another accountant; how many.
 
     Raises:
@@ -92,7 +151,7 @@ def verify(settings: ClientSettings, folder: Path) -> int:
         ConfigError: dp-accounting is not installed.
     """
     lines: list[Line] = []
-    _read(settings, folder, lines)
+    place.read(lines.append)
     books, checked, known = Books(), 0, {}
     for line in lines:
         books = ledger.step(books, line.record)
@@ -122,15 +181,6 @@ def independent(mechanisms: Iterable[Mechanism], delta: float) -> float:
     return reference_rdp(releases, delta)
 
 
-def _read(settings: ClientSettings, folder: Path, lines: list[Line]) -> Any:
-    return read_only(
-        folder / settings.ledger.path,
-        settings.ledger.dataset,
-        head_folder=folder / settings.identity,
-        visit=lines.append,
-    )
-
-
 def _run(books: Books, run_id: str, delta: float) -> Spent:
     run = books.of_run(run_id)
     return _spent(run_id, run.spent, delta, unprotected=run.unprotected)
@@ -158,9 +208,12 @@ def print_report(console: Console, found: Report) -> None:
         releases = "\n".join(run.releases) or ("without protection" if run.unprotected else "none")
         table.add_row(escape(run.name), _WHOM[run.protects], releases, stated, f"{run.epsilon:.4g}")
     console.print(table)
+    of, left = "", ""
+    if found.cap is not None and found.left is not None:
+        of, left = f" of {found.cap:g}", f", left {found.left:.4g}"
     console.print(
-        f"spent {found.total.epsilon:.4g} of {found.cap:g} at delta {found.delta:g}, set aside for work under way "
-        f"{found.outstanding:.4g}, left {found.left:.4g}",
+        f"spent {found.total.epsilon:.4g}{of} at delta {found.delta:g}, set aside for work under way "
+        f"{found.outstanding:.4g}{left}",
         highlight=False,
     )
     open_runs = sum(run.unprotected for run in found.runs)

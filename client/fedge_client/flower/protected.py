@@ -30,6 +30,7 @@ from fedge.task import Site, Task
 from fedge_client import gate
 from fedge_client.flower.mods import ClientAppCall, Mod
 from fedge_client.ledger import Ledger
+from fedge_client.ledger_file import HEADS
 from fedge_client.protection import Protection
 from fedge_client.spending import as_told, log_refusal
 from fedge_flower.layouts import record_of, vector_of
@@ -229,7 +230,7 @@ class _Site:
         """The ledger of the node's data, whose refusals name what is left to the site's own log alone."""
         folder, dataset = self._folder(context), self._dataset_of(context)
         try:
-            with Ledger.open(folder, dataset, self.terms.delta, head_folder=folder / "heads") as opened:
+            with Ledger.open(folder, dataset, self.terms.delta, head_folder=folder / HEADS) as opened:
                 yield opened
         except RefusedError as error:
             log_refusal(error)

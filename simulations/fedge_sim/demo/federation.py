@@ -18,7 +18,7 @@ from fedge.files import write_atomic, write_private
 from fedge.run import RunConfig
 from fedge.wire import fedge_pb2 as pb
 from fedge_client.enrolment import enrol_site
-from fedge_client.ledger_report import Report, report
+from fedge_client.ledger_report import Place, Report, report
 from fedge_client.settings import load_client
 from fedge_server.clock import now
 from fedge_server.commands.link import CALL_S, admin_link
@@ -126,7 +126,7 @@ class Federation:
     def _ledgers(self) -> dict[str, Report]:
         """What each hospital's own ledger says, as `fedge client ledger` prints it there."""
         return {
-            name: report(load_client(self.folder / name / "client.toml"), self.folder / name)
+            name: report(Place.of(load_client(self.folder / name / "client.toml"), self.folder / name))
             for name in HOSPITALS
         }
 

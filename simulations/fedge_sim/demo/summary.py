@@ -144,6 +144,7 @@ def _check(compared: Baselines, outcomes: list[Outcome]) -> None:
         promised = outcome.run.config.privacy.epsilon or 0.0
         for name, ledger in outcome.run.ledgers.items():
             spent = [run.epsilon for run in ledger.runs]
+            assert ledger.cap is not None  # client.toml has one
             if len(spent) != number or not 0 < spent[-1] <= promised or ledger.total.epsilon > ledger.cap:
                 raise RunError(
                     f"{name}: expected an epsilon of at most {promised:g} for each of {number} runs, and of "

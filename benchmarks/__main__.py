@@ -17,6 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
+from benchmarks.comparison import rewrite_comparison
 from benchmarks.measure import FEDGE, Case, Options, Side, as_json, run_case
 from benchmarks.report import rewrite_readme, show
 
@@ -54,6 +55,7 @@ def main() -> int:
     if given.readme:
         try:
             rewrite_readme(HERE / "README.md", results)
+            rewrite_comparison(HERE.parent / "docs/explanation/compared-with-flower.md", results)
         except ValueError as error:
             console.print(f"error: {error}", style="red", markup=False)
             return 2
@@ -119,7 +121,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--large", action="store_true", help="D2 also with 400 MB, C3 with 8 MB")
     parser.add_argument("--floors", action="store_true", help="leave fedge out")
     parser.add_argument(
-        "--readme", action="store_true", help="only rewrite the table of README.md from the results"
+        "--readme",
+        action="store_true",
+        help="only rewrite the tables in README.md and in docs, from the results",
     )
     given = parser.parse_args()
     given.workloads = [name.upper() for name in given.workloads]

@@ -51,11 +51,7 @@ def rewrite_readme(readme: Path, results: Path) -> None:
     """
     if not results.exists():
         raise ValueError(f"{results}: expected results, found none; run `python -m benchmarks` first")
-    text = readme.read_text()
-    head, begin, rest = text.partition(BEGIN)
-    table, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{readme}: expected the lines {BEGIN!r} and {END!r}")
+    head, table, tail = between(readme, BEGIN, END)
     measured = {
         name: _Shown.of(name, case) for name, case in json.loads(results.read_text())["cases"].items()
     }
@@ -63,6 +59,19 @@ def rewrite_readme(readme: Path, results: Path) -> None:
     rows = [row for case in cases.values() for row in case.rows]
     lines = [BEGIN, "", _COLUMNS, "|---|---|---|---|---|", *rows, "", *(case.note for case in cases.values())]
     readme.write_text("\n".join([head + lines[0], *lines[1:], "", END]) + tail)
+
+
+def between(page: Path, begin: str, end: str) -> tuple[str, str, str]:
+    """A page's text before, between and behind two lines of it.
+
+    Raises:
+        ValueError: they are not there.
+    """
+    head, begins, rest = page.read_text().partition(begin)
+    table, ends, tail = rest.partition(end)
+    if not begins or not ends:
+        raise ValueError(f"{page}: expected the lines {begin!r} and {end!r}")
+    return head, table, tail
 
 
 @dataclass(frozen=True)

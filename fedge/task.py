@@ -16,8 +16,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol, cast
 
-from fedge.errors import ConfigError, TaskError
+from fedge.errors import ConfigError, RefusedError, TaskError
 from fedge.privacy.config import Unit
+from fedge.refusal import Refusal, RefusalCode
 from fedge.vector import Model
 
 
@@ -65,6 +66,31 @@ class OwnTask:
     initial: Callable[[int], Model]
     local: Callable[[Site, Any], Any]
     metrics: Mapping[str, Any] = field(default_factory=dict)
+
+
+def first_model(task: Task | OwnTask, *, seed: int, unit: Unit = "none") -> Model:
+    """What a run begins with.
+
+    Raises:
+        TaskError, LayoutError: the task's code fails, or its model cannot be a vector.
+        RefusedError: MODEL_NOT_PRIVATE: it cannot be trained with that unit of privacy; with the remedy.
+        ConfigError: the framework is not installed.
+    """
+    if isinstance(task, Task):
+        return load_framework().initial_model(task, seed=seed, unit=unit)
+    check_unit(task, unit)
+    return task.initial(seed)
+
+
+def check_unit(task: Task | OwnTask, unit: Unit) -> None:
+    """Refuse to protect the examples of a task that trains by itself, since nobody can see to it.
+
+    Raises:
+        RefusedError: MODEL_NOT_PRIVATE.
+    """
+    if isinstance(task, OwnTask) and unit == "example":
+        why = 'the task trains by itself, so that its examples cannot be protected; use [privacy] unit = "client"'
+        raise RefusedError(Refusal(RefusalCode.MODEL_NOT_PRIVATE, why))
 
 
 class Framework(Protocol):

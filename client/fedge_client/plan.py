@@ -18,7 +18,7 @@ from fedge.privacy.terms import Terms, price
 from fedge.run import RunConfig
 from fedge.secagg.terms import SumTerms
 from fedge.strategy import load_strategy, work_kind
-from fedge.task import Site, load_framework, load_task
+from fedge.task import OwnTask, Site, check_unit, first_model, load_any_task
 from fedge.vector import Layout, Tensor
 from fedge_client.admission import Request, admit, check_price, check_task
 from fedge_client.ledger_file import read_only
@@ -103,7 +103,8 @@ def fewest_clients(run: RunConfig) -> int:
 
 @dataclass(frozen=True, slots=True)
 class AtSite:
-    """What this site's gate would say. `refusal` is empty if it would take part."""
+    """What this site's gate would say. `refusal` is empty if it would take part; `examples` are 0 where the task trains
+    by itself, and nobody else knows."""
 
     examples: int
     cost: Cost | None
@@ -169,8 +170,8 @@ def _layout(run: RunConfig, folder: Path) -> Layout:
     """That of a run's model, if its length matters to what the run costs. This runs the task's code."""
     if not (run.privacy.unit == "client" and run.secure_aggregation.enabled):
         return _NO_MODEL
-    task = load_task(run.task, path=folder)
-    return load_framework().initial_model(task, seed=run.seed, unit=run.privacy.unit).layout
+    task = load_any_task(run.task, path=folder)
+    return first_model(task, seed=run.seed, unit=run.privacy.unit).layout
 
 
 def _request(run: RunConfig, layout: Layout) -> Request:
@@ -196,7 +197,10 @@ def _request(run: RunConfig, layout: Layout) -> Request:
 
 
 def _examples(run: RunConfig, settings: ClientSettings, folder: Path) -> int:
-    task = load_task(run.task, path=folder)
+    task = load_any_task(run.task, path=folder)
+    if isinstance(task, OwnTask):
+        check_unit(task, run.privacy.unit)
+        return 0
     try:
         train, _ = task.data(Site("planned", MappingProxyType(settings.data.table)))
         return len(train)

@@ -107,7 +107,8 @@ def _say_rounding(console: Console, cost: Cost) -> None:
 
 def _print_site(run: RunConfig, found: AtSite) -> None:
     console = Console()
-    console.print(f"{run.name} at this site: {found.examples} training examples", highlight=False)
+    size = f"{found.examples} training examples" if found.examples else "with data that only its task knows"
+    console.print(f"{run.name} at this site: {size}", highlight=False)
     if found.cost is not None and found.run_epsilon is not None:
         console.print(f"  noise multiplier  {found.cost.noise_multiplier:.4g}", highlight=False)
         for release in found.cost.releases:

@@ -26,7 +26,7 @@ from fedge.privacy.secure import KEY_BYTES, SecureSource
 from fedge.refusal import Refusal, RefusalCode
 from fedge.run import Work
 from fedge.seeds import work_seed
-from fedge.task import OwnTask, Site, Task, load_any_task
+from fedge.task import OwnTask, Site, Task, check_unit, load_any_task
 from fedge.wire.codec import decode_layout, decode_order_id, decode_work, encode_metrics, encode_refusal
 from fedge_client import pipe_pb2 as pb
 from fedge_client.framing import HEADER, check_length, frame
@@ -140,12 +140,7 @@ class Worker:
 
     def _own(self, task: OwnTask, work: Work, load: pb.Load) -> Local:
         """One that trains by itself: nobody can see to it that each example is protected."""
-        if load.private:
-            refusal = Refusal(
-                RefusalCode.MODEL_NOT_PRIVATE,
-                'the task trains by itself, so that its examples cannot be protected; use [privacy] unit = "client"',
-            )
-            raise RefusedError(refusal)
+        check_unit(task, "example" if load.private else "none")
         local: Local = task.local(self._site, work)
         _check_layout(local, load)
         return local

@@ -18,7 +18,7 @@ from fedge.simulation import AdversariesConfig
 from fedge.strategy import WorkKind
 from fedge.vector import Array
 
-_IN_THE_DATA = ("label_flip", "backdoor", "sybil")
+IN_THE_DATA = ("label_flip", "backdoor", "sybil")
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -39,7 +39,7 @@ class Adversaries:
 
     def poisons(self, name: str) -> bool:
         """Whether a client trains on other data than its own."""
-        return name in self.names and self.config.attack in _IN_THE_DATA
+        return name in self.names and self.config.attack in IN_THE_DATA
 
     @property
     def tampering(self) -> frozenset[str]:

@@ -47,16 +47,14 @@ from fedge.run_state import Finish, RunEffect, RunEvent, Stop
 from fedge.secagg.terms import SumTerms
 from fedge.seeds import derive_key
 from fedge.strategy import WorkKind, load_strategy
-from fedge.task import Task
+from fedge.task import OwnTask, Task, first_model
 from fedge.turnover import Turnover
 from fedge.vector import Array
 from fedge_client.gate import Released, layers_of, release
-from fedge_client.torch.framework import framework
 from fedge_client.torch.threads import suitable_threads
 from fedge_sim.adversaries import Adversaries
-from fedge_sim.clients import Clients
 from fedge_sim.crash import restarted
-from fedge_sim.engines.chosen import Origin, Wanted, chosen
+from fedge_sim.engines.chosen import Origin, Wanted, employed
 from fedge_sim.engines.together import all_pass
 from fedge_sim.faults import Fault, Faults, corrupt, is_watched
 from fedge_sim.population import Population, labels_by_client
@@ -88,7 +86,7 @@ class Driver:
     def __init__(
         self,
         run: RunConfig,
-        task: Task,
+        task: Task | OwnTask,
         callbacks: tuple[Callback, ...],
         wanted: Wanted,
         origin: Origin,
@@ -96,14 +94,12 @@ class Driver:
         self._run = run
         self._population = Population.of(run, task, count=run.simulation.clients)
         strategy = load_strategy(run.strategy, run.work)
-        self._learning = Learning.begin(
-            strategy, framework.initial_model(task, seed=run.seed, unit=run.privacy.unit), Central.of(run)
-        )
+        first = first_model(task, seed=run.seed, unit=run.privacy.unit)
+        self._learning = Learning.begin(strategy, first, Central.of(run))
         self.threads = suitable_threads(self._learning.layout.size)
         kind = self._learning.order(1).kind
         sums = SumTerms.of(run, strategy, self._learning.layout)
         self._accounts = Accounts(run, kind, sums.mechanism if sums is not None else None)
-        self._clients = Clients(run, task, self._population, self._accounts)
         terms = self._accounts.terms
         # At example level the clip is for the gradients of examples, not for updates.
         self._clip = None if terms and terms.unit == "example" else run.privacy.clip
@@ -128,14 +124,9 @@ class Driver:
         self._timers: dict[tuple[OrderId, str], tuple[float, DeadlinePassed]] = {}
         self._last = _Last()
         self._out: Array = np.empty(self._learning.layout.size, np.float32)
-        self._ahead = chosen(
-            wanted,
-            run,
-            task,
-            self._clients,
-            kind=kind,
-            size=self._learning.layout.size,
-            origin=origin,
+        size = self._learning.layout.size
+        self._clients, self._ahead = employed(
+            wanted, run, task, self._population, self._accounts, kind=kind, size=size, origin=origin
         )
         self._engine = self._ahead.name
 

@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from fedge.errors import ConfigError
 from fedge.run import RunConfig
-from fedge.task import Task, load_task
+from fedge.task import OwnTask, Task, load_any_task
 from fedge_client.torch.threads import using_threads
 from fedge_sim.driver import Driver
 from fedge_sim.engines.accelerator import reproducible
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 def simulate(
     run: RunConfig | Path | str,
     *,
-    task: Task | None = None,
+    task: Task | OwnTask | None = None,
     clients: int | None = None,
     rounds: int | None = None,
     seed: int | None = None,
@@ -36,7 +36,8 @@ def simulate(
     """Run a federation on this machine. The same run and seed give the same bits.
 
     `run` is a RunConfig or the path of a run.toml, from whose folder the task is then imported; `task`
-    takes the place of the task it names, and `clients`, `rounds` and `seed` of its own numbers. The engine
+    takes the place of the task it names (the loop alone works for one that trains by itself), and `clients`, `rounds`
+    and `seed` of its own numbers. The engine
     "vectorised" trains a cohort as one stacked tensor where the model allows it (`fedge_sim.engines.cohort`), to the
     same numbers but for float32's rounding; "processes" has `workers` processes of one thread train (as many as there
     are processors unless given), whose number changes no bit; "loop" is one client after the other, to the bits of a
@@ -70,7 +71,7 @@ def simulate_in(
     folder: Path | None,
     run: RunConfig,
     *,
-    task: Task | None = None,
+    task: Task | OwnTask | None = None,
     numbers: Mapping[str, int | None] = MappingProxyType({}),
     engine: EngineName = "auto",
     workers: int | None = None,
@@ -82,7 +83,7 @@ def simulate_in(
     run = _with(run, **numbers)
     origin = Origin.of(task, name=run.task, folder=folder)
     if task is None:
-        task = load_task(run.task, path=folder)
+        task = load_any_task(run.task, path=folder)
     if left_out := run.left_out(task.metrics):
         log.warning("metrics_left_out %s", left_out)
     keep_freed()

@@ -15,7 +15,7 @@ from fedge.errors import ConfigError, TaskError
 from fedge.run import RunConfig
 from fedge.seeds import derive_seed
 from fedge.simulation import Simulation
-from fedge.task import Site, Task
+from fedge.task import OwnTask, Site, Task
 from fedge_client.torch.batches import Batches, examples
 from fedge_sim import partition
 from fedge_sim.adversaries import Adversaries
@@ -44,12 +44,14 @@ class Population:
         self._kept: OrderedDict[str, Data] = OrderedDict()
 
     @classmethod
-    def of(cls, run: RunConfig, task: Task, *, count: int) -> Population:
-        """The population that `[simulation]` describes.
+    def of(cls, run: RunConfig, task: Task | OwnTask, *, count: int) -> Population:
+        """The population that `[simulation]` describes; of a task that trains by itself, the names alone.
 
         Raises:
             ConfigError, TaskError: the data cannot be divided so, or the task cannot give it.
         """
+        if isinstance(task, OwnTask):
+            return cls(count, _its_own, cohort=run.cohort.size)
         settings = run.simulation
         skew = Skew(settings.feature_skew, settings.label_noise, run.seed)
         names = names_of(count)
@@ -199,6 +201,10 @@ def _targets(train: Any) -> torch.Tensor | None:
     """All of a training set's that lie in a tensor."""
     batches = Batches(train, "full")
     return batches.tensors[1][batches.rows] if batches.tensors is not None else None
+
+
+def _its_own(index: int) -> Data:
+    raise TaskError("the task trains by itself: nobody else knows its data")
 
 
 def _data(task: Task, name: str, index: int, count: int) -> Data:

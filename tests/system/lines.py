@@ -25,7 +25,7 @@ def loss(w: np.ndarray, x: np.ndarray, y: np.ndarray) -> float:
 
 @client_app.train()
 def train(message: Message, context: Context) -> Message:
-    x, y = points(int(context.node_config["partition"]))
+    x, y = points(int(context.node_config["partition-id"]))
     config, w = message.content["config"], message.content["arrays"]["w"].numpy().astype(np.float64)
     turns = context.state.config_records.setdefault("turns", ConfigRecord({"count": 0}))
     turns["count"] = int(turns["count"]) + 1
@@ -43,7 +43,7 @@ def train(message: Message, context: Context) -> Message:
 
 @client_app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    x, y = points(int(context.node_config["partition"]))
+    x, y = points(int(context.node_config["partition-id"]))
     metrics = MetricRecord(
         {"loss": loss(message.content["arrays"]["w"].numpy(), x, y), "num-examples": len(y)}
     )

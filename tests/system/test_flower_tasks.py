@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import lines
 import numpy as np
 import pytest
 from harness import Federation, coordinator, fedge, fedge_ok
+from safetensors.numpy import load_file
 
 from fedge.vector import Array
 from fedge.wire import fedge_pb2 as pb
@@ -29,7 +31,7 @@ metrics = ["train_loss", "loss"]
 def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
     with coordinator(tmp_path_factory.mktemp("lines")) as started:
         for at in SITES:
-            started.enrol(f"site-{at}", data={"partition": at})
+            started.enrol(f"site-{at}", data={"partition-id": at})
             shutil.copy(lines.__file__, started.folder / f"site-{at}")
             started.start(f"site-{at}")
         yield started
@@ -109,13 +111,37 @@ def test_privacy_of_examples_is_refused_where_nobody_could_see_to_it(
     (tmp_path / "run.toml").write_text(text)
     done = fedge("run", "submit", tmp_path / "run.toml", "--admin", federation.admin_toml)
     assert done.returncode == 6
-    assert "trains by itself: its examples cannot be protected" in done.stderr
+    assert "trains by itself, so that its examples cannot be protected" in done.stderr
+
+
+def test_the_simulation_of_such_a_run_comes_to_the_same_bits(federation: Federation, tmp_path: Path) -> None:
+    detail = submitted(federation, tmp_path, run_toml())
+    fedge_ok("simulate", tmp_path / "run.toml", "--clients", "3", "--out", tmp_path / "results")
+    (simulated,) = (tmp_path / "results").rglob("model.safetensors")
+    found = load_file(simulated)
+    assert np.array_equal(found["w"].reshape(-1), federation.model(detail.summary.run_id))
+
+
+def test_what_such_a_run_costs_is_planned_as_for_any_other(federation: Federation, tmp_path: Path) -> None:
+    privacy = '[privacy]\nunit = "client"\nepsilon = 8.0\ndelta = 1e-5\nclip = 1.0\n'
+    secure = "[secure_aggregation]\nenabled = true\n"
+    shutil.copy(lines.__file__, tmp_path)
+    (tmp_path / "run.toml").write_text(run_toml(more=privacy + secure))
+    client = federation.folder / "site-0/client.toml"
+    planned = json.loads(fedge_ok("privacy", "plan", tmp_path / "run.toml", "--json"))
+    at_site = json.loads(fedge_ok("privacy", "plan", tmp_path / "run.toml", "--client", client, "--json"))
+    assert at_site["cost"]["epsilon"] == planned[0]["epsilon"] <= 8.0
+    assert at_site["examples"] == 0
+    (tmp_path / "run.toml").write_text(run_toml(more=privacy.replace('"client"', '"example"')))
+    refused = fedge("privacy", "plan", tmp_path / "run.toml", "--client", client)
+    assert refused.returncode == 6
+    assert "its examples cannot be protected" in refused.stderr
 
 
 def test_a_client_app_that_raises_tells_the_coordinator_no_more_than_that(
     federation: Federation, tmp_path: Path
 ) -> None:
-    federation.enrol("site-9", data={"partition": 1, "broken": True})
+    federation.enrol("site-9", data={"partition-id": 1, "broken": True})
     shutil.copy(lines.__file__, federation.folder / "site-9")
     client = federation.start("site-9")
     try:

@@ -44,7 +44,8 @@ def task_from(
     an optimiser. The ClientApp is sent messages as Flower's FedAvg sends them, with "server-round", "lr", "batch-size",
     and "local-epochs" or "local-steps" of the run's `[work]` in their settings, and "fedge-work" ("train", or
     "gradient" for strategies of gradients). It returns arrays and metrics with "num-examples". What it finds in
-    `context.node_config` are the plain values of `[data]` in client.toml, unless `node_config` says otherwise; its
+    `context.node_config` are the plain values of `[data]` in client.toml, or in a simulation "partition-id" and
+    "num-partitions", unless `node_config` says otherwise; its
     `context.state` is kept for as long as the site's worker lives. While it works there is no progress to see:
     `[worker] hang_s` has to be longer.
     """
@@ -57,7 +58,7 @@ def task_from(
         return model_of(arrays(), buffers=buffers)
 
     def local(site: Site, work: Work) -> FlowerLocal:
-        config = node_config(site) if node_config is not None else _plain_values(site.config)
+        config = node_config(site) if node_config is not None else _settings_of_node(site)
         node = Node(node_id(site.name, 0), config)
         keys = arrayrecord_key, configrecord_key
         return FlowerLocal(client_app, node, arrays(), work, run_config or {}, buffers=buffers, keys=keys)
@@ -188,5 +189,7 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def _plain_values(config: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
-    return {name: value for name, value in config.items() if isinstance(value, bool | int | float | str)}
+def _settings_of_node(site: Site) -> dict[str, bool | int | float | str]:
+    if site.index is not None and site.count is not None:
+        return {"partition-id": site.index, "num-partitions": site.count}
+    return {name: value for name, value in site.config.items() if isinstance(value, bool | int | float | str)}

@@ -15,14 +15,13 @@ from rich.table import Table
 
 from fedge.checkpoint import to_safetensors
 from fedge.config import read_toml
-from fedge.errors import ConfigError, RefusedError, RunError
+from fedge.errors import ConfigError, RunError
 from fedge.files import read_capped, write_atomic
 from fedge.principal import MAX_CERTIFICATE_BYTES
 from fedge.privacy.statement import MAX_STATEMENT_BYTES, document, verify
-from fedge.refusal import Refusal, RefusalCode
 from fedge.run import RunConfig
 from fedge.strategy import load_strategy
-from fedge.task import OwnTask, load_any_task, load_framework
+from fedge.task import first_model, load_any_task
 from fedge.vector import Model, bytes_of
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire import fedge_pb2_grpc as services
@@ -79,12 +78,7 @@ def initial_model(config: RunConfig, *, folder: Path) -> Model:
     task = load_any_task(config.task, path=folder)
     if left_out := config.left_out(task.metrics):
         Console(stderr=True).print(f"note: {left_out}", highlight=False, markup=False)
-    if isinstance(task, OwnTask):
-        if config.privacy.unit == "example":
-            why = f'task {config.task!r} trains by itself: its examples cannot be protected; use unit = "client"'
-            raise RefusedError(Refusal(RefusalCode.MODEL_NOT_PRIVATE, why))
-        return task.initial(config.seed)
-    return load_framework().initial_model(task, seed=config.seed, unit=config.privacy.unit)
+    return first_model(task, seed=config.seed, unit=config.privacy.unit)
 
 
 def begin_run(link: services.AdminStub, run_toml: str, model: Model) -> str:

@@ -13,13 +13,16 @@ from fedge.errors import ConfigError
 from fedge.parallel import processors
 from fedge.run import RunConfig
 from fedge.strategy import WorkKind
-from fedge.task import Task
+from fedge.task import OwnTask, Task
 from fedge_sim.clients import Clients
 from fedge_sim.engines.accelerator import accelerator
 from fedge_sim.engines.ahead import Ahead, Makers
 from fedge_sim.engines.crew import Crew, UnsuitedError
 from fedge_sim.engines.processes import Processes
 from fedge_sim.engines.stacks import Stacks
+from fedge_sim.own import OwnClients
+from fedge_sim.population import Population
+from fedge_sim.privacy import Accounts
 
 EngineName = Literal["auto", "loop", "vectorised", "processes", "ray"]
 ENGINES: Final[tuple[EngineName, ...]] = ("auto", "loop", "vectorised", "processes", "ray")
@@ -46,10 +49,10 @@ class Origin:
     no name that another could import it by."""
 
     folder: Path | None = None
-    own: Task | None = None
+    own: Task | OwnTask | None = None
 
     @classmethod
-    def of(cls, given: Task | None, *, name: str, folder: Path | None) -> Origin:
+    def of(cls, given: Task | OwnTask | None, *, name: str, folder: Path | None) -> Origin:
         """Of a task that `simulate` was given, or else imported by its name."""
         module, _, attribute = name.partition(":")
         if given is None or getattr(sys.modules.get(module), attribute, None) is given:
@@ -83,7 +86,33 @@ class Wanted:
         return cls(engine, workers, found)
 
 
-def chosen(
+def employed(
+    wanted: Wanted,
+    run: RunConfig,
+    task: Task | OwnTask,
+    population: Population,
+    accounts: Accounts,
+    *,
+    kind: WorkKind,
+    size: int,
+    origin: Origin,
+) -> tuple[Clients | OwnClients, Ahead]:
+    """The clients of a run, and who works for several of them at once.
+
+    Raises:
+        ConfigError: the engine that is insisted on does not suit the run, or the task.
+    """
+    if isinstance(task, OwnTask):
+        if wanted.engine not in ("auto", "loop") or wanted.device is not None:
+            raise ConfigError(
+                f"engine {wanted.engine}: expected loop on this machine's processors for a task that trains by itself"
+            )
+        return OwnClients(run, task, population.names, accounts), Ahead((), insists=False)
+    clients = Clients(run, task, population, accounts)
+    return clients, _chosen(wanted, run, task, clients, kind=kind, size=size, origin=origin)
+
+
+def _chosen(
     wanted: Wanted,
     run: RunConfig,
     task: Task,
@@ -121,7 +150,8 @@ def chosen(
                 raise UnsuitedError("the task has no name by which another process could import it")
             if turns * (size + _TURN) < _PROCESSES_FROM:
                 raise UnsuitedError(f"a run of {turns} turns of clients is over before workers have started")
-        return Processes(run, kind=kind, size=size, workers=count, folder=origin.folder, own=origin.own)
+        own = task if origin.own is not None else None
+        return Processes(run, kind=kind, size=size, workers=count, folder=origin.folder, own=own)
 
     def on_ray() -> Crew:
         if origin.own is not None:

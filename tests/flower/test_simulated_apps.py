@@ -15,10 +15,23 @@ from flower_apps import APPS, assert_alike, by_flower, simulated
 
 
 @pytest.mark.parametrize(
-    "app", ["numpy_quickstart", "torch_quickstart", "legacy", "sklearn_app", "custom_strategy"]
+    "app",
+    [
+        "numpy_quickstart",
+        "torch_quickstart",
+        "legacy",
+        "sklearn_app",
+        "custom_strategy",
+        "flowers_strategies",
+    ],
 )
 def test_an_app_gives_the_results_that_it_has_in_flowers_own_simulation(app: str, tmp_path: Path):
     assert_alike(simulated(app, tmp_path, nodes=4), by_flower(app, tmp_path, nodes=4))
+
+
+def test_flowers_own_secure_aggregation_comes_to_the_mean(tmp_path: Path):
+    for found in (simulated("secagg", tmp_path, nodes=4), by_flower("secagg", tmp_path, nodes=4)):
+        assert found == pytest.approx([1.5 * (1 - 0.5**3)] * 3, abs=0.01)
 
 
 def test_what_an_app_is_run_with_changes_nothing(tmp_path: Path):

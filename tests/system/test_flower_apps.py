@@ -72,7 +72,15 @@ def alike(one: Any, other: Any) -> bool:
 
 
 @pytest.mark.parametrize(
-    "app", ["numpy_quickstart", "torch_quickstart", "legacy", "sklearn_app", "custom_strategy"]
+    "app",
+    [
+        "numpy_quickstart",
+        "torch_quickstart",
+        "legacy",
+        "sklearn_app",
+        "custom_strategy",
+        "flowers_strategies",
+    ],
 )
 def test_an_app_gives_the_results_that_it_has_in_the_simulation(
     app: str, hospitals: Federation, tmp_path: Path
@@ -80,6 +88,11 @@ def test_an_app_gives_the_results_that_it_has_in_the_simulation(
     found = on(hospitals, app, tmp_path / "deployed.json")
     expected = simulated(app, tmp_path / "simulated.json")
     assert alike(found, expected), (found, expected)
+
+
+def test_flowers_own_secure_aggregation_comes_to_the_mean(hospitals: Federation, tmp_path: Path):
+    found = on(hospitals, "secagg", tmp_path / "deployed.json")
+    assert found == pytest.approx([1.5 * (1 - 0.5**3)] * 3, abs=0.01)
 
 
 def test_queries_actions_mods_and_every_type_of_value_cross(hospitals: Federation, tmp_path: Path):

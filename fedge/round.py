@@ -18,10 +18,13 @@ epoch needs no setting. `MAX_EXTENSIONS` bounds even a client that lies about it
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, Final
+
+import numpy as np
 
 from fedge import secure_round
 from fedge.cohort import Round, Step, Terms, given_up
@@ -50,6 +53,7 @@ from fedge.events import (
     Unmasked,
 )
 from fedge.refusal import Refusal, RefusalCode
+from fedge.seeds import Numbers, derive_seed, mixed
 
 MAX_EXTENSIONS: Final = 1000
 """How often a round may outlive its deadline, for progress of a thousandth of the work each."""
@@ -73,22 +77,28 @@ def open_round(
     return waiting, (StartTimer(order, "waiting", terms.wait_s),)
 
 
-def ranks(seed: int, order: OrderId, clients: Iterable[str]) -> list[bytes]:
-    """Each client's place in the draw: a hash keyed by seed and order, so that anybody can recompute it."""
-    keyed = hashlib.sha256(f"{seed}\0{order.kind}\0{order.round}\0{order.attempt}\0".encode())
-    places = []
-    for client in clients:
-        place = keyed.copy()
-        place.update(client.encode())
-        places.append(place.digest())
-    return places
+def ranks(seed: int, order: OrderId, clients: tuple[str, ...]) -> Numbers:
+    """Each client's place in the draw (uint64[clients]), which seed, order and its name alone decide, so that anybody
+    can recompute it."""
+    return mixed(_marks(clients), derive_seed(seed, "draw", order.kind, order.round, order.attempt))
+
+
+@lru_cache(maxsize=4)
+def _marks(clients: tuple[str, ...]) -> Numbers:
+    """A number for each name; kept, since rounds draw from the same clients again and again."""
+    return np.fromiter(map(_mark, clients), np.uint64, len(clients))
+
+
+@lru_cache(maxsize=1 << 17)
+def _mark(client: str) -> int:
+    return int.from_bytes(hashlib.sha256(client.encode()).digest()[:8], "little")
 
 
 def _ranked(round: Round) -> Round:
     """The same with its candidates in the order of the draw."""
     clients, turns = round.candidates, round.turns
-    places = dict(zip(clients, ranks(round.seed, round.order, clients), strict=True))
-    drawn = sorted(clients, key=places.__getitem__)
+    order = np.argsort(ranks(round.seed, round.order, clients), kind="stable")
+    drawn = [clients[at] for at in order.tolist()]
     if turns:
         drawn.sort(key=lambda client: turns.get(client, 0))
     return replace(round, candidates=tuple(drawn))

@@ -32,7 +32,7 @@ from fedge.round import MAX_EXTENSIONS, open_round, ranks, step
 
 ORDER = OrderId("train", 3)
 BROKEN = Refusal(RefusalCode.WORKER_CRASHED, "the worker died")
-CLIENTS = [client for _, client in sorted(zip(ranks(7, ORDER, "abcdef"), "abcdef", strict=True))]
+CLIENTS = [client for _, client in sorted(zip(ranks(7, ORDER, tuple("abcdef")), "abcdef", strict=True))]
 A, B, C, D, E, F = CLIENTS  # by rank: A is asked first
 
 
@@ -102,7 +102,7 @@ def test_who_is_asked_does_not_depend_on_the_order_of_the_clients_given(order):
 
 
 def test_the_draw_is_keyed_by_seed_kind_round_and_attempt():
-    clients = [f"site-{n}" for n in range(50)]
+    clients = tuple(f"site-{n}" for n in range(50))
     draws = [
         [client for _, client in sorted(zip(ranks(seed, order, clients), clients, strict=True))]
         for seed, order in [

@@ -6,7 +6,7 @@ shapes, never a value: they leave the site.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import IterableDataset, Subset, TensorDataset, default_collate
 
 from fedge.errors import TaskError
-from fedge.seeds import derive_seed
+from fedge.seeds import mixed, stream
 
 _MIN_ROWS = 16
 
@@ -49,32 +49,24 @@ class Order:
     """Seeded permutations of 0..size-1. The last one is kept: every step of an epoch asks for it."""
 
     def __init__(self) -> None:
-        self._generator = torch.Generator()
         self._key = (-1, -1, -1)
         self._last = torch.empty(0, dtype=torch.int64)
 
     def permutation(self, size: int, *, seed: int, epoch: int) -> torch.Tensor:
         """A random permutation as int64[size]: a function of its arguments, whatever was asked before."""
         if self._key != (size, seed, epoch):
-            self._last = _permutation(size, derive_seed(seed, "epoch", epoch), self._generator)
+            self._last = permutations(size, seeds=[seed], epoch=epoch)[0]
             self._key = (size, seed, epoch)
         return self._last
 
 
-def permutations(size: int, *, seeds: Iterable[int], epoch: int) -> torch.Tensor:
-    """Those of several seeds, int64[seeds, size]: each as `Order.permutation` has it."""
-    generator, seeds = torch.Generator(), list(seeds)
-    found = torch.empty(len(seeds), size, dtype=torch.int64)
-    for seed, row in zip(seeds, found.unbind(), strict=True):
-        _permutation(size, derive_seed(seed, "epoch", epoch), generator, out=row)
-    return found
+def permutations(size: int, *, seeds: Sequence[int], epoch: int) -> torch.Tensor:
+    """Those of several seeds, int64[seeds, size]: each as `Order.permutation` has it.
 
-
-def _permutation(
-    size: int, seed: int, generator: torch.Generator, out: torch.Tensor | None = None
-) -> torch.Tensor:
-    generator.manual_seed(seed)
-    return torch.randperm(size, generator=generator, out=out)
+    The order of random numbers, since many seeds' are drawn and sorted at once.
+    """
+    keys = mixed(np.array(seeds, np.uint64), epoch)
+    return torch.from_numpy(np.argsort(stream(keys, size), axis=1, kind="stable"))
 
 
 class Batches:

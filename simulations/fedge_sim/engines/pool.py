@@ -146,7 +146,7 @@ class _Pool:
         weights = self._weights[members].view(len(parts), -1)
         epoch = first.batches.per_epoch * width
         for number in range(-(-first.steps // first.batches.per_epoch)):
-            seeds = (part.seed for part in parts)
+            seeds = [part.seed for part in parts]
             shuffled = rows.gather(1, permutations(first.batches.size, seeds=seeds, epoch=number))
             start, stop = number * epoch, min((number + 1) * epoch, first.steps * width)
             end = min(start + first.batches.size, stop)

@@ -57,7 +57,7 @@ class Row:
             return None
         pairs = zip(ours, theirs, strict=True)
         ratios = [self.value(one["values"]) / self.value(other["values"]) for one, other in pairs]
-        if not ratios:
+        if not ratios or min(ratios) <= 0:  # a coordinator that did not grow has no ratio
             return None
         middle = statistics.median(ratios)
         shown = f"{middle:.2g}x ({min(ratios):.2g} to {max(ratios):.2g})"

@@ -35,7 +35,7 @@ from fedge.privacy.ledger import (
     Trusted,
     Unprotected,
 )
-from fedge.privacy.lines import NONCE_BYTES, Header, Line, encode, encode_header
+from fedge.privacy.lines import NONCE_BYTES, Header, Line, decode, encode, encode_header
 from fedge.privacy.mechanism import Mechanism
 from fedge_client.ledger_file import (
     MAX_FILE_BYTES,
@@ -276,6 +276,7 @@ class Ledger:
                 data, digest = encode(line)
             except ValueError as error:
                 refuse(f"{self._paths.ledger}: {error}; give the run a shorter name")
+            decode(data)  # what could not be read again would lock out the owner: rather fail now
             if self._chain.size + len(data) > MAX_FILE_BYTES:
                 refuse(
                     f"{self._paths.ledger}: expected at most {MAX_FILE_BYTES} bytes, found no more room; give the "

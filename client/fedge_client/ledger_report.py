@@ -55,7 +55,8 @@ class Place:
         Raises:
             ConfigError: there are none.
         """
-        names = sorted(path.stem for path in folder.glob("*.ledger"))
+        # A head without a ledger is of one that was deleted.
+        names = sorted({path.stem for path in (*folder.glob("*.ledger"), *(folder / HEADS).glob("*.head"))})
         found = [name for name in names if dataset in (None, name)]
         if not found:
             there = f"those of {', '.join(names[:8])}" if names else "none"
@@ -138,6 +139,8 @@ def accept(place: Place, *, reason: str) -> bool:
 def _last_delta(place: Place) -> float:
     """That of the last record, whatever a head says."""
     deltas, path = [Policy().delta], Paths.of(place.folder, place.dataset, place.head_folder).ledger
+    if not path.exists():
+        return deltas[-1]
     with path.open("rb") as file:
         read_chain(file, path, head=None, visit=lambda line: deltas.append(line.delta))
     return deltas[-1]

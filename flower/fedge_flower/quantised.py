@@ -13,7 +13,8 @@ from flwr.app import Array, ArrayRecord, RecordDict
 
 from fedge.errors import RemoteProtocolError
 from fedge.vector import Array as Vector
-from fedge.vector import Layout
+from fedge.vector import Layout, all_finite
+from fedge_flower.asked import Asked
 from fedge_flower.layouts import record_of
 
 SCALES_OF: Final = ".fedge-scales"
@@ -35,25 +36,31 @@ def put(content: RecordDict, name: str, change: Vector, layout: Layout, rng: np.
 def _rounded(values: Vector, scale: np.float32, rng: np.random.Generator) -> np.ndarray:
     if scale == 0:  # all zeros, or so near that no float32 is between
         return np.zeros(values.shape, np.int8)
-    steps = values / scale
+    steps = np.asarray(values / scale)  # of no dimension numpy makes a number
     steps += rng.random(values.shape, np.float32)
     return np.clip(np.floor(steps, out=steps), -_LARGEST, _LARGEST, out=steps).astype(np.int8)
 
 
-def taken(content: RecordDict, start: Vector, layout: Layout, sent: ArrayRecord) -> RecordDict:
-    """The content with arrays as they would be without quantisation, of the types of those that were `sent`; as it is
-    if it has none in eight bits. `start` (float32[layout.size]) is what their change is added to.
+def taken(content: RecordDict, asked: Asked) -> RecordDict:
+    """The content with arrays as they would be without quantisation, of the types of those that were sent; as it is
+    if it has none in eight bits.
 
     Raises:
         RemoteProtocolError: the arrays or the scales are not what `put` makes.
+        ValueError: nothing was sent that they could be a change of.
     """
-    pairs = {name: name + SCALES_OF for name in content.array_records if name + SCALES_OF in content}
+    beside = {name: content.array_records.get(name + SCALES_OF) for name in content.array_records}
+    pairs = {name: scales for name, scales in beside.items() if scales is not None}
     if not pairs:
         return content
-    found = RecordDict({name: each for name, each in content.items() if name not in pairs.values()})
-    for name, beside in pairs.items():
-        change = _change(content.array_records[name], content.array_records[beside], layout)
-        found[name] = record_of(start + change, layout, sent)
+    left_out = {name + SCALES_OF for name in pairs}
+    found = RecordDict({name: each for name, each in content.items() if name not in left_out})
+    for name, scales in pairs.items():
+        sent = asked.sent(name)
+        values = sent.start + _change(content.array_records[name], scales, sent.layout)
+        if not all_finite(values):
+            raise RemoteProtocolError(f"record {name[:80]!r}: expected finite numbers, found others")
+        found[name] = record_of(values, sent.layout, sent.arrays)
     return found
 
 
@@ -63,10 +70,11 @@ def _change(numbers: ArrayRecord, scales: ArrayRecord, layout: Layout) -> Vector
         raise RemoteProtocolError(
             f"expected arrays and scales of {sorted(names)[:8]}, found {sorted(numbers)[:8]} and {sorted(scales)[:8]}"
         )
-    for name, each in numbers.items():
-        if each.dtype != "int8":
+    values = {name: each.numpy() for name, each in numbers.items()}
+    for name, each in values.items():
+        if each.dtype != np.int8:
             raise RemoteProtocolError(f"{name!r}: expected int8 beside scales, found {each.dtype}")
-    change = layout.flatten({name: each.numpy() for name, each in numbers.items()})
+    change = layout.flatten(values)
     for name, part in layout.views(change).items():
         part *= _scale(name, scales[name])
     return change

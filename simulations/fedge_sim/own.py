@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
-from fedge.errors import ConfigError, TaskError
+from fedge.errors import ConfigError, RefusedError, TaskError
 from fedge.events import OrderId, Send
 from fedge.run import RunConfig
 from fedge.seeds import work_seed
@@ -46,6 +46,7 @@ class OwnClients:
         """As `Clients.perform`.
 
         Raises:
+            RefusedError: the client does not do it.
             TaskError: the task's code fails.
         """
         seed = work_seed(self._run.seed, site=client, kind=order.kind, round=order.round)
@@ -54,7 +55,7 @@ class OwnClients:
             return local.do(
                 order, seed=seed, model=model, out=out, private=None, progress=lambda done, total: None
             )
-        except TaskError:
+        except (TaskError, RefusedError):
             raise
         except Exception as error:  # user code may raise anything
             raise TaskError(f"the task failed: {type(error).__name__}: {error}") from error

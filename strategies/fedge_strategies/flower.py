@@ -10,24 +10,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg as FlowersFedAvg
 from flwr.serverapp.strategy import Strategy
 
-from fedge.errors import ConfigError, FedgeError, RemoteProtocolError
+from fedge.errors import ConfigError, RemoteProtocolError
 from fedge.events import OrderId
 from fedge.exact import MAX_WEIGHT
 from fedge.learning import Learning
 from fedge.pipeline import Update
 from fedge.strategy import AnyStrategy, work_kind
-from fedge.vector import Array, Model, all_finite
+from fedge.vector import Model, all_finite
 from fedge_flower import quantised
+from fedge_flower.asked import Asked, ask
 from fedge_flower.layouts import model_of, record_of, vector_of
-from fedge_flower.work import WORK_KEY
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class InFlower(Strategy):
     ) -> Iterable[Message]:
         """Messages as Flower's FedAvg makes them, which say what nodes are to return."""
         self._go_on_from(arrays)
-        config[WORK_KEY] = self._kind
+        ask(config, self._kind, self._buffers)
         return self._flowers.configure_train(server_round, arrays, config, grid)
 
     def aggregate_train(
@@ -88,8 +88,10 @@ class InFlower(Strategy):
         if self._learning is None:
             raise ValueError("expected configure_train before aggregate_train")
         updates, good = [], []
+        kind: Literal["train", "gradient"] = "gradient" if self._kind == "gradient" else "train"
+        asked = Asked(kind, {"arrays": self._arrays}, self._buffers)
         for reply in replies:
-            if (update := self._update_of(reply, self._learning.model)) is not None:
+            if (update := self._update_of(reply, self._learning.model, asked)) is not None:
                 updates.append(update)
                 good.append(reply.content)
         if not updates:
@@ -138,27 +140,18 @@ class InFlower(Strategy):
             raise ConfigError("expected initial arrays of finite numbers, found NaN or infinity in them")
         return model
 
-    def _update_of(self, reply: Message, model: Model) -> Update | None:
+    def _update_of(self, reply: Message, model: Model, asked: Asked) -> Update | None:
         """What a node has returned, as a change of the model or a gradient; None if it is of no use."""
         node = reply.metadata.src_node_id
         try:
             if reply.has_error():
                 raise RemoteProtocolError(f"an error: {reply.error.reason}")
-            return self._checked(str(node), reply, model)
-        except (FedgeError, ValueError, KeyError, TypeError) as error:
+            return self._checked(str(node), quantised.taken(reply.content, asked), model)
+        except Exception as error:  # noqa: BLE001  # it is a stranger's, and may be anything
             log.warning("reply_left_out node=%d reason=%s: %s", node, type(error).__name__, error)
             return None
 
-    def _start(self, model: Model) -> Array:
-        """What a change in eight bits is added to, to be what a node returns otherwise."""
-        if self._kind == "train":
-            return model.vector
-        start = model.vector.copy()
-        start[: model.layout.trainable_size] = 0
-        return start
-
-    def _checked(self, node: str, reply: Message, model: Model) -> Update:
-        content = quantised.taken(reply.content, self._start(model), model.layout, self._arrays)
+    def _checked(self, node: str, content: RecordDict, model: Model) -> Update:
         ((_, arrays),) = content.array_records.items()
         ((_, metrics),) = content.metric_records.items()
         examples = metrics[self._flowers.weighted_by_key]
@@ -176,12 +169,13 @@ class InFlower(Strategy):
 
 class Dequantised(Strategy):
     """Any strategy of Flower's, for nodes with the mod `fedge_client.flower.quantise`: what they return is made
-    floating-point arrays again before the strategy sees it. Replies without quantisation pass as they are; one that
-    cannot be decoded is left out, with a warning. `InFlower` needs no such help."""
+    floating-point arrays again before the strategy sees it, as a change of what that node was sent. Replies without
+    quantisation pass as they are; one that cannot be decoded is left out, with a warning. `InFlower` needs no such
+    help."""
 
     def __init__(self, strategy: Strategy) -> None:
         self.strategy = strategy
-        self._sent = ArrayRecord()
+        self._asked: dict[int, Asked] = {}
 
     def summary(self) -> None:
         """Log what it is."""
@@ -192,15 +186,20 @@ class Dequantised(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """As the strategy's own."""
-        self._sent = arrays
-        return self.strategy.configure_train(server_round, arrays, config, grid)
+        messages = list(self.strategy.configure_train(server_round, arrays, config, grid))
+        different: dict[object, Asked] = {}  # most nodes are sent the same arrays
+        self._asked = {}
+        for each in messages:
+            asked = Asked.by(each.content)
+            key = asked.kind, *map(id, each.content.array_records.values())
+            self._asked[each.metadata.dst_node_id] = different.setdefault(key, asked)
+        return messages
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """As the strategy's own, of decoded replies."""
-        model = model_of(self._sent)
-        return self.strategy.aggregate_train(server_round, list(self._decoded(replies, model)))
+        return self.strategy.aggregate_train(server_round, list(self._decoded(replies)))
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -212,12 +211,13 @@ class Dequantised(Strategy):
         """As the strategy's own."""
         return self.strategy.aggregate_evaluate(server_round, replies)
 
-    def _decoded(self, replies: Iterable[Message], model: Model) -> Iterable[Message]:
+    def _decoded(self, replies: Iterable[Message]) -> Iterable[Message]:
         for reply in replies:
-            if reply.has_content():
+            node = reply.metadata.src_node_id
+            if reply.has_content() and node in self._asked:
                 try:
-                    reply.content = quantised.taken(reply.content, model.vector, model.layout, self._sent)
-                except (FedgeError, ValueError, TypeError) as error:
-                    log.warning("reply_left_out node=%d reason=%s", reply.metadata.src_node_id, error)
+                    reply.content = quantised.taken(reply.content, self._asked[node])
+                except Exception as error:  # noqa: BLE001  # it is a stranger's, and may be anything
+                    log.warning("reply_left_out node=%d reason=%s: %s", node, type(error).__name__, error)
                     continue
             yield reply

@@ -82,6 +82,18 @@ def test_a_ledger_in_a_folder_that_was_put_back_is_refused_until_its_owner_accep
     assert (found["delta"], found["records"]) == (1e-6, 4)
 
 
+def test_a_ledger_of_a_folder_that_was_deleted_is_missed(tmp_path: Path):
+    flower_ledger(tmp_path, "kept", 1e-6, 1)
+    flower_ledger(tmp_path, "deleted", 1e-6, 1)
+    (tmp_path / "deleted.ledger").unlink()
+    shown = CliRunner().invoke(app, ["ledger", str(tmp_path), "--verify"])
+    assert isinstance(shown.exception, RefusedError)
+    assert "it was deleted" in str(shown.exception)
+    arguments = ["ledger", str(tmp_path), "--dataset", "deleted", "--trust"]
+    assert "recorded" in CliRunner().invoke(app, arguments).output
+    assert CliRunner().invoke(app, ["ledger", str(tmp_path), "--verify"]).exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from fedge.privacy.rdp import epsilon_of
 from fedge.run import Work
 from fedge.task import OwnTask, Site, Task
 from fedge_client.flower import protect_examples
-from fedge_client.ledger_file import read_only
+from fedge_client.ledger import Ledger
+from fedge_client.ledger_file import HEADS, read_only
 from fedge_flower.internals import be
 
 EXAMPLES = 40
@@ -53,7 +55,7 @@ class Node:
         return Message(RecordDict(), reply_to=message)
 
     def answers(
-        self, kind: str = "train", arrays: Any = None, partition: int = 3, **config: Any
+        self, kind: str = "train", arrays: Any = None, partition: Any = 3, of: Any = None, **config: Any
     ) -> RecordDict:
         be(run_id=3, node_id=1)
         content: dict[str, Any] = {"arrays": arrays or zeros()}
@@ -62,6 +64,7 @@ class Node:
                 {name.replace("_", "-"): value for name, value in config.items()}
             )
         settings: Any = {"partition-id": partition, "fedge-ledger": str(self.folder)}
+        settings |= {"num-partitions": of} if of is not None else {}
         return self.app(
             Message(RecordDict(content), 7, kind), Context(3, 7, settings, RecordDict(), {})
         ).content
@@ -117,11 +120,112 @@ def test_what_was_spent_is_in_the_ledger_by_the_message_and_by_the_data_set(tmp_
 
 
 def test_settings_of_a_message_set_the_work_and_its_price(tmp_path: Path):
-    node = Node(tmp_path)
+    node = Node(tmp_path, adjustable=["lr", "batch-size", "local-epochs"])
     node.answers(lr=0.1, batch_size=10, local_epochs=2, server_round=5)
     schedule = Schedule.of(Work(epochs=2, batch_size=10), EXAMPLES, "train")
     assert schedule.steps == 8
     assert node.spent().spent().mechanisms == (schedule.mechanism(1.0),)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"batch_size": 10}, {"local_epochs": 2}, {"local_steps": 10**9}], ids=str
+)
+def test_how_long_a_node_works_is_not_the_server_apps_to_choose(setting: dict[str, int], tmp_path: Path):
+    node = Node(tmp_path)
+    node.answers(lr=0.5, batch_size="full", local_steps=1)  # what it does anyway
+    with pytest.raises(Exception, match="adjustable"):
+        node.answers(**setting)
+    assert node.spent().spent().mechanisms == (Gaussian(1.0, 1),)
+
+
+def test_work_that_nobody_can_account_for_is_refused_without_the_number_of_examples(tmp_path: Path):
+    node = Node(tmp_path, adjustable=["batch-size", "local-epochs"], task=large_task())
+    with pytest.raises(Exception, match="more steps than can be accounted for") as refused:
+        node.answers(batch_size=1, local_epochs=2**31 - 1)
+    assert not any(character.isdigit() for character in str(refused.value))
+
+
+def large_task() -> Task:
+    x = torch.zeros(700, 3)
+    sets = TensorDataset(x, x[:, :1])
+    return Task(model=lambda: nn.Linear(3, 1), data=lambda site: (sets, sets), loss=nn.functional.mse_loss)
+
+
+def test_data_are_loaded_once_whatever_the_learning_rate(tmp_path: Path):
+    loaded = []
+
+    def counted(site: Site) -> Any:
+        loaded.append(site.config["partition-id"])
+        return data(site)
+
+    node = Node(tmp_path, task=Task(model=TASK.model, data=counted, loss=TASK.loss))
+    for lr in (0.1, 0.05, 0.025):
+        for partition in (3, 4):
+            node.answers(partition=partition, lr=lr)
+    assert sorted(loaded) == [3, 4]
+
+
+@pytest.mark.parametrize("number", [True, 2.5, -1, 2**62], ids=str)
+def test_no_round_number_makes_a_ledger_unreadable(number: Any, tmp_path: Path):
+    node = Node(tmp_path)
+    node.answers(server_round=number)
+    node.answers(server_round=number)
+    assert node.spent().spent().mechanisms == (Gaussian(1.0, 2),)
+
+
+@pytest.mark.parametrize(
+    ("partition", "of"),
+    [
+        ("../x", None),
+        ("a" * 300, None),
+        ("a\0b", None),
+        (True, None),
+        (-1, None),
+        (3, 3),
+        (3, True),
+        (1.5, 2),
+    ],
+    ids=["up", "long", "zero", "bool", "negative", "beyond", "of bool", "half"],
+)
+def test_a_partition_is_a_number(partition: Any, of: Any, tmp_path: Path):
+    task = Task(model=TASK.model, data=lambda site: data(Site("", {"partition-id": 3})), loss=TASK.loss)
+    with pytest.raises(Exception, match="partition-id") as refused:
+        Node(tmp_path, task=task).answers(partition=partition, of=of)
+    assert str(tmp_path) not in str(refused.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_same_data_divided_otherwise_does_not_begin_with_nothing_spent(tmp_path: Path):
+    node = Node(tmp_path)
+    node.answers(partition=3, of=40)
+    with pytest.raises(Exception, match="expected one of 40 partitions"):
+        node.answers(partition=3, of=20)
+    node.answers(partition=4, of=40)
+    assert node.spent("partition-3-of-40").spent().mechanisms == (Gaussian(1.0, 1),)
+
+
+def test_messages_at_once_are_answered_one_after_the_other(tmp_path: Path):
+    node = Node(tmp_path)
+    messages = []
+    for _ in range(4):
+        be(run_id=3, node_id=1)
+        messages.append(Message(RecordDict({"arrays": zeros()}), 7, "train"))
+    settings: Any = {"partition-id": 3, "fedge-ledger": str(tmp_path)}
+    with ThreadPoolExecutor(4) as pool:
+        replies = list(
+            pool.map(lambda each: node.app(each, Context(3, 7, settings, RecordDict(), {})), messages)
+        )
+    assert len({flat(each.content["arrays"]).tobytes() for each in replies}) == 4
+    assert node.spent().spent().mechanisms == (Gaussian(1.0, 4),)
+
+
+def test_a_ledger_that_another_process_has_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    node = Node(tmp_path)
+    held = Ledger.open(tmp_path, "partition-3", 1e-5, head_folder=tmp_path / HEADS)
+    with held, pytest.raises(Exception, match="this site's ledger cannot be used"):
+        node.answers()
+    assert "another client at work" in caplog.text
+    node.answers()
 
 
 def test_a_gradient_is_one_step_whatever_the_work(tmp_path: Path):
@@ -248,7 +352,11 @@ def test_a_weight_of_two_names_goes_back_under_both(tmp_path: Path):
         ({"max_epsilon": 0.0}, "max_epsilon"),
         ({"max_epsilon": math.nan}, "max_epsilon"),
         ({"evaluation_noise_multiplier": -1.0}, "evaluation_noise_multiplier"),
+        ({"max_epsilon": math.inf}, "max_epsilon"),
         ({"ledger": Path("here")}, "absolute"),
+        ({"dataset": "../elsewhere"}, "dataset"),
+        ({"dataset": "a" * 64}, "dataset"),
+        ({"adjustable": ["momentum"]}, "adjustable"),
         ({"task": OwnTask(lambda seed: None, lambda site, work: None)}, "OwnTask"),  # type: ignore[arg-type,return-value]
     ],
     ids=lambda value: str(value)[:30] if isinstance(value, dict) else "",
@@ -271,10 +379,9 @@ def test_settings_that_protect_nothing_are_refused(settings: dict[str, Any], say
             "shape",
         ),
         ({"lr": -1.0}, "learning_rate"),
-        ({"batch_size": 0}, "batch_size"),
-        ({"local_steps": "many"}, "steps"),
+        ({"lr": "fast"}, "learning_rate"),
     ],
-    ids=["an array is missing", "another shape", "lr", "batch size", "steps"],
+    ids=["an array is missing", "another shape", "lr", "another lr"],
 )
 def test_a_message_that_makes_no_sense_costs_nothing(settings: dict[str, Any], says: str, tmp_path: Path):
     with pytest.raises(Exception, match=says):
@@ -289,7 +396,7 @@ def test_a_node_without_a_ledger_answers_nothing(tmp_path: Path):
         node.answers()
 
 
-def test_a_ledger_in_use_or_rolled_back_stops_everything(tmp_path: Path):
+def test_a_ledger_that_was_rolled_back_stops_everything(tmp_path: Path):
     node = Node(tmp_path)
     node.answers()
     kept = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
@@ -324,5 +431,5 @@ def test_an_app_trains_privately_until_its_budget_is_spent(
     monkeypatch.setenv("PRIVATE_APP_LEDGER", str(ledgers))
     check_report(run("private_app", tmp_path, nodes=4))
     for partition in range(4):
-        books = read_only(ledgers, f"partition-{partition}", head_folder=ledgers / "heads").books
+        books = read_only(ledgers, f"partition-{partition}-of-4", head_folder=ledgers / "heads").books
         assert books.spent().mechanisms == (Gaussian(6.0, 60),)

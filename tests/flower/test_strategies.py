@@ -29,7 +29,7 @@ APP = "fedge_strategies_app"
 def test_every_strategy_runs_in_flowers_own_simulation_and_gives_what_it_gives_in_ours(tmp_path: Path):
     found = by_flower(APP, tmp_path, nodes=4)
     assert_alike(simulated(APP, tmp_path, nodes=4), found)
-    for key in ("w", "train", "evaluate"):  # its mean of integers is rounded down, and moves them
+    for key in ("w", "train", "evaluate"):  # it averages integers, too
         assert_alike(found["mean"][key], found["flowers"][key])
     ours = {name: each for name, each in found.items() if name != "flowers"}
     assert all(each["steps"] == 7 for each in ours.values()), "integers stay as they were sent"

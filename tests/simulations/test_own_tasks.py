@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from fedge.errors import ConfigError, RefusedError, TaskError
+from fedge.refusal import Refusal, RefusalCode
 from fedge.run import RunConfig
 from fedge.task import OwnTask, Site
 from fedge.vector import Layout, Model, Tensor
@@ -71,6 +72,26 @@ def test_everything_that_looks_at_updates_alone_works_and_the_same_seed_gives_th
     found = [simulate(run(**tables), task=TASK, clients=6) for _ in range(2)]
     assert found[0].status == "done", found[0].reason
     assert np.array_equal(found[0].model.vector, found[1].model.vector)
+    plain = simulate(run(), task=TASK, clients=6)
+    assert not np.array_equal(found[0].model.vector, plain.model.vector), "it has done something"
+    assert np.abs(found[0].model.vector).max() < 20
+
+
+class Declines(Local):
+    """Refuses its second order."""
+
+    def do(self, order: Any, **others: Any) -> Outcome:
+        if order.kind == "train" and self.turns == 1 and self.index == 0:
+            self.turns += 1
+            raise RefusedError(Refusal(RefusalCode.WORK_NOT_ALLOWED, "not now"))
+        return super().do(order, **others)
+
+
+def test_a_client_that_refuses_costs_its_part_and_the_others_go_on():
+    cohort = {"size": 5, "quorum": 3}
+    found = simulate(run(cohort=cohort), task=OwnTask(TASK.initial, Declines), clients=5)
+    assert found.status == "done", found.reason
+    assert [row.clients for row in found.history if row.round == 2] != [5]
 
 
 @pytest.mark.parametrize(

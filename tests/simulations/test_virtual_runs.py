@@ -102,7 +102,7 @@ def test_an_order_that_does_not_fit_in_memory_fails(tmp_path: Path, monkeypatch:
     (tmp_path / "devices.json").write_text('[{"memory_mb": 1}, {"memory_mb": 0.0005}]')
     found = run(
         simulation={"devices": {"trace": "devices.json"}},
-        cohort={"size": 6, "quorum": 2, "attempts": 20},
+        cohort={"size": 8, "quorum": 2, "attempts": 20},
         rounds=2,
     )
     assert found.history[0].refused > 0

@@ -4,24 +4,25 @@ site's."""
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection
+import zlib
+from collections.abc import Callable
 
 import numpy as np
 from flwr.app import Context, Message
 
 from fedge.pipeline import Clip
-from fedge_client.flower.changes import Asked
 from fedge_flower import quantised
+from fedge_flower.asked import Asked
 from fedge_flower.layouts import record_of
 
 ClientAppCall = Callable[[Message, Context], Message]
 Mod = Callable[[Message, Context, ClientAppCall], Message]
 
 
-def clip(max_norm: float, *, buffers: Collection[str] = ()) -> Mod:
+def clip(max_norm: float) -> Mod:
     """A mod that scales what a node's training has changed down to an L2 norm of `max_norm`, all floating-point arrays
     together, in float32; shorter changes pass as they are. Where gradients are asked for, they are what is scaled, with
-    the change of the arrays named in `buffers`.
+    the change of what the ServerApp names as buffers.
 
     Arrays of other types go back as they were sent. Messages whose replies have no arrays pass. A reply that has other
     arrays than the message, or NaN or infinity in them, becomes an error: ValueError, and nothing of it leaves.
@@ -32,17 +33,18 @@ def clip(max_norm: float, *, buffers: Collection[str] = ()) -> Mod:
     layer = Clip(max_norm)
 
     def mod(message: Message, context: Context, call_next: ClientAppCall) -> Message:
-        asked = Asked.by(message, buffers)
+        asked = Asked.by(message.content)
         reply = call_next(message, context)
-        for each in asked.changes(reply):
-            clipped = each.start + layer.encode(each.change)
-            reply.content[each.name] = record_of(clipped, each.layout, each.sent)
+        if not reply.has_error():
+            for name, sent, change in asked.changes(reply.content):
+                clipped = sent.start + layer.encode(change)
+                reply.content[name] = record_of(clipped, sent.layout, sent.arrays)
         return reply
 
     return mod
 
 
-def quantise(*, buffers: Collection[str] = ()) -> Mod:
+def quantise() -> Mod:
     """A mod that sends what a node's training has changed as int8, a quarter of float32, with a scale for each array.
     Each number is off by less than 1/127 of its array's largest change, and right on average.
 
@@ -54,11 +56,14 @@ def quantise(*, buffers: Collection[str] = ()) -> Mod:
     """
 
     def mod(message: Message, context: Context, call_next: ClientAppCall) -> Message:
-        asked = Asked.by(message, buffers)
+        asked = Asked.by(message.content)
+        drawn = random.getrandbits(64)  # nothing is hidden by rounding
         reply = call_next(message, context)
-        rng = np.random.default_rng(random.getrandbits(64))  # nothing is hidden by rounding
-        for each in asked.changes(reply):
-            quantised.put(reply.content, each.name, each.change, each.layout, rng)
+        if not reply.has_error():
+            for name, sent, change in asked.changes(reply.content):
+                # Apps begin their generators anew at each message, all nodes alike: then the drawn bits are the same.
+                rng = np.random.default_rng([drawn, context.node_id, zlib.crc32(change.data)])
+                quantised.put(reply.content, name, change, sent.layout, rng)
         return reply
 
     return mod

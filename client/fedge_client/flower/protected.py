@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 from collections.abc import Collection, Iterator, Mapping
@@ -19,7 +20,6 @@ from fedge.config import build
 from fedge.errors import ConfigError, LocalProtocolError, RefusedError, TaskError
 from fedge.events import OrderId
 from fedge.privacy.example import ExampleLevel
-from fedge.privacy.mechanism import Mechanism
 from fedge.privacy.secure import KEY_BYTES, SecureSource
 from fedge.privacy.terms import Terms, price
 from fedge.refusal import Refusal, RefusalCode
@@ -29,20 +29,15 @@ from fedge.strategy import WorkKind
 from fedge.task import Site, Task
 from fedge_client import gate
 from fedge_client.flower.mods import ClientAppCall, Mod
-from fedge_client.ledger import Ledger
-from fedge_client.ledger_file import HEADS
+from fedge_client.flower.payment import Ledgers
 from fedge_client.protection import Protection
-from fedge_client.spending import as_told, log_refusal
+from fedge_flower.asked import Asked
 from fedge_flower.layouts import record_of, vector_of
-from fedge_flower.work import work_kind_of
 
 if TYPE_CHECKING:
     from fedge_client.torch.local import TorchLocal
 
 log = logging.getLogger(__name__)
-
-LEDGER_KEY: Final = "fedge-ledger"
-"""In a node's settings: the folder of the site's ledgers, an absolute path."""
 
 _SETTINGS: Final[Mapping[str, tuple[str, ...]]] = {
     "lr": ("learning_rate",),
@@ -68,6 +63,7 @@ def protect_examples(
     ledger: Path | None = None,
     dataset: str | None = None,
     work: Work | None = None,
+    adjustable: Collection[str] = ("lr",),
     evaluation_noise_multiplier: float | None = None,
     loss_bound: float = 10.0,
     unprotected: Collection[str] = (),
@@ -79,31 +75,32 @@ def protect_examples(
     step's sum (Abadi et al. 2016, Algorithm 1), and what that spends is in the data set's ledger, a file in the folder
     `ledger`, before it leaves. What would bring all that was ever spent of the data set above `max_epsilon` at `delta`
     (add-or-remove-one-example adjacency) is an error reply instead. Replies tell neither the number of examples nor a
-    metric: "num-examples" is 1.
+    metric: "num-examples" is 1. As in all of fedge's accounting the number of examples counts as known all the same: it
+    sets the sampling rate, and shows in how long the budget lasts.
 
-    The message's settings "lr", "batch-size", "local-epochs" and "local-steps" take the place of those of `work`, and
-    where "fedge-work" is "gradient", one noised gradient is returned. "evaluate" messages are answered with noised
+    `work` says how long a node trains on a message. Those of the settings "lr", "batch-size", "local-epochs" and
+    "local-steps" that are `adjustable` may come from the message instead; others are refused, unless they are what
+    `work` has: how long a node works, and for what price, is not the ServerApp's to choose. Where "fedge-work" is
+    "gradient", one noised gradient is returned. "evaluate" messages are answered with noised
     metrics where there is `evaluation_noise_multiplier`: a loss is counted up to `loss_bound`, other metrics within
     [0, 1]. Any other message, and "evaluate" without noise, is refused, unless its type ("query", "train.greet") is
     among `unprotected`: then the ClientApp answers it, **without any protection**.
 
     The task's `data` is called with a Site whose `config` is the node's settings. The ledger's folder may come from
     them instead, as "fedge-ledger"; it is the same folder for as long as the data is. `dataset` names the data in it:
-    by default "data", or "partition-N" where the node has a "partition-id".
+    by default "data", or where the node has a "partition-id" "partition-I-of-N", of which a folder has one N.
 
     Raises:
-        ConfigError: a number is out of its range, or the task is one that trains by itself.
+        ConfigError: a number or a name is none that can be, or the task is one that trains by itself.
     """
     if not isinstance(task, Task):
         raise ConfigError(
             f"expected a fedge.Task, whose model and loss are known, found a {type(task).__name__}"
         )
-    if not max_epsilon > 0:
-        raise ConfigError(f"max_epsilon: expected a number above 0, found {max_epsilon}")
-    if ledger is not None and not ledger.is_absolute():
-        raise ConfigError(
-            f"ledger: expected an absolute path, the same wherever Flower starts, found {ledger}"
-        )
+    if not 0 < max_epsilon < math.inf:
+        raise ConfigError(f"max_epsilon: expected a finite number above 0, found {max_epsilon}")
+    if unknown := set(adjustable) - set(_SETTINGS):
+        raise ConfigError(f"adjustable: expected some of {', '.join(_SETTINGS)}, found {sorted(unknown)}")
     try:
         terms = Terms(
             unit="example",
@@ -116,7 +113,8 @@ def protect_examples(
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    site = _Site(task, terms, work or Work(), max_epsilon=max_epsilon, ledger=ledger, dataset=dataset)
+    ledgers = Ledgers(delta, max_epsilon, ledger, dataset)
+    site = _Site(task, terms, work or Work(), frozenset(adjustable), ledgers)
     passing = frozenset(unprotected)
 
     def mod(message: Message, context: Context, call_next: ClientAppCall) -> Message:
@@ -135,9 +133,8 @@ class _Site:
     task: Task
     terms: Terms
     work: Work
-    max_epsilon: float
-    ledger: Path | None
-    dataset: str | None
+    adjustable: frozenset[str]
+    ledgers: Ledgers
 
     def answer(self, message: Message, context: Context) -> RecordDict:
         """What is returned for a message.
@@ -148,13 +145,12 @@ class _Site:
         """
         kind = _kind_of(message)
         order = OrderId(kind, _round_of(message.content))
-        work = _work_of(self.work, message.content)
+        work = self._work_for(message.content)
         with _ONE_AT_A_TIME:
-            local = _loaded(self, work, context.node_id, tuple(sorted(context.node_config.items())))
-            protection = self._protection(work, kind, local)
+            local = self._local(context, work)
             name, sent = _arrays_of(message.content, local)
             model = vector_of(local.layout, sent)
-            released = self._released(local, order, protection, model, context)
+            released = self._released(local, order, self._protection(work, kind, local), model, context)
         metrics = MetricRecord({**released.metrics, "num-examples": released.num_examples})
         if kind == "evaluate":
             return RecordDict({"metrics": metrics})
@@ -164,12 +160,38 @@ class _Site:
 
     def stand_aside(self, context: Context) -> None:
         """Note in the ledger that for those who see what comes now no epsilon bounds anything."""
-        with _ONE_AT_A_TIME, self._opened(context) as ledger:
-            ledger.unprotected(_run_of(context))
+        with _ONE_AT_A_TIME:
+            self.ledgers.note_unprotected(context)
 
     def _protection(self, work: Work, kind: WorkKind, local: TorchLocal) -> Protection:
         trained = "train" if kind == "evaluate" else kind
-        return Protection(self.terms, price(self.terms, work, trained, local.examples[0]))
+        try:
+            return Protection(self.terms, price(self.terms, work, trained, local.examples[0]))
+        except ValueError:  # which says how many steps that would be, and so how many examples there are
+            raise _refused("asked for more steps than can be accounted for") from None
+
+    def _local(self, context: Context, work: Work) -> TorchLocal:
+        config = tuple(sorted(context.node_config.items()))
+        return _loaded(self, context.node_id, config).for_work(work)
+
+    def _work_for(self, content: RecordDict) -> Work:
+        """The app's own, with what the message may say and says.
+
+        Raises:
+            ConfigError: it says what makes no sense.
+            RefusedError: it says what it may not.
+        """
+        fields = self.work.model_dump()
+        settings = _settings_of(content)
+        for name, (part, *others) in _SETTINGS.items():
+            if name not in settings or settings[name] == fields[part]:
+                continue
+            if name not in self.adjustable:
+                raise _refused(
+                    f"asked for another {name!r}; this site has only {sorted(self.adjustable)} adjustable"
+                )
+            fields |= {part: settings[name]} | dict.fromkeys(others)
+        return build(Work, fields, source="the message's settings")
 
     def _released(
         self, local: TorchLocal, order: OrderId, protection: Protection, model: np.ndarray, context: Context
@@ -178,7 +200,7 @@ class _Site:
         cost = protection.cost(order.kind)
         assert cost is not None  # there are terms
         out = np.zeros_like(model)
-        with self._paid(context, order, cost), _only_kinds_of_errors():
+        with self.ledgers.paying(context, order, cost), _only_kinds_of_errors():
             return self._done(local, order, protection, model, out, context)
 
     def _done(
@@ -212,53 +234,14 @@ class _Site:
         layout = None if order.kind == "evaluate" else local.layout
         return gate.release(out, outcome.num_examples, outcome.metrics, layout=layout, layers=(), terms=terms)
 
-    @contextmanager
-    def _paid(self, context: Context, order: OrderId, cost: Mechanism) -> Iterator[None]:
-        """Reserved before the work, spent after it: a process that dies in between has told nobody anything."""
-        with self._opened(context) as ledger:
-            entry = ledger.reserve(
-                _run_of(context), order, cost, unit="example", max_epsilon=self.max_epsilon
-            )
-            try:
-                yield
-            finally:
-                ledger.sending(entry)
-                ledger.commit(entry, cost)
 
-    @contextmanager
-    def _opened(self, context: Context) -> Iterator[Ledger]:
-        """The ledger of the node's data, whose refusals name what is left to the site's own log alone."""
-        folder, dataset = self._folder(context), self._dataset_of(context)
-        try:
-            with Ledger.open(folder, dataset, self.terms.delta, head_folder=folder / HEADS) as opened:
-                yield opened
-        except RefusedError as error:
-            log_refusal(error)
-            raise as_told(error) from None
-
-    def _folder(self, context: Context) -> Path:
-        found = self.ledger or context.node_config.get(LEDGER_KEY)
-        if not isinstance(found, str | Path) or not Path(found).is_absolute():
-            raise ConfigError(
-                f"expected the absolute path of a folder for the site's ledgers, as `ledger` or as {LEDGER_KEY!r} in "
-                "the node's settings, found none"
-            )
-        return Path(found)
-
-    def _dataset_of(self, context: Context) -> str:
-        if self.dataset is not None:
-            return self.dataset
-        partition = context.node_config.get("partition-id")
-        return f"partition-{partition}" if partition is not None else "data"
-
-
-@lru_cache(maxsize=1)
-def _loaded(site: _Site, work: Work, node_id: int, config: tuple[tuple[str, Any], ...]) -> TorchLocal:
+@lru_cache(maxsize=4)
+def _loaded(site: _Site, node_id: int, config: tuple[tuple[str, Any], ...]) -> TorchLocal:
     """A node's data, loaded and found to be such that its examples can be protected."""
     from fedge_client.torch.local import TorchLocal  # torch takes seconds to import: only for real work
 
     with _only_kinds_of_errors():
-        local = TorchLocal(site.task, work, seed=_SEED, threads=None)
+        local = TorchLocal(site.task, site.work, seed=_SEED, threads=None)
         local.load(Site(f"node-{node_id}", dict(config)), private=True)
     return local
 
@@ -276,14 +259,10 @@ def _only_kinds_of_errors() -> Iterator[None]:
         raise TaskError(f"the task's code failed ({type(error.__cause__ or error).__name__})") from None
 
 
-def _run_of(context: Context) -> str:
-    return f"flower-{context.run_id}"
-
-
 def _kind_of(message: Message) -> WorkKind:
     match message.metadata.message_type:
         case "train":
-            return work_kind_of(message.content)
+            return Asked.by(message.content).kind
         case "evaluate":
             return "evaluate"
         case other:
@@ -312,17 +291,7 @@ def _settings_of(content: RecordDict) -> dict[str, Any]:
 
 def _round_of(content: RecordDict) -> int:
     found = _settings_of(content).get("server-round", 1)
-    return found if isinstance(found, int) and found >= 1 else 1
-
-
-def _work_of(work: Work, content: RecordDict) -> Work:
-    """The app's own, with what the message says."""
-    fields = work.model_dump()
-    settings = _settings_of(content)
-    for name, (part, *others) in _SETTINGS.items():
-        if name in settings:
-            fields |= {part: settings[name]} | dict.fromkeys(others)
-    return build(Work, fields, source="the message's settings")
+    return found if type(found) is int and found >= 1 else 1  # True is no round
 
 
 def _refused(message: str) -> RefusedError:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from copy import copy
+from typing import Any, Self
 
 from fedge.errors import RefusedError
 from fedge.events import OrderId
@@ -28,6 +29,12 @@ class TorchLocal:
         self._train: Any = ()
         self._test: Any = ()
         self.examples = (0, 0)
+
+    def for_work(self, work: Work) -> Self:
+        """The same model and data, for other work."""
+        other = copy(self)
+        other._work = work
+        return other
 
     @property
     def layout(self) -> Layout:

@@ -109,10 +109,10 @@ def employed(
             )
         return OwnClients(run, task, population.names, accounts), Ahead((), insists=False)
     clients = Clients(run, task, population, accounts)
-    return clients, _chosen(wanted, run, task, clients, kind=kind, size=size, origin=origin)
+    return clients, chosen(wanted, run, task, clients, kind=kind, size=size, origin=origin)
 
 
-def _chosen(
+def chosen(
     wanted: Wanted,
     run: RunConfig,
     task: Task,

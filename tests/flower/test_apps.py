@@ -150,10 +150,10 @@ def test_there_are_some_nodes_and_processes(named: dict[str, int], says: str):
 def test_an_app_that_cannot_run_ends_with_the_reason(old: str, new: str, says: str, tmp_path: Path):
     app = FlowerApp.load(app_in(tmp_path, old, new))
     if not says:  # every reply is an error: Flower's strategy goes on without
-        assert simulate_app(app, config=app.config, nodes=2, workers=1).replies == 12
+        assert simulate_app(app, config=app.config, nodes=4, workers=1).replies == 24
         return
     with pytest.raises(TaskError, match=says):
-        simulate_app(app, config=app.config, nodes=2, workers=1)
+        simulate_app(app, config=app.config, nodes=4, workers=1)
 
 
 @pytest.fixture

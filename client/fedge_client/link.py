@@ -16,7 +16,7 @@ from fedge.faults import Faults
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire import fedge_pb2_grpc as services
 from fedge.wire.chunks import data_of_chunk, frames
-from fedge.wire.limits import CHANNEL_OPTIONS, CHUNK_BYTES, PROTOCOL
+from fedge.wire.limits import APP_CHUNK_BYTES, CHANNEL_OPTIONS, CHUNK_BYTES, PROTOCOL
 from fedge.wire.status import RETRY_AFTER, error_of
 from fedge_client.download import Download
 from fedge_client.identity import Identity
@@ -167,13 +167,14 @@ class Link:
         """Send a large update's bytes, or those of a reply, in chunks, from `offset` on; the receipt says whether it
         counts."""
         first = pb.DeliverRequest(offset=offset)
+        size = CHUNK_BYTES if isinstance(what, pb.Update) else APP_CHUNK_BYTES
         (first.update if isinstance(what, pb.Update) else first.reply).CopyFrom(what)  # type: ignore[arg-type]  # its own
 
         def requests() -> Iterator[bytes]:
             yield first.SerializeToString()
-            for number, frame in enumerate(frames(view, offset=offset, deliver=True), 1):
+            for number, frame in enumerate(frames(view, offset=offset, deliver=True, size=size), 1):
                 yield frame
-                if 2 * (offset + number * CHUNK_BYTES) >= len(view):
+                if 2 * (offset + number * size) >= len(view):
                     self._faults.reach("update.half")
 
         with self._errors():

@@ -13,6 +13,10 @@ PROTOCOL = 1
 CHUNK_BYTES = 256 << 10
 """Bytes of a chunk: a multiple of an element's four. What a link that breaks may cost, and what each upload holds."""
 
+APP_CHUNK_BYTES = 1 << 20
+"""As that, of what messages of Flower apps carry: of which there are few on their way at once, as of updates not, and
+each of whose chunks costs some time whatever its size."""
+
 MAX_MESSAGE_BYTES = 16 << 20
 """What gRPC accepts as one message: the largest is an offer, with a layout of many tensors."""
 

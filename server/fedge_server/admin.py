@@ -20,7 +20,7 @@ from fedge.wire import fedge_pb2_grpc as services
 from fedge.wire.codec import check_blob, decode_layout, encode_layout
 from fedge.wire.limits import CHUNK_BYTES, check_size
 from fedge_server.apps.app_run import in_short
-from fedge_server.apps.conversation import Conversation
+from fedge_server.apps.conversation import Conversation, Request
 from fedge_server.callers import Context, answering, caller, refuse
 from fedge_server.coordinator import Coordinator, Submission
 from fedge_server.driver import RunDriver
@@ -152,9 +152,9 @@ class AdminService(services.AdminServicer):
             certificate=self._credential.certificate_pem,
         )
 
-    async def App(
-        self, request_iterator: AsyncIterator[pb.AppRequest], context: Context
-    ) -> AsyncIterator[pb.AppEvent]:
+    async def App(  # type: ignore[override]  # contents pass as bytes: see handlers.py
+        self, request_iterator: AsyncIterator[Request], context: Context
+    ) -> AsyncIterator[pb.AppEvent | bytes]:
         """A Flower app's ServerApp, for as long as it runs: messages for nodes come in, and their replies go out."""
         try:
             admin = await caller(context, self._membership, role="admin")

@@ -11,6 +11,7 @@ from grpc import aio
 
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire import fedge_pb2_grpc as services
+from fedge.wire.chunks import encoded, open_app_request
 from fedge.wire.limits import MAX_SMALL_BYTES
 from fedge_server.admin import AdminService
 from fedge_server.callers import Context, not_a_message, refuse
@@ -66,6 +67,14 @@ def add_services(
     for service, handlers in (("Federation", sites), ("Enrolment", newcomers)):
         name = pb.DESCRIPTOR.services_by_name[service].full_name
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
+    operators = {
+        "App": grpc.stream_stream_rpc_method_handler(
+            admin.App, request_deserializer=open_app_request, response_serializer=encoded
+        )
+    }
+    # The first that knows a call answers it: this one comes before the generated one.
+    name = pb.DESCRIPTOR.services_by_name["Admin"].full_name
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, operators),))
     services.add_AdminServicer_to_server(admin, server)
 
 

@@ -13,7 +13,7 @@ from fedge.wire import fedge_pb2 as pb
 from fedge.wire.chunks import frame, frames, open_deliver_request
 from fedge.wire.codec import decode_order_id, decode_refusal
 from fedge.wire.keys import encode_directory
-from fedge.wire.limits import CHUNK_BYTES, PROTOCOL
+from fedge.wire.limits import APP_CHUNK_BYTES, CHUNK_BYTES, PROTOCOL
 from fedge_server import sessions
 from fedge_server.callers import Context, answering, caller, messages, refuse
 from fedge_server.clock import now
@@ -288,5 +288,5 @@ def _offset(request: pb.FetchRequest, size: int) -> int:
 
 async def _stored(upload: Upload, offset: int) -> AsyncIterator[bytes]:
     """What is left of something in the spool, in chunks."""
-    for start in range(offset, upload.size, CHUNK_BYTES):
-        yield frame(upload.read(start, min(start + CHUNK_BYTES, upload.size)))
+    for start in range(offset, upload.size, APP_CHUNK_BYTES):
+        yield frame(upload.read(start, min(start + APP_CHUNK_BYTES, upload.size)))

@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from fedge.errors import RemoteProtocolError
 from fedge.wire import chunks
 from fedge.wire import fedge_pb2 as pb
-from fedge.wire.chunks import data_of_chunk, frames, open_deliver_request
+from fedge.wire.chunks import (
+    app_event,
+    app_request,
+    data_of_chunk,
+    encoded,
+    frames,
+    open_app_event,
+    open_app_request,
+    open_deliver_request,
+)
 
 UPDATE = pb.DeliverRequest(update=pb.Update(run_id="run", num_examples=3))
 
@@ -45,6 +54,26 @@ def test_what_a_chunk_carries_is_not_copied():
     data = data_of_chunk(frame)
     assert isinstance(data, memoryview)
     assert data.obj is frame
+
+
+@given(st.binary(max_size=300))
+def test_contents_of_apps_are_framed_and_read_as_protobuf_does_it(data: bytes):
+    assert app_request(data) == pb.AppRequest(data=data).SerializeToString()
+    assert app_event(data) == pb.AppEvent(data=data).SerializeToString()
+    assert open_app_request(app_request(data)) == data
+    assert open_app_event(app_event(data)) == data
+    # As somebody may write it who takes more bytes for a length than it needs.
+    long = bytes((0x80 | len(data) & 0x7F, 0x80 | len(data) >> 7, 0))
+    assert open_app_request(b"\x1a" + long + data) == data
+    assert encoded(data) is data
+
+
+def test_messages_of_apps_are_told_apart_from_bytes_and_from_what_is_none():
+    request, event = pb.AppRequest(close=pb.AppClose(failed="x")), pb.AppEvent(nodes=pb.AppNodes(ids=[1]))
+    assert open_app_request(encoded(request)) == request
+    assert open_app_event(encoded(event)) == event
+    assert open_app_request(b"\xff\xff") is None
+    assert open_app_event(b"\x1a\x05x") is None
 
 
 def test_a_description_and_bytes_are_told_apart():

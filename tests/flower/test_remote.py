@@ -36,19 +36,19 @@ class Gone(grpc.RpcError):
 class Stream:
     """One stream of a coordinator that does what a test says."""
 
-    def __init__(self, requests: Iterator[pb.AppRequest]) -> None:
-        self.heard: list[pb.AppRequest] = []
-        self._events: queue.Queue[pb.AppEvent | Exception] = queue.Queue()
+    def __init__(self, requests: Iterator[pb.AppRequest | bytes]) -> None:
+        self.heard: list[Any] = []
+        self._events: queue.Queue[pb.AppEvent | bytes | Exception | None] = queue.Queue()
         threading.Thread(target=lambda: self.heard.extend(requests), daemon=True).start()
 
-    def says(self, *events: pb.AppEvent | Exception) -> None:
+    def says(self, *events: pb.AppEvent | bytes | Exception | None) -> None:
         for each in events:
             self._events.put(each)
 
     def opens(self) -> None:
         self.says(pb.AppEvent(opened=pb.AppOpened(run_id="app-1")), pb.AppEvent(nodes=pb.AppNodes(ids=[11])))
 
-    def __iter__(self) -> Iterator[pb.AppEvent]:
+    def __iter__(self) -> Iterator[pb.AppEvent | bytes | None]:
         while True:
             event = self._events.get(timeout=60)
             if isinstance(event, Exception):
@@ -69,7 +69,7 @@ class Coordinator:
         self.streams: list[Stream] = []
         self._opening = opening
 
-    def App(self, requests: Iterator[pb.AppRequest]) -> Stream:
+    def __call__(self, requests: Iterator[pb.AppRequest | bytes]) -> Stream:
         stream = Stream(requests)
         self.streams.append(stream)
         self._opening(len(self.streams), stream)
@@ -95,7 +95,7 @@ def reply_to(id: str) -> pb.AppEvent:
 def begun(coordinator: Coordinator) -> tuple[Remote, list[str], list[str]]:
     said: list[str] = []
     heard: list[str] = []
-    found = Remote(coordinator, OFFER, server="c:1", say=said.append)  # type: ignore[arg-type]  # a few lines of it
+    found = Remote(coordinator, OFFER, server="c:1", say=said.append)
     found.to(lambda packed: heard.append(packed.about.reply_to), lambda: None)
     return found, said, heard
 
@@ -207,10 +207,20 @@ def test_a_reply_of_another_length_than_it_says_ends_the_app():
     found, _, heard = begun(coordinator)
     huge = reply_to("1")
     huge.reply.content.CopyFrom(pb.Blob(digest=bytes(32), size=3))
-    coordinator.streams[0].says(huge, pb.AppEvent(data=b"1234"))
+    coordinator.streams[0].says(huge, b"1234")
     with pytest.raises(RemoteProtocolError, match="expected 3 bytes of a reply, found others"):
         found.wait_for(2, seconds=60.0)
     assert heard == []
+    found.close()
+
+
+@pytest.mark.parametrize("event", [None, b"1234"], ids=["noise", "bytes of nothing"])
+def test_an_event_that_is_none_ends_the_app(event: bytes | None):
+    coordinator = Coordinator(lambda number, stream: stream.opens())
+    found, _, _ = begun(coordinator)
+    coordinator.streams[0].says(event)
+    with pytest.raises(RemoteProtocolError, match="expected news of the app"):
+        found.wait_for(2, seconds=60.0)
     found.close()
 
 
@@ -222,7 +232,7 @@ def test_a_reply_for_which_there_is_no_room_is_an_error_for_that_message(monkeyp
     found.to(replies.append, lambda: None)
     large = reply_to("1")
     large.reply.content.CopyFrom(pb.Blob(digest=bytes(32), size=8))
-    data = pb.AppEvent(data=b"1234")
+    data = b"1234"
     coordinator.streams[0].says(large, data, data, reply_to("2"))
     until(lambda: len(replies) == 2)
     assert isinstance(replies[0].about.content, AppError)

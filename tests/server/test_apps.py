@@ -17,7 +17,7 @@ from fedge.wire.codec import encode_blob
 from fedge.wire.limits import INLINE_BYTES, Limits
 from fedge_server.apps import app_run, switchboard
 from fedge_server.apps.app_run import AppRun
-from fedge_server.apps.conversation import Conversation
+from fedge_server.apps.conversation import Conversation, Request
 from fedge_server.apps.switchboard import Switchboard
 from fedge_server.spool import Spool
 
@@ -67,7 +67,7 @@ def later(run: AppRun, seconds: float) -> None:
     run._clock = lambda: now
 
 
-async def events_of(run: AppRun, whose: object, count: int) -> list[pb.AppEvent]:
+async def events_of(run: AppRun, whose: object, count: int) -> list[Any]:
     events = run.events(whose)
     return [await asyncio.wait_for(anext(events), 10) for _ in range(count)]
 
@@ -319,7 +319,7 @@ async def test_an_app_has_so_many_messages_at_once(board: Board) -> None:
         run.send(many, encode_blob(PAYLOAD), None)
 
 
-async def said(*requests: pb.AppRequest) -> AsyncIterator[pb.AppRequest]:
+async def said(*requests: Request) -> AsyncIterator[Request]:
     for each in requests:
         yield each
     await asyncio.sleep(60)
@@ -332,9 +332,11 @@ LARGE = bytes(INLINE_BYTES + 1)
 @pytest.mark.parametrize(
     ("requests", "says"),
     [
-        ([pb.AppRequest(data=b"x")], "expected an app first, found data"),
+        ([b"x"], "expected an app first, found data"),
         ([OPEN, OPEN], "expected messages, or which are over, found open"),
-        ([OPEN, pb.AppRequest(data=b"x")], "found data"),
+        ([OPEN, b"x"], "found data"),
+        ([None], "expected an app first, found what cannot be read"),
+        ([OPEN, None], "found what cannot be read"),
         (
             [OPEN, pb.AppRequest(send=pb.AppSend(content=encode_blob(LARGE))), OPEN],
             "expected 65537 more bytes of content, found something else",
@@ -343,7 +345,7 @@ LARGE = bytes(INLINE_BYTES + 1)
             [
                 OPEN,
                 pb.AppRequest(send=pb.AppSend(content=encode_blob(LARGE))),
-                pb.AppRequest(data=LARGE + b"x"),
+                LARGE + b"x",
             ],
             "expected 65537 bytes, found at least 65538",
         ),
@@ -351,7 +353,7 @@ LARGE = bytes(INLINE_BYTES + 1)
             [
                 OPEN,
                 pb.AppRequest(send=pb.AppSend(content=encode_blob(LARGE))),
-                pb.AppRequest(data=b"x" * 65537),
+                b"x" * 65537,
             ],
             "expected the announced digest",
         ),
@@ -361,10 +363,21 @@ LARGE = bytes(INLINE_BYTES + 1)
         ),
         ([OPEN, pb.AppRequest(send=pb.AppSend(content=pb.Blob(size=1 << 50)))], "a vector of at most"),
     ],
-    ids=["no app", "two", "bytes", "no bytes", "too many", "others", "inline", "huge"],
+    ids=[
+        "no app",
+        "two",
+        "bytes",
+        "noise",
+        "noise later",
+        "no bytes",
+        "too many",
+        "others",
+        "inline",
+        "huge",
+    ],
 )
 def test_a_process_that_says_what_it_may_not_is_told_so(
-    requests: list[pb.AppRequest], says: str, tmp_path: Path
+    requests: list[Request], says: str, tmp_path: Path
 ) -> None:
     async def within() -> None:
         found = Board(tmp_path)
@@ -379,10 +392,10 @@ def test_a_process_that_says_what_it_may_not_is_told_so(
 
 @board
 async def test_a_site_that_comes_while_an_app_is_opened_is_offered_it(board: Board) -> None:
-    requests: asyncio.Queue[pb.AppRequest] = asyncio.Queue()
+    requests: asyncio.Queue[Request] = asyncio.Queue()
     sessions = ["a"]
 
-    async def slowly() -> AsyncIterator[pb.AppRequest]:
+    async def slowly() -> AsyncIterator[Request]:
         while True:
             yield await requests.get()
 

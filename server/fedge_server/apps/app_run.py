@@ -19,7 +19,8 @@ from fedge.records import MAX_NODES_OF_A_SITE, AppError, AppMessage, ErrorCode
 from fedge.refusal import Refusal
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire import records
-from fedge.wire.limits import CHUNK_BYTES, MAX_NAME_BYTES
+from fedge.wire.chunks import Piece, app_event
+from fedge.wire.limits import APP_CHUNK_BYTES, MAX_NAME_BYTES
 from fedge_server.apps.exchange import Exchange, Heard, Sent
 from fedge_server.spool import Upload
 
@@ -141,7 +142,7 @@ class AppRun:
         """The process has the replies to these, or does not want them any more."""
         self._forget(self.exchange.forget(ids))
 
-    async def events(self, whose: object) -> AsyncIterator[pb.AppEvent]:
+    async def events(self, whose: object) -> AsyncIterator[pb.AppEvent | bytes]:
         """What the process is told, as it happens, for as long as its stream is the one that counts.
 
         Raises:
@@ -160,8 +161,8 @@ class AppRun:
                     continue
                 yield pb.AppEvent(reply=letter.whole())
                 if letter.stored is not None:
-                    for start in range(0, letter.stored.size, CHUNK_BYTES):
-                        yield pb.AppEvent(data=self._part(letter, letter.stored, start))
+                    for start in range(0, letter.stored.size, APP_CHUNK_BYTES):
+                        yield app_event(self._part(letter, letter.stored, start))
             else:
                 self._news.clear()
                 await self._news.wait()
@@ -259,14 +260,14 @@ class AppRun:
             order = pb.AppOrder(run_id=self.run_id, message=sent.what.whole(), left_s=left_s)
             self._send(site, pb.ServerMessage(app_order=order))
 
-    def _part(self, letter: Letter, stored: Upload, start: int) -> bytes:
+    def _part(self, letter: Letter, stored: Upload, start: int) -> Piece:
         """A part of a stored reply.
 
         Raises:
             BusyError: it cannot be read back; over the next stream there is an error in its place.
         """
         try:
-            return bytes(stored.read(start, min(start + CHUNK_BYTES, stored.size)))
+            return stored.read(start, min(start + APP_CHUNK_BYTES, stored.size))
         except StorageError as error:
             log.error("app_reply_lost run=%s reason=%s", self.run_id, error)
             why = "the coordinator has lost the reply: see its log"

@@ -10,6 +10,7 @@ from typing import Final
 
 from fedge.errors import FedgeError, LinkError, RefusedError, RemoteProtocolError
 from fedge.wire import fedge_pb2 as pb
+from fedge.wire.chunks import Piece
 from fedge.wire.codec import check_blob, printable, shorten
 from fedge.wire.limits import INLINE_BYTES, Limits, check_size
 from fedge_server.apps.app_run import AppRun
@@ -25,11 +26,21 @@ DATA_S: Final = 300.0
 _ON_LOOP_BYTES: Final = 128 << 10
 
 
+Request = pb.AppRequest | Piece | None
+"""Of a ServerApp's process: bytes are of the content that was announced last; None is none that can be read."""
+
+
+def _kind_of(request: Request) -> str:
+    if isinstance(request, pb.AppRequest):
+        return str(request.WhichOneof("kind"))
+    return "data" if request is not None else "what cannot be read"
+
+
 class Conversation:
     """One stream of a ServerApp's process."""
 
     def __init__(
-        self, apps: Switchboard, requests: AsyncIterator[pb.AppRequest], limits: Limits, *, admin: str
+        self, apps: Switchboard, requests: AsyncIterator[Request], limits: Limits, *, admin: str
     ) -> None:
         self._apps = apps
         self._requests = requests
@@ -38,8 +49,9 @@ class Conversation:
         self._failed: FedgeError | None = None
         self._closed = False
 
-    async def run(self, sites: Callable[[], Iterable[str]]) -> AsyncIterator[pb.AppEvent]:
-        """Events for the process, until it ends its stream; `sites` are those that are there when it is asked.
+    async def run(self, sites: Callable[[], Iterable[str]]) -> AsyncIterator[pb.AppEvent | bytes]:
+        """Events for the process, some of them encoded, until it ends its stream; `sites` are those that are there when
+        it is asked.
 
         Raises:
             FedgeError: it said something that it may not, or its app was ended.
@@ -48,8 +60,8 @@ class Conversation:
             first = await asyncio.wait_for(anext(self._requests), FIRST_S)
         except (TimeoutError, StopAsyncIteration):
             raise RemoteProtocolError("expected an app first, found nothing") from None
-        if first.WhichOneof("kind") != "open":
-            raise RemoteProtocolError(f"expected an app first, found {first.WhichOneof('kind')}")
+        if not isinstance(first, pb.AppRequest) or first.WhichOneof("kind") != "open":
+            raise RemoteProtocolError(f"expected an app first, found {_kind_of(first)}")
         is_new = first.open.run_id not in self._apps.runs
         app = self._apps.open(first.open, admin=self._admin)
         app.attach(self, first.open.waiting)
@@ -88,8 +100,10 @@ class Conversation:
             log.exception("app_crashed run=%s", app.run_id)
             self._stop(app, RemoteProtocolError("internal error"))
 
-    async def _do(self, app: AppRun, request: pb.AppRequest) -> bool:
+    async def _do(self, app: AppRun, request: Request) -> bool:
         """False once that was the last."""
+        if not isinstance(request, pb.AppRequest):
+            raise RemoteProtocolError(f"expected messages, or which are over, found {_kind_of(request)}")
         match request.WhichOneof("kind"):
             case "send":
                 stored = await self._content(request.send.content)
@@ -120,15 +134,15 @@ class Conversation:
                 raise RemoteProtocolError(
                     f"expected {upload.missing} more bytes, found none in time"
                 ) from None
-            if request is None or request.WhichOneof("kind") != "data":
+            if not isinstance(request, bytes | memoryview):
                 raise RemoteProtocolError(
                     f"expected {upload.missing} more bytes of content, found something else"
                 )
             try:
-                if len(request.data) <= _ON_LOOP_BYTES:
-                    upload.write(request.data)
+                if len(request) <= _ON_LOOP_BYTES:
+                    upload.write(request)
                 else:
-                    await asyncio.to_thread(upload.write, request.data)
+                    await asyncio.to_thread(upload.write, request)
                 if not upload.missing:
                     upload.finish()
             except RefusedError as error:

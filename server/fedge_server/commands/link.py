@@ -35,7 +35,14 @@ AdminToml = Annotated[
 
 @contextmanager
 def admin_link(path: Path) -> Iterator[services.AdminStub]:
-    """The coordinator's admin service, for the credential in admin.toml.
+    """The coordinator's admin service, for the credential in admin.toml; raises as `admin_channel`."""
+    with admin_channel(path) as channel:
+        yield services.AdminStub(channel)
+
+
+@contextmanager
+def admin_channel(path: Path) -> Iterator[grpc.Channel]:
+    """A channel to the coordinator, for the credential in admin.toml.
 
     Raises:
         ConfigError, IdentityError, LinkError, RunError: whatever went wrong, in words.
@@ -48,7 +55,7 @@ def admin_link(path: Path) -> Iterator[services.AdminStub]:
     credentials = grpc.ssl_channel_credentials(ca, key, certificate)
     with grpc.secure_channel(settings.server, credentials, options=_OPTIONS) as channel:
         try:
-            yield services.AdminStub(channel)
+            yield channel
         except grpc.RpcError as error:
             call = cast("grpc.Call", error)  # every error of a call is one
             raise error_of(call.code().name, call.details() or "", peer=settings.server) from None

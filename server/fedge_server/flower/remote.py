@@ -21,7 +21,7 @@ from fedge.errors import BusyError, FedgeError, LimitError, LinkError, RemotePro
 from fedge.records import AppError, ErrorCode
 from fedge.vector import digest_of
 from fedge.wire import fedge_pb2 as pb
-from fedge.wire import fedge_pb2_grpc as services
+from fedge.wire.chunks import Piece, encoded, open_app_event
 from fedge.wire.codec import printable
 from fedge.wire.limits import Limits
 from fedge.wire.records import Packed, decode
@@ -41,6 +41,22 @@ _LASTS_S: Final = 30.0
 _LOOK_S: Final = 1.0
 
 
+Events = Iterator[pb.AppEvent | Piece | None]
+"""Of a stream; None is none that can be read."""
+
+Call = Callable[[Iterator[pb.AppRequest | bytes]], Any]
+"""Opens a stream: what it returns is iterated over for Events, and can be cancelled."""
+
+
+def app_call(channel: grpc.Channel) -> Call:
+    """The coordinator's `Admin.App`, whose contents pass as bytes."""
+    name = pb.DESCRIPTOR.services_by_name["Admin"].full_name
+    found: Call = channel.stream_stream(
+        f"/{name}/App", request_serializer=encoded, response_deserializer=open_app_event
+    )
+    return found
+
+
 class Remote:
     """The carrier of a Grid. `say` is told, in words, when the coordinator goes and comes back.
 
@@ -48,12 +64,10 @@ class Remote:
         FedgeError: the coordinator does not let the app in, or cannot be reached.
     """
 
-    def __init__(
-        self, admin: services.AdminStub, offer: pb.AppOffer, *, server: str, say: Callable[[str], None]
-    ) -> None:
+    def __init__(self, call: Call, offer: pb.AppOffer, *, server: str, say: Callable[[str], None]) -> None:
         self.run_id = ""
         self.refusals: Sequence[str] = ()
-        self._admin, self._offer, self._server, self._say = admin, offer, server, say
+        self._call, self._offer, self._server, self._say = call, offer, server, say
         self._answered: Callable[[Packed], None] = lambda reply: None
         self._wake: Callable[[], None] = lambda: None
         self._changed = threading.Condition()
@@ -184,12 +198,13 @@ class Remote:
             self._waited_for, self._progress = set(waiting), False
             opening = pb.AppOpen(run_id=self.run_id, offer=self._offer, waiting=waiting)
             requests = Requests(pb.AppRequest(open=opening))
-        # Of which the stubs know only that it can be iterated over.
-        call: Any = self._admin.App(iter(requests))
+        call = self._call(iter(requests))
         self._cancel = call.cancel
-        events: Iterator[pb.AppEvent] = iter(call)
+        events: Events = iter(call)
         try:
             for event in events:
+                if not isinstance(event, pb.AppEvent):
+                    raise RemoteProtocolError("expected news of the app, found bytes")
                 if event.HasField("opened"):
                     self._opened(event.opened.run_id, requests)
                 elif event.HasField("nodes"):
@@ -231,7 +246,7 @@ class Remote:
             self.refusals = [printable(each) for each in nodes.refusals]
             self._changed.notify_all()
 
-    def _reply(self, message: pb.AppMessage, events: Iterator[pb.AppEvent]) -> None:
+    def _reply(self, message: pb.AppMessage, events: Events) -> None:
         reply = Packed(decode(message))
         if message.WhichOneof("body") == "content":
             content = self._content(message.content, events)
@@ -247,15 +262,15 @@ class Remote:
         self._answered(reply)
         self._forget([id])  # nobody else needs to keep it: it is of use to this process alone
 
-    def _content(self, blob: pb.Blob, events: Iterator[pb.AppEvent]) -> memoryview | None:
+    def _content(self, blob: pb.Blob, events: Events) -> memoryview | None:
         """The bytes of a reply; None if there is no room for them."""
         if blob.HasField("inline"):
             whole = memoryview(blob.inline)
         else:
             room, at = _room(blob.size), 0
             while at < blob.size:
-                data = next(events, pb.AppEvent()).data
-                if not data or at + len(data) > blob.size:
+                data = next(events, None)
+                if not isinstance(data, bytes | memoryview) or not data or at + len(data) > blob.size:
                     raise RemoteProtocolError(f"expected {blob.size} bytes of a reply, found others")
                 if room is not None:
                     room[at : at + len(data)] = data

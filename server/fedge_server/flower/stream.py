@@ -11,10 +11,9 @@ import numpy as np
 
 from fedge.records import Buffer
 from fedge.wire import fedge_pb2 as pb
+from fedge.wire.chunks import app_request
+from fedge.wire.limits import APP_CHUNK_BYTES
 from fedge.wire.records import Packed, encode
-
-CHUNK_BYTES: Final = 1 << 20
-"""On this stream, which is the operator's own."""
 
 MAX_TOGETHER: Final = 4096
 """Messages in one send: some hundred bytes each."""
@@ -27,15 +26,15 @@ class Bundle:
     messages: Sequence[Packed]
     blob: pb.Blob | None
 
-    def requests(self) -> Iterator[pb.AppRequest]:
-        """As they go over the stream."""
+    def requests(self) -> Iterator[pb.AppRequest | bytes]:
+        """As they go over the stream, the content encoded."""
         messages = [encode(each.about) for each in self.messages]
         yield pb.AppRequest(send=pb.AppSend(messages=messages, content=self.blob))
         if self.blob is not None and not self.blob.HasField("inline"):
             for part in self.messages[0].payload:
                 view = memoryview(part).cast("B") if memoryview(part).nbytes else memoryview(b"")
-                for start in range(0, len(view), CHUNK_BYTES):
-                    yield pb.AppRequest(data=bytes(view[start : start + CHUNK_BYTES]))
+                for start in range(0, len(view), APP_CHUNK_BYTES):
+                    yield app_request(view[start : start + APP_CHUNK_BYTES])
 
 
 def bundled(messages: Iterable[Packed]) -> list[Bundle]:
@@ -64,7 +63,7 @@ class Requests:
         """That was all; what is queued still goes."""
         self._queue.put(None)
 
-    def __iter__(self) -> Iterator[pb.AppRequest]:
+    def __iter__(self) -> Iterator[pb.AppRequest | bytes]:
         while (found := self._queue.get()) is not None:
             if isinstance(found, Bundle):
                 yield from found.requests()

@@ -14,8 +14,8 @@ from fedge.wire.records import encode_values
 from fedge_flower.app import FlowerApp, Settings
 from fedge_flower.grid import AppGrid
 from fedge_flower.internals import SUPERLINK_NODE_ID, be
-from fedge_server.commands.link import admin_link
-from fedge_server.flower.remote import Remote
+from fedge_server.commands.link import admin_channel
+from fedge_server.flower.remote import Remote, app_call
 from fedge_server.settings import load_admin
 
 WAIT_S: Final = 600.0
@@ -52,8 +52,8 @@ def submit_app(
     keep_freed()
     server = app.server()
     offer = pb.AppOffer(app=app.name, version=app.version, config=encode_values(config))
-    with admin_link(admin) as stub:
-        remote = Remote(stub, offer, server=load_admin(admin).server, say=say)
+    with admin_channel(admin) as channel:
+        remote = Remote(app_call(channel), offer, server=load_admin(admin).server, say=say)
         failed = "its ServerApp was interrupted"
         try:
             run_id = run_number(remote.run_id)

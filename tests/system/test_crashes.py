@@ -51,13 +51,15 @@ def check(federation: Federation, run_id: str, text: str, *, rounds: int) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("at", [1, 4])
 def test_a_run_survives_a_kill_at_every_point_one_after_another(sites: Federation, at: int) -> None:
-    rounds = 400 * at
+    rounds = 500 * at
     text = run_toml(f"every-point-{at}", rounds=rounds, more="[evaluation]\nevery = 7\n" + OFTEN)
     first = sites.restarted(fault=f"{COMMON[-1]}:{at + 2}")
     run_id = first.submit(text)
     assert first.server.ends() == -signal.SIGKILL
     for point in COMMON:
         hits = 1 if point.startswith(("recover", "witness")) else at
+        if point.startswith("checkpoint"):  # which a slow disk makes rare: they take at most a tenth of the time
+            hits = min(at, 2)
         armed = sites.restarted(fault=f"{point}:{hits}", ready=False)
         assert armed.server.ends() == -signal.SIGKILL, f"{point} was reached"
     last = sites.restarted()

@@ -58,8 +58,8 @@ def test_a_run_survives_a_kill_at_every_point_one_after_another(sites: Federatio
     assert first.server.ends() == -signal.SIGKILL
     for point in COMMON:
         hits = 1 if point.startswith(("recover", "witness")) else at
-        if point.startswith("checkpoint"):  # which a slow disk makes rare: they take at most a tenth of the time
-            hits = min(at, 2)
+        if point.startswith("checkpoint"):
+            hits = min(at, 2)  # a slow disk makes them rare: they take at most a tenth of the time
         armed = sites.restarted(fault=f"{point}:{hits}", ready=False)
         assert armed.server.ends() == -signal.SIGKILL, f"{point} was reached"
     last = sites.restarted()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.measure import FEDGE
-from benchmarks.report import between
+from benchmarks.report import between, cases_in
 
 BEGIN: Final = "<!-- table: written by `python -m benchmarks --readme` -->"
 END: Final = "<!-- end of table -->"
@@ -28,6 +27,10 @@ def _seconds(values: Values) -> float:
 
 def _growth(values: Values) -> float:
     return values["server_growth_bytes"]
+
+
+def _memory(values: Values) -> float:
+    return values["peak_rss_bytes"]
 
 
 def _start(values: Values) -> float:
@@ -80,13 +83,7 @@ ROWS: Final = (
     Row("from the command to the first round's end, 2 nodes", "F1-2", _DEPLOYED, _start),
     Row("a simulated round, 20 clients train a CNN of 1.6M parameters", "W1", _SIMULATED),
     Row("a simulated round, 100 clients train an MLP of 4.6K parameters", "W2", _SIMULATED),
-    Row(
-        "memory of that simulation, all processes",
-        "W2",
-        _SIMULATED,
-        lambda values: values["peak_rss_bytes"],
-        "less",
-    ),
+    Row("memory of that simulation, all processes", "W2", _SIMULATED, _memory, "less"),
     Row("a site's part of a secure sum of 100, 1M parameters", "S3-1", _ALONE),
     Row("the coordinator's part, a tenth of the sites gone", "S4-10", _SCALED),
     Row("what a site sends in such a sum", "S5-1", _ALONE, _bytes, "less"),
@@ -99,10 +96,8 @@ def rewrite_comparison(page: Path, results: Path) -> None:
     Raises:
         ValueError: there are no results, or the markers are not there.
     """
-    if not results.exists():
-        raise ValueError(f"{results}: expected results, found none; run `python -m benchmarks` first")
     head, table, tail = between(page, BEGIN, END)
-    cases = json.loads(results.read_text())["cases"]
+    cases = cases_in(results)
     known = {
         line.split(" | ")[0].removeprefix("| "): line for line in table.splitlines() if line.startswith("| ")
     }

@@ -49,16 +49,24 @@ def rewrite_readme(readme: Path, results: Path) -> None:
     Raises:
         ValueError: there are no results, or the markers are not there.
     """
-    if not results.exists():
-        raise ValueError(f"{results}: expected results, found none; run `python -m benchmarks` first")
     head, table, tail = between(readme, BEGIN, END)
-    measured = {
-        name: _Shown.of(name, case) for name, case in json.loads(results.read_text())["cases"].items()
-    }
+    measured = {name: _Shown.of(name, case) for name, case in cases_in(results).items()}
     cases = _shown_already(table) | measured
     rows = [row for case in cases.values() for row in case.rows]
     lines = [BEGIN, "", _COLUMNS, "|---|---|---|---|---|", *rows, "", *(case.note for case in cases.values())]
     readme.write_text("\n".join([head + lines[0], *lines[1:], "", END]) + tail)
+
+
+def cases_in(results: Path) -> dict[str, Any]:
+    """What was measured, by the names of the cases.
+
+    Raises:
+        ValueError: there are no results.
+    """
+    if not results.exists():
+        raise ValueError(f"{results}: expected results, found none; run `python -m benchmarks` first")
+    found: dict[str, Any] = json.loads(results.read_text())["cases"]
+    return found
 
 
 def between(page: Path, begin: str, end: str) -> tuple[str, str, str]:

@@ -141,7 +141,9 @@ def flower(name: str, workload: Workload, rounds: int) -> list[float]:
         initial = app.ArrayRecord(task.model().state_dict())
         strategy.start(grid=grid, initial_arrays=initial, num_rounds=rounds)
 
-    simulation.run_simulation(server, client, num_supernodes=workload.clients)
+    # As many clients at once as there are processors, as ours; by default each is given two of them.
+    resources = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
+    simulation.run_simulation(server, client, num_supernodes=workload.clients, backend_config=resources)
     return [later - earlier for earlier, later in pairwise(times)]
 
 

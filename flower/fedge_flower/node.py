@@ -68,7 +68,8 @@ def answered(
         refused = AppError(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"refused: {error}"[:_MAX_REASON])
         return Answer(reply_to(message, refused, now=time.time()), state)
     except FedgeError as error:
-        said = type(error).__name__ if discreet else str(error)
+        log.warning("client_app_failed node=%d kind=%s reason=%s", node.id, message.kind, error)
+        said = f"{type(error).__name__}; see the site's log" if discreet else str(error)
         return Answer(reply_to(message, AppError(ErrorCode.UNKNOWN, said), now=time.time()), state)
     except Exception as error:  # the app's code may raise anything
         log.exception("client_app_failed node=%d kind=%s", node.id, message.kind)

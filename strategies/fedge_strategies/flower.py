@@ -191,7 +191,7 @@ class Dequantised(Strategy):
         self._asked = {}
         for each in messages:
             asked = Asked.by(each.content)
-            key = asked.kind, *map(id, each.content.array_records.values())
+            key = asked.kind, tuple(asked.buffers), *map(id, each.content.array_records.values())
             self._asked[each.metadata.dst_node_id] = different.setdefault(key, asked)
         return messages
 

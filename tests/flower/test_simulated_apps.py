@@ -11,20 +11,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from flower_apps import APPS, assert_alike, by_flower, simulated
+from flower_apps import APPS, APPS_THAT_ARE_COMPARED, assert_alike, by_flower, simulated
 
 
-@pytest.mark.parametrize(
-    "app",
-    [
-        "numpy_quickstart",
-        "torch_quickstart",
-        "legacy",
-        "sklearn_app",
-        "custom_strategy",
-        "flowers_strategies",
-    ],
-)
+@pytest.mark.parametrize("app", APPS_THAT_ARE_COMPARED)
 def test_an_app_gives_the_results_that_it_has_in_flowers_own_simulation(app: str, tmp_path: Path):
     assert_alike(simulated(app, tmp_path, nodes=4), by_flower(app, tmp_path, nodes=4))
 

@@ -13,6 +13,15 @@ import pytest
 
 SUPPORT = Path(__file__).parent
 APPS = SUPPORT.parent / "flower/apps"
+APPS_THAT_ARE_COMPARED = (
+    "numpy_quickstart",
+    "torch_quickstart",
+    "legacy",
+    "sklearn_app",
+    "custom_strategy",
+    "flowers_strategies",
+)
+"""Which Flower's own simulation gives the same results each time."""
 
 
 def flower(*arguments: str, cwd: Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flower_apps import APPS_THAT_ARE_COMPARED
 from harness import Federation, Running, coordinator, fedge, fedge_ok, set_tables, until
 
 from fedge_client.apps.installed import app_in
@@ -71,17 +72,7 @@ def alike(one: Any, other: Any) -> bool:
     return bool(one == (pytest.approx(other, rel=1e-5, abs=1e-6) if isinstance(one, float) else other))
 
 
-@pytest.mark.parametrize(
-    "app",
-    [
-        "numpy_quickstart",
-        "torch_quickstart",
-        "legacy",
-        "sklearn_app",
-        "custom_strategy",
-        "flowers_strategies",
-    ],
-)
+@pytest.mark.parametrize("app", APPS_THAT_ARE_COMPARED)
 def test_an_app_gives_the_results_that_it_has_in_the_simulation(
     app: str, hospitals: Federation, tmp_path: Path
 ):

@@ -20,12 +20,16 @@ from fedge.errors import ConfigError
 from fedge.privacy.example import Schedule
 from fedge.privacy.mechanism import Gaussian
 from fedge.privacy.rdp import epsilon_of
+from fedge.records import AppError
 from fedge.run import Work
 from fedge.task import OwnTask, Site, Task
 from fedge_client.flower import protect_examples
 from fedge_client.ledger import Ledger
 from fedge_client.ledger_file import HEADS, read_only
 from fedge_flower.internals import be
+from fedge_flower.node import Node as FlowerNode
+from fedge_flower.node import answered
+from fedge_flower.records import plain_of
 
 EXAMPLES = 40
 FULL = Work(steps=1, batch_size="full", learning_rate=1.0)
@@ -394,6 +398,19 @@ def test_a_node_without_a_ledger_answers_nothing(tmp_path: Path):
     node.folder = Path("relative")
     with pytest.raises(Exception, match="fedge-ledger"):
         node.answers()
+
+
+def test_why_nothing_is_answered_is_in_the_sites_log_and_a_coordinator_hears_the_kind(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    be(run_id=3, node_id=1)
+    asked = plain_of(Message(RecordDict({"arrays": zeros()}), 7, "train"))
+    node = FlowerNode(7, {"partition-id": 3})  # without a ledger
+    app = Node(tmp_path).app
+    made = answered(app, node, asked, run_id=3, run_config={}, state={}, discreet=True).message.content
+    assert isinstance(made, AppError)
+    assert made.reason == "ConfigError; see the site's log"
+    assert "fedge-ledger" in caplog.text
 
 
 def test_a_ledger_that_was_rolled_back_stops_everything(tmp_path: Path):

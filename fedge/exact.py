@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedge.parallel import in_shares
+from fedge.unrounded import Columns, Double, Matrix, Rows, exponents_apart
 from fedge.vector import Array
 
 BLOCK = 1 << 16
@@ -37,13 +38,13 @@ _SHORT = 1 << 14
 _MATRIX = 1 << 15
 """Numbers of many terms that are looked at at once: what is made of them stays in the second-level cache."""
 
-_MAGNITUDE = np.uint32(0x7FFFFFFF)
-_LAST_PLACE = np.uint32(1)
+_WIDE = 1 << 13
+"""Columns of long rows that are looked at at once: of fewer, each row would be read in pieces too short."""
 
-Double = npt.NDArray[np.float64]
+_FEW = 64
+"""Long rows up to which they are: _FEW * _WIDE numbers stay in the third-level cache."""
+
 Index = npt.NDArray[np.intp]
-Bits = npt.NDArray[np.uint32]
-Matrix = npt.NDArray[np.float32]
 
 
 class Values(Protocol):
@@ -192,7 +193,7 @@ class ExactSum:
         for number in numbers:
             block = blocks[number]
             _add(block, number * BLOCK, terms, room)
-            halves[at : at + block.size] = _quotient(block, total_weight)
+            halves[at : at + block.size] = _quotient(block.rounded(), total_weight)
             at += block.size
 
     def _fresh_means(self, numbers: range, terms: Sequence[Term], total_weight: int, out: Array) -> None:
@@ -201,7 +202,7 @@ class ExactSum:
             part = out[number * BLOCK : (number + 1) * BLOCK]
             block = _Block(memory[: len(part)])
             _add(block, number * BLOCK, terms, room)
-            part[:] = _quotient(block, total_weight)
+            part[:] = _quotient(block.rounded(), total_weight)
 
     def _begin(self) -> None:
         """There is something to add."""
@@ -220,7 +221,7 @@ class ExactSum:
 
 
 def mean_of_rows(rows: Matrix, weights: Sequence[int]) -> Array:
-    """What `ExactSum.mean` makes of these alone, float32[size], of float32[terms, size]: faster where they are short.
+    """What `ExactSum.mean` makes of these alone, float32[size], of float32[terms, size]: faster, and on one thread.
 
     Raises:
         ValueError: a weight is not in [1, MAX_WEIGHT), or there is not one for each.
@@ -229,30 +230,33 @@ def mean_of_rows(rows: Matrix, weights: Sequence[int]) -> Array:
     total_weight = sum(weights)
     if len(weights) != count or not all(1 <= weight < MAX_WEIGHT for weight in weights):
         raise ValueError(f"expected {count} weights in [1, {MAX_WEIGHT}), found {len(weights)}, or others")
-    if count < _MANY or size > _SHORT:
+    width = _width(count, size)
+    if count < _MANY or width == 0:
         return _mean_of_terms(rows, weights)
-    factors, total = np.array(weights, np.float64), np.empty(size)
-    largest, smallest = np.empty(size, np.uint32), np.empty(size, np.uint32)
-    columns = max(1, min(size, _MATRIX // count))
-    bits, values = np.empty((count, columns), np.uint32), np.empty((count, columns))
-    for start in range(0, size, columns):
-        part = slice(start, min(start + columns, size))
-        its, magnitudes = values[:, : part.stop - start], bits[:, : part.stop - start]
-        its[:] = rows[:, part]
-        np.matmul(factors, its, out=total[part])
-        np.bitwise_and(rows[:, part].view(np.uint32), _MAGNITUDE, out=magnitudes)
-        magnitudes.max(axis=0, out=largest[part])
-        magnitudes -= _LAST_PLACE
-        magnitudes.min(axis=0, out=smallest[part])
-    rounded = np.flatnonzero(~_is_exact(largest, smallest, float(total_weight)))
-    if len(rounded) * _SPARSE_SHARE > size:
+    factors, apart = np.array(weights, np.float64), exponents_apart(total_weight)
+    columns, mean = Columns(count, width), np.empty(size, np.float32)
+    doubtful: list[Index] = []
+    for start in range(0, size, width):
+        part = slice(start, start + width)
+        total, exact = columns.sum(rows[:, part], factors, apart)
+        mean[part] = _quotient(total, total_weight)
+        if not exact.all():
+            doubtful.append(start + np.flatnonzero(~exact))
+    if not doubtful:
+        return mean
+    where = np.concatenate(doubtful)
+    if len(where) * _SPARSE_SHARE > size:
         return _mean_of_terms(rows, weights)
-    if len(rounded):
-        products = rows[:, rounded] * factors[:, None]  # each is exact
-        total[rounded] = [math.fsum(column) for column in products.T.tolist()]
-    total += 0.0  # as `_quotient` has it
-    total /= float(total_weight)
-    return total.astype(np.float32)
+    products = rows[:, where] * factors[:, None]  # each is exact
+    mean[where] = _quotient(np.array([math.fsum(column) for column in products.T.tolist()]), total_weight)
+    return mean
+
+
+def _width(count: int, size: int) -> int:
+    """Of the matrices that sum so many rows of this size; 0 if none would be faster than one row after another."""
+    if size <= _SHORT:
+        return max(1, min(size, _MATRIX // count))
+    return _WIDE if count <= _FEW else 0
 
 
 def _mean_of_terms(rows: Matrix, weights: Sequence[int]) -> Array:
@@ -266,7 +270,7 @@ class _Room:
     def __init__(self, size: int) -> None:
         self.product, self.total, self.given_back = (np.empty(size) for _ in range(3))
         self.inexact, self.inexact_too = np.empty(size, bool), np.empty(size, bool)
-        self.bits, self.largest, self.smallest = (np.empty(size, np.uint32) for _ in range(3))
+        self.rows = Rows(size)
 
 
 class _Block:
@@ -385,8 +389,13 @@ def _add(block: _Block, offset: int, terms: Sequence[Term], room: _Room) -> None
 
 def _add_many(block: _Block, offset: int, terms: Sequence[Term], room: _Room) -> None:
     """As one after the other: by plain float64 sums where these are exact, as they nearly always are."""
-    summed = _sum_of_columns if block.size <= _SHORT else _sum_of_rows
-    total, exact = summed(offset, block.size, terms, room)
+    weights = [term.weight for term in terms]
+    apart = exponents_apart(sum(weights))
+    if block.size <= _SHORT:
+        total, exact = _sum_of_columns(offset, block.size, terms, weights, apart)
+    else:
+        vectors = (term.values[offset : offset + block.size] for term in terms)
+        total, exact = room.rows.sum(vectors, weights, apart)
     where = np.flatnonzero(~exact)
     if len(where) * _SPARSE_SHARE > block.size:
         for term in terms:
@@ -396,65 +405,23 @@ def _add_many(block: _Block, offset: int, terms: Sequence[Term], room: _Room) ->
     block.add(total, 1, room)
     if len(where):
         few = [term.values[offset : offset + block.size][where] for term in terms]
-        weights = np.array([term.weight for term in terms], np.float64)
-        for part in _expansion(np.stack(few).astype(np.float64) * weights[:, None]):
+        for part in _expansion(np.stack(few).astype(np.float64) * np.array(weights, np.float64)[:, None]):
             block.add_at(where, part)
 
 
 def _sum_of_columns(
-    offset: int, size: int, terms: Sequence[Term], room: _Room
+    offset: int, size: int, terms: Sequence[Term], weights: Sequence[int], apart: int
 ) -> tuple[Double, npt.NDArray[np.bool_]]:
-    """As `_sum_of_rows`, a matrix of many terms' elements at a time: for short vectors, of which each call would do
+    """As `Rows.sum`, a matrix of many terms' elements at a time: for short vectors, of which each call would do
     little."""
-    total, exact = room.given_back[:size], room.inexact[:size]
-    weights = np.array([term.weight for term in terms], np.float64)
-    columns = max(1, _MATRIX // len(terms))
-    for start in range(0, size, columns):
-        part = slice(start, min(start + columns, size))
+    total, exact, factors = np.empty(size), np.empty(size, bool), np.array(weights, np.float64)
+    width = _width(len(terms), size)
+    columns = Columns(len(terms), width)
+    for start in range(0, size, width):
+        part = slice(start, min(start + width, size))
         values = np.stack([term.values[offset + part.start : offset + part.stop] for term in terms])
-        np.matmul(weights, values.astype(np.float64), out=total[part])
-        bits = values.view(np.uint32)
-        bits &= _MAGNITUDE
-        largest = bits.max(axis=0)
-        bits -= _LAST_PLACE
-        exact[part] = _is_exact(largest, bits.min(axis=0), weights.sum())
+        total[part], exact[part] = columns.sum(values, factors, apart)
     return total, exact
-
-
-def _sum_of_rows(
-    offset: int, size: int, terms: Sequence[Term], room: _Room
-) -> tuple[Double, npt.NDArray[np.bool_]]:
-    """The terms' sum over a block as float64 has it, and where that is exact in any order."""
-    total, product = room.given_back[:size], room.product[:size]
-    # As whole numbers, floats without their signs are in the order of the floats.
-    bits, largest, smallest = room.bits[:size], room.largest[:size], room.smallest[:size]
-    total[:], largest[:], smallest[:] = 0.0, 0, ~np.uint32(0)
-    weights = {term.weight for term in terms}
-    for term in terms:  # once over its values, while they are in the cache
-        values = term.values[offset : offset + size]
-        np.bitwise_and(values.view(np.uint32), _MAGNITUDE, out=bits)
-        np.maximum(largest, bits, out=largest)
-        np.subtract(bits, _LAST_PLACE, out=bits)
-        np.minimum(smallest, bits, out=smallest)
-        product[:] = values
-        if len(weights) > 1:
-            product *= term.weight
-        total += product
-    if len(weights) == 1:  # what they have in common is as exact at the end
-        total *= terms[0].weight
-    return total, _is_exact(largest, smallest, float(sum(term.weight for term in terms)))
-
-
-def _is_exact(largest: Bits, smallest: Bits, weight: float) -> npt.NDArray[np.bool_]:
-    """Whether a sum of floats, with weights of this sum, is exact in float64 in any order; by the largest of their
-    magnitudes, and the smallest after one was taken from each: zero less one is the last of all whole numbers.
-
-    All products are whole multiples of the last place of the smallest number that is not zero, which is 2^-24 of it or
-    more; so are their sums, and below 2^53 times that every one of those is a float64.
-    """
-    bound = (smallest + _LAST_PLACE).view(np.float32).astype(np.float64) * 2.0**28
-    exact: npt.NDArray[np.bool_] = largest.view(np.float32).astype(np.float64) * weight <= bound
-    return exact
 
 
 def _expansion(products: Double) -> Iterator[Double]:
@@ -466,12 +433,11 @@ def _expansion(products: Double) -> Iterator[Double]:
             column.append(-part)
 
 
-def _quotient(block: _Block, total_weight: int) -> Double:
-    """May overwrite the block's memory."""
-    quotient = block.rounded()
-    quotient += 0.0  # makes -0.0 the zero that an expansion of several components has
-    quotient /= float(total_weight)
-    return quotient
+def _quotient(total: Double, total_weight: int) -> Double:
+    """In place."""
+    total += 0.0  # makes -0.0 the zero that an expansion of several components has
+    total /= float(total_weight)
+    return total
 
 
 def _error(left: Double, right: Double) -> Double:

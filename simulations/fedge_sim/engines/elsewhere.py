@@ -8,6 +8,7 @@ from typing import Final
 import torch
 
 from fedge.exact import MAX_WEIGHT, mean_of_rows
+from fedge.unrounded import MANTISSA_BITS, exponents_apart
 from fedge.vector import Array
 
 _MATRIX: Final = 1 << 24
@@ -81,10 +82,10 @@ def mean_where_it_lies(rows: torch.Tensor, weights: Sequence[int]) -> Array:
         raise ValueError(f"expected {count} weights in [1, {MAX_WEIGHT}), found {len(weights)}, or others")
     factors = torch.tensor([weights], dtype=torch.float64, device=rows.device)
     total_weight = float(sum(weights))
-    columns = max(1, _MATRIX // max(1, count))
+    columns, apart = max(1, _MATRIX // max(1, count)), exponents_apart(sum(weights))
     parts = [rows[:, start : start + columns] for start in range(0, size, columns)]
     total = torch.cat([torch.mm(factors, part.double()).squeeze(0) for part in parts])
-    rounded = torch.cat([~_is_exact(part, total_weight) for part in parts]).nonzero().squeeze(1)
+    rounded = torch.cat([~_are_exact(part, apart) for part in parts]).nonzero().squeeze(1)
     mean: Array = total.add_(0.0).div_(total_weight).to(torch.float32).cpu().numpy()
     if len(rounded) * _SPARSE_SHARE > size:
         return mean_of_rows(rows.cpu().numpy(), weights)
@@ -93,15 +94,12 @@ def mean_where_it_lies(rows: torch.Tensor, weights: Sequence[int]) -> Array:
     return mean
 
 
-def _is_exact(rows: torch.Tensor, weight: float) -> torch.Tensor:
-    """Whether the sum of a column, with weights of this sum, is exact in float64 in any order: as `fedge.exact` has
-    it, by the largest and the smallest of its magnitudes but zero."""
+def _are_exact(rows: torch.Tensor, apart: int) -> torch.Tensor:
+    """Which columns' sums are exact in float64 in any order; see `fedge.unrounded`."""
     bits = rows.view(torch.int32) & _MAGNITUDE
     largest = bits.amax(0)
+    if apart < 0:
+        return largest == 0
     smallest = bits.masked_fill_(bits == 0, _MAGNITUDE).amin(0)
     smallest.masked_fill_(smallest == _MAGNITUDE, 0)  # there are zeros alone
-    return _double(largest) * weight <= _double(smallest) * 2.0**28
-
-
-def _double(bits: torch.Tensor) -> torch.Tensor:
-    return bits.view(torch.float32).double()
+    return largest - smallest <= apart << MANTISSA_BITS

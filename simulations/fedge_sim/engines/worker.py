@@ -21,7 +21,7 @@ import torch
 
 from fedge.errors import FedgeError, LimitError
 from fedge.events import OrderId, Send
-from fedge.exact import ExactSum, Term
+from fedge.exact import mean_of_rows
 from fedge.run import RunConfig
 from fedge.strategy import WorkKind
 from fedge.task import Task
@@ -183,8 +183,7 @@ def _reply(clients: Clients, message: Message, vectors: Vectors) -> Message:
 def _mean(message: Message, vectors: Vectors) -> None:
     """A part of the elements of a mean, which do not depend on each other."""
     part, weights = slice(message["from"], message["to"]), message["weights"]
-    terms = [Term(row[part], weight) for row, weight in zip(vectors.rows, weights, strict=False)]
-    vectors.mean[part] = ExactSum(part.stop - part.start).mean(sum(weights), *terms)
+    vectors.mean[part] = mean_of_rows(vectors.rows[: len(weights), part], weights)
 
 
 def _clients(run: RunConfig, task: Task, setting: Message) -> Clients:

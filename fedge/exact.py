@@ -35,14 +35,14 @@ _MANY = 8
 _SHORT = 1 << 14
 """Elements of a block below which many terms are summed by columns."""
 
-_MATRIX = 1 << 15
-"""Numbers of many terms that are looked at at once: what is made of them stays in the second-level cache."""
+_MATRIX = 1 << 17
+"""Numbers of many short terms that are looked at at once: what is made of them, 1.5 MB, stays in a cache."""
 
 _WIDE = 1 << 13
 """Columns of long rows that are looked at at once: of fewer, each row would be read in pieces too short."""
 
 _FEW = 64
-"""Long rows up to which they are: _FEW * _WIDE numbers stay in the third-level cache."""
+"""Long rows up to which they are, so that what is made of them stays in a cache, too."""
 
 Index = npt.NDArray[np.intp]
 

@@ -60,7 +60,12 @@ def by_flower(app: str, tmp_path: Path, *, nodes: int) -> Any:
             json.dumps({"report.path": str(report)}),
         ],
         cwd=tmp_path,
-        env={**os.environ, "FLWR_TELEMETRY_ENABLED": "0", "FLWR_HOME": str(tmp_path / "flwr")},
+        env={
+            **os.environ,
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_HOME": str(tmp_path / "flwr"),
+            "RAY_ADDRESS": "local",  # no cluster that another test has begun
+        },
         capture_output=True,
         text=True,
         timeout=240,

@@ -37,7 +37,11 @@ class StrategyConfig(BaseModel):
 
 
 class Work(Config):
-    """`[work]`: what a client does in a round. Gradient strategies use all but `epochs` and `steps`."""
+    """`[work]`: what a client does in a round. Gradient strategies use all but `epochs`, `steps` and `proximal`.
+
+    `proximal` is mu of the term mu/2 * ||theta - theta_0||^2 that holds local training to the model theta_0 with which
+    it began (Li et al. 2020, "Federated Optimization in Heterogeneous Networks", eq. 2): FedAvg with it is FedProx.
+    """
 
     epochs: Count | None = None
     steps: Count | None = None
@@ -50,12 +54,18 @@ class Work(Config):
     epsilon: Positive = 1e-8
     l1: NonNegative = 0.0
     l2: NonNegative = 0.0
+    proximal: NonNegative = 0.0
 
     @model_validator(mode="after")
     def _one_length(self) -> Work:
         if self.epochs is not None and self.steps is not None:
             raise ValueError("expected epochs or steps, found both: leave one out")
         return self
+
+    @property
+    def regularises(self) -> bool:
+        """Whether the gradient of the loss is not all that a step follows."""
+        return bool(self.l1 or self.l2 or self.proximal)
 
 
 class Cohort(Config):
@@ -229,9 +239,11 @@ class RunConfig(Config):
     def notes(self) -> list[str]:
         """What the owner of this run should know before it starts; printed, never acted upon."""
         notes = []
-        if self.strategy.name in ("mirrored_sgd", "sgd") and (self.work.epochs or self.work.steps):
+        if self.strategy.name in ("mirrored_sgd", "sgd") and (
+            self.work.epochs or self.work.steps or self.work.proximal
+        ):
             notes.append(
-                f"{self.strategy.name} computes one gradient a round: [work] epochs and steps do not apply"
+                f"{self.strategy.name} computes one gradient a round: [work] epochs, steps and proximal do not apply"
             )
         if self.evaluation.every and not self.evaluation_every:
             in_sums = self.privacy.unit == "client" and self.secure_aggregation.enabled

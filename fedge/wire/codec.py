@@ -113,6 +113,7 @@ def encode_work(work: Work) -> pb.Work:
         epsilon=work.epsilon,
         l1=work.l1,
         l2=work.l2,
+        proximal=work.proximal,
     )
 
 
@@ -129,6 +130,7 @@ def decode_work(message: pb.Work) -> Work:
         "epsilon": message.epsilon,
         "l1": message.l1,
         "l2": message.l2,
+        "proximal": message.proximal,
     }
     try:
         return Work.model_validate(fields)

@@ -174,6 +174,7 @@ class Work(_message.Message):
     EPSILON_FIELD_NUMBER: _builtins.int
     L1_FIELD_NUMBER: _builtins.int
     L2_FIELD_NUMBER: _builtins.int
+    PROXIMAL_FIELD_NUMBER: _builtins.int
     epochs: _builtins.int
     steps: _builtins.int
     batch_size: _builtins.int
@@ -186,6 +187,7 @@ class Work(_message.Message):
     epsilon: _builtins.float
     l1: _builtins.float
     l2: _builtins.float
+    proximal: _builtins.float
     def __init__(
         self,
         *,
@@ -200,10 +202,11 @@ class Work(_message.Message):
         epsilon: _builtins.float = ...,
         l1: _builtins.float = ...,
         l2: _builtins.float = ...,
+        proximal: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_epochs", b"_epochs", "_steps", b"_steps", "epochs", b"epochs", "steps", b"steps"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_epochs", b"_epochs", "_steps", b"_steps", "batch_size", b"batch_size", "beta1", b"beta1", "beta2", b"beta2", "epochs", b"epochs", "epsilon", b"epsilon", "l1", b"l1", "l2", b"l2", "learning_rate", b"learning_rate", "momentum", b"momentum", "optimizer", b"optimizer", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_epochs", b"_epochs", "_steps", b"_steps", "batch_size", b"batch_size", "beta1", b"beta1", "beta2", b"beta2", "epochs", b"epochs", "epsilon", b"epsilon", "l1", b"l1", "l2", b"l2", "learning_rate", b"learning_rate", "momentum", b"momentum", "optimizer", b"optimizer", "proximal", b"proximal", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__epochs: _TypeAlias = _typing.Literal["epochs"]  # noqa: Y015
     _WhichOneofArgType__epochs: _TypeAlias = _typing.Literal["_epochs", b"_epochs"]  # noqa: Y015

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from fedge import optimizer as reference
 from fedge.optimizer import Optimizer
+from fedge.run import Work
 from fedge_client.torch.optim import InPlaceOptimizer
 
 OPTIMIZERS = st.builds(
@@ -59,12 +60,15 @@ def test_beginning_anew_forgets_whatever_was_optimised_before(first: Optimizer, 
 
 
 @settings(deadline=None)
-@given(st.floats(0, 1), st.floats(0, 1))
-def test_regularisation_adds_the_gradient_of_its_penalty(l1: float, l2: float) -> None:
+@given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
+def test_regularisation_adds_the_gradient_of_its_penalty(l1: float, l2: float, proximal: float) -> None:
     theta = torch.tensor([-2.0, -0.5, 0.0, 1.0, 3.0], requires_grad=True)
-    (l1 * theta.abs().sum() + l2 / 2 * (theta**2).sum()).backward()
+    anchor = torch.tensor([1.0, -0.5, 2.0, -1.0, 0.0])
+    near = proximal / 2 * ((theta - anchor) ** 2).sum()
+    (l1 * theta.abs().sum() + l2 / 2 * (theta**2).sum() + near).backward()
     gradient = torch.ones(5)
-    InPlaceOptimizer(5).regularise(gradient, theta.detach(), l1=l1, l2=l2)
+    work = Work(l1=l1, l2=l2, proximal=proximal)
+    InPlaceOptimizer(5).regularise(gradient, theta.detach(), anchor, work)
     assert theta.grad is not None
     torch.testing.assert_close(gradient, theta.grad + 1)
 

@@ -241,6 +241,15 @@ def test_regularisation_is_added_behind_the_noise():
     np.testing.assert_allclose(with_l2 - without, -0.25 * model, rtol=1e-3, atol=1e-6)
 
 
+def test_a_proximal_term_is_added_behind_the_noise():
+    one, two = ONE_STEP, ONE_STEP.model_copy(update={"steps": 2})
+    first, free, held = (
+        train(task(loss=nothing), data(50), work, private(1))[0]
+        for work in (one, two, two.model_copy(update={"proximal": 0.25}))
+    )
+    np.testing.assert_allclose(held - free, -0.25 * first, rtol=1e-3, atol=1e-6)
+
+
 # Evaluation.
 
 

@@ -25,14 +25,18 @@ from fedge_client.torch.trainer import Trainer
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-@pytest.mark.parametrize("l2", [0.0, 0.03])
-def test_training_equals_plain_torch_training_of_an_ordinary_module(kind: str, l2: float) -> None:
+@pytest.mark.parametrize(("l2", "proximal"), [(0.0, 0.0), (0.03, 0.0), (0.03, 0.5)])
+def test_training_equals_plain_torch_training_of_an_ordinary_module(
+    kind: str, l2: float, proximal: float
+) -> None:
     # No bias before the normalisation: its gradient is rounding noise, which Adam would blow up.
     task = task_of(
         lambda: nn.Sequential(nn.Linear(6, 8, bias=False), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3))
     )
-    data, work = rows(), Work(epochs=3, batch_size=8, optimizer=kind, learning_rate=0.1, l2=l2)
+    data = rows()
+    work = Work(epochs=3, batch_size=8, optimizer=kind, learning_rate=0.1, l2=l2, proximal=proximal)
     plain = build_module(task, seed=SEED)
+    begun = [parameter.detach().clone() for parameter in plain.parameters()]
     optimizer = OPTIMIZERS[kind](plain.parameters())
     for group in optimizer.param_groups:
         group["weight_decay"] = l2
@@ -42,7 +46,8 @@ def test_training_equals_plain_torch_training_of_an_ordinary_module(kind: str, l
         inputs, targets = batches.gather(batches.step(step, seed=5))
         optimizer.zero_grad()
         loss = F.cross_entropy(plain(inputs), targets)
-        loss.backward()
+        moved = zip(plain.parameters(), begun, strict=True)
+        (loss + proximal / 2 * sum(((now - then) ** 2).sum() for now, then in moved)).backward()
         optimizer.step()
         losses.append((loss.item(), len(inputs)))
 
@@ -83,6 +88,22 @@ def test_one_local_step_of_sgd_moves_against_the_gradient_of_step_zero(batch_siz
     slope, outcome = gradient(trainer, model, work)
     np.testing.assert_allclose(delta, -0.5 * slope, atol=1e-6)
     assert outcome.num_examples == (21 if batch_size == "full" else 8)
+
+
+def test_a_proximal_term_is_nothing_where_training_begins_and_holds_it_back_later() -> None:
+    task = task_of(mlp)
+    trainer, model = Trainer(task, seed=0), start_of(task)
+
+    def moved(steps: int, proximal: float) -> Array:
+        work = Work(steps=steps, batch_size=8, learning_rate=0.1, proximal=proximal)
+        return train(trainer, model, work)[0]
+
+    assert np.array_equal(moved(1, 5.0), moved(1, 0.0))
+    lengths = [float(np.linalg.norm(moved(40, proximal))) for proximal in (0.0, 0.1, 1.0, 5.0)]
+    assert lengths == sorted(lengths, reverse=True)
+    assert lengths[-1] < lengths[0] / 4
+    slopes = [gradient(trainer, model, Work(batch_size=8, proximal=proximal))[0] for proximal in (0.0, 5.0)]
+    assert np.array_equal(*slopes)
 
 
 def test_the_steps_of_an_epoch_have_gradients_whose_weighted_mean_is_the_full_one() -> None:

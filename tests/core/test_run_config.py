@@ -247,6 +247,7 @@ FLOAT_KEYS = [
     "work.epsilon",
     "work.l1",
     "work.l2",
+    "work.proximal",
     "cohort.over_select",
     "cohort.deadline_s",
     "cohort.wait_s",

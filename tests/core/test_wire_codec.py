@@ -70,6 +70,7 @@ def works(draw: st.DrawFn) -> Work:
         epsilon=draw(positive),
         l1=draw(st.floats(0, 1e300)),
         l2=draw(st.floats(0, 1e300)),
+        proximal=draw(st.floats(0, 1e300)),
     )
 
 

@@ -142,6 +142,14 @@ def test_how_long_a_node_works_is_not_the_server_apps_to_choose(setting: dict[st
     assert node.spent().spent().mechanisms == (Gaussian(1.0, 1),)
 
 
+def test_flowers_fedprox_may_hold_training_back_for_it_costs_nothing(tmp_path: Path):
+    node = Node(tmp_path, adjustable=["local-steps", "proximal-mu"])
+    node.answers(local_steps=3, proximal_mu=0.5)
+    assert node.spent().spent().mechanisms == (Gaussian(1.0, 3),)
+    with pytest.raises(Exception, match=r"proximal: .*greater than or equal to 0"):
+        node.answers(proximal_mu=-1.0)
+
+
 def test_work_that_nobody_can_account_for_is_refused_without_the_number_of_examples(tmp_path: Path):
     node = Node(tmp_path, adjustable=["batch-size", "local-epochs"], task=large_task())
     with pytest.raises(Exception, match="more steps than can be accounted for") as refused:

@@ -30,7 +30,7 @@ def local(returns: Returns, *, config: dict[str, Any] | None = None) -> FlowerLo
         return Message(returns(message, context), reply_to=message)
 
     made = task_from(app, INITIAL).local(
-        Site("a", config or {}), Work(epochs=2, batch_size=8, learning_rate=0.5)
+        Site("a", config or {}), Work(epochs=2, batch_size=8, learning_rate=0.5, proximal=0.1)
     )
     assert isinstance(made, FlowerLocal)
     return made
@@ -66,7 +66,14 @@ def test_it_is_asked_as_flower_asks_and_what_it_returns_is_a_change_of_the_model
     assert seen == {
         "w": [1.0, 2.0],
         "n": 7,
-        "config": {"server-round": 3, "fedge-work": "train", "lr": 0.5, "batch-size": 8, "local-epochs": 2},
+        "config": {
+            "server-round": 3,
+            "fedge-work": "train",
+            "lr": 0.5,
+            "batch-size": 8,
+            "local-epochs": 2,
+            "proximal-mu": 0.1,
+        },
         "node": {"partition-id": 4},
     }
     assert out == [0.5, -1.0]

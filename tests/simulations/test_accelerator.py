@@ -151,7 +151,9 @@ def examples(size: int) -> TensorDataset:
     return TensorDataset(torch.randn(size, 6), torch.arange(size) % 3)
 
 
-@pytest.mark.parametrize("work", [Work(), Work(optimizer="adam", l1=0.1, l2=0.1)], ids=["sgd", "adam"])
+@pytest.mark.parametrize(
+    "work", [Work(), Work(optimizer="adam", l1=0.1, l2=0.1, proximal=0.1)], ids=["sgd", "adam"]
+)
 @pytest.mark.parametrize(
     ("apart", "most"),
     [(False, None), (True, None), (True, 0)],

@@ -73,6 +73,7 @@ WORK = st.builds(
     learning_rate=st.sampled_from([0.01, 0.1]),
     l1=st.sampled_from([0.0, 0.01]),
     l2=st.sampled_from([0.0, 0.1]),
+    proximal=st.sampled_from([0.0, 1.0]),
 )
 
 
@@ -96,6 +97,7 @@ def test_a_stack_of_ragged_clients_trains_as_the_loop_does(model: str, count: in
         batch_size=st.sampled_from([1, 4, 64, "full"]),
         l1=st.sampled_from([0.0, 0.01]),
         l2=st.sampled_from([0.0, 0.1]),
+        proximal=st.sampled_from([0.0, 1.0]),
     ),
 )
 @settings(max_examples=25, deadline=None)

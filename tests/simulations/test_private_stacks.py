@@ -76,6 +76,7 @@ WORK = st.builds(
     learning_rate=st.sampled_from([0.01, 0.1]),
     l1=st.sampled_from([0.0, 0.01]),
     l2=st.sampled_from([0.0, 0.1]),
+    proximal=st.sampled_from([0.0, 1.0]),
 )
 
 

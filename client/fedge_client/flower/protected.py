@@ -44,6 +44,7 @@ _SETTINGS: Final[Mapping[str, tuple[str, ...]]] = {
     "batch-size": ("batch_size",),
     "local-epochs": ("epochs", "steps"),
     "local-steps": ("steps", "epochs"),
+    "proximal-mu": ("proximal",),
 }
 """Settings of a message, the part of `Work` that each is, and the one that it takes the place of."""
 
@@ -63,7 +64,7 @@ def protect_examples(
     ledger: Path | None = None,
     dataset: str | None = None,
     work: Work | None = None,
-    adjustable: Collection[str] = ("lr",),
+    adjustable: Collection[str] = ("lr", "proximal-mu"),
     evaluation_noise_multiplier: float | None = None,
     loss_bound: float = 10.0,
     unprotected: Collection[str] = (),
@@ -78,13 +79,13 @@ def protect_examples(
     metric: "num-examples" is 1. As in all of fedge's accounting the number of examples counts as known all the same: it
     sets the sampling rate, and shows in how long the budget lasts.
 
-    `work` says how long a node trains on a message. Those of the settings "lr", "batch-size", "local-epochs" and
-    "local-steps" that are `adjustable` may come from the message instead; others are refused, unless they are what
-    `work` has: how long a node works, and for what price, is not the ServerApp's to choose. Where "fedge-work" is
-    "gradient", one noised gradient is returned. "evaluate" messages are answered with noised
-    metrics where there is `evaluation_noise_multiplier`: a loss is counted up to `loss_bound`, other metrics within
-    [0, 1]. Any other message, and "evaluate" without noise, is refused, unless its type ("query", "train.greet") is
-    among `unprotected`: then the ClientApp answers it, **without any protection**.
+    `work` says how long a node trains on a message. Those of the settings "lr", "batch-size", "local-epochs",
+    "local-steps" and "proximal-mu" (of Flower's FedProx) that are `adjustable` may come from the message instead;
+    others are refused, unless they are what `work` has: how long a node works, and for what price, is not the
+    ServerApp's to choose. Where "fedge-work" is "gradient", one noised gradient is returned. "evaluate" messages are
+    answered with noised metrics where there is `evaluation_noise_multiplier`: a loss is counted up to `loss_bound`,
+    other metrics within [0, 1]. Any other message, and "evaluate" without noise, is refused, unless its type ("query",
+    "train.greet") is among `unprotected`: then the ClientApp answers it, **without any protection**.
 
     The task's `data` is called with a Site whose `config` is the node's settings. The ledger's folder may come from
     them instead, as "fedge-ledger"; it is the same folder for as long as the data is. `dataset` names the data in it:

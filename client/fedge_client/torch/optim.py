@@ -11,6 +11,7 @@ import math
 import torch
 
 from fedge.optimizer import Optimizer
+from fedge.run import Work
 
 
 class InPlaceOptimizer:
@@ -43,12 +44,17 @@ class InPlaceOptimizer:
         else:
             self._adam(theta, gradient)
 
-    def regularise(self, gradient: torch.Tensor, theta: torch.Tensor, *, l1: float, l2: float) -> None:
-        """Add to `gradient` that of `l1 * sum|theta| + l2/2 * sum(theta^2)`, in place."""
-        if l2:
-            gradient.add_(theta, alpha=l2)
-        if l1:
-            gradient.add_(torch.sign(theta, out=self._room()), alpha=l1)
+    def regularise(
+        self, gradient: torch.Tensor, theta: torch.Tensor, anchor: torch.Tensor, work: Work
+    ) -> None:
+        """Add to `gradient` that of `l1 * sum|theta| + l2/2 * sum(theta^2) + proximal/2 * sum((theta - anchor)^2)`, in
+        place; all float32[..., size], of `size` elements in the optimiser's sense, or `anchor` of fewer dimensions."""
+        if work.l2:
+            gradient.add_(theta, alpha=work.l2)
+        if work.l1:
+            gradient.add_(torch.sign(theta, out=self._room().view_as(theta)), alpha=work.l1)
+        if work.proximal:
+            gradient.add_(torch.sub(theta, anchor, out=self._room().view_as(theta)), alpha=work.proximal)
 
     def _adam(self, theta: torch.Tensor, gradient: torch.Tensor) -> None:
         optimizer, (mean, square) = self._optimizer, self._slots[:2]

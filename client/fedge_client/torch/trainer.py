@@ -111,10 +111,11 @@ class Trainer:
         loss_sum, seen = torch.zeros((), dtype=torch.float64), 0
         with self._randomness.seeded(seed), torch.enable_grad():
             self._begin(model, training=True)
+            anchor = self._anchor(work)
             optimizer.begin(_optimizer_of(work))
             for step in range(total):
                 positions = batches.step(step, seed=seed)
-                loss = self._differentiate(batches, positions, work)
+                loss = self._differentiate(batches, positions, work, anchor)
                 optimizer.step(flat.head, flat.gradient)
                 flat.publish()
                 if step >= counted_from:
@@ -161,7 +162,7 @@ class Trainer:
         positions = batches.step(step, seed=seed)
         with self._randomness.seeded(derive_seed(seed, "step", step)), torch.enable_grad():
             self._begin(model, training=True)
-            loss = self._differentiate(batches, positions, work)
+            loss = self._differentiate(batches, positions, work, flat.head)
             flat.settle()
         progress(1, 1)
         np.subtract(flat.vector, model, out=out)
@@ -222,10 +223,11 @@ class Trainer:
         schedule = Schedule.of(work, batches.size, "train")
         with self._randomness.drawn(private.source), torch.enable_grad():
             self._begin(model, training=True)
+            anchor = self._anchor(work)
             optimizer.begin(_optimizer_of(work))
             for step in range(schedule.steps):
                 noisy_gradient(flat, batches, self._clipped, schedule, private)
-                self._regularise(work)
+                self._regularise(work, anchor)
                 optimizer.step(flat.head, flat.gradient)
                 flat.publish()
                 progress(step + 1, schedule.steps)
@@ -244,7 +246,7 @@ class Trainer:
         with self._randomness.drawn(private.source), torch.enable_grad():
             self._begin(model, training=True)
             noisy_gradient(flat, batches, self._clipped, schedule, private)
-            self._regularise(work)
+            self._regularise(work, flat.head)
             flat.settle()
         tail = slice(self.layout.trainable_size, None)
         check_unchanged(flat.vector[tail] - model[tail])
@@ -316,7 +318,13 @@ class Trainer:
         except Exception as error:  # a user's override may raise anything
             raise _failed("the model's train()", error) from error
 
-    def _differentiate(self, batches: Batches, positions: torch.Tensor, work: Work) -> torch.Tensor:
+    def _anchor(self, work: Work) -> torch.Tensor:
+        """What a proximal term holds the parameters to: where they are now."""
+        return self._flat.head.clone() if work.proximal else self._flat.head
+
+    def _differentiate(
+        self, batches: Batches, positions: torch.Tensor, work: Work, anchor: torch.Tensor
+    ) -> torch.Tensor:
         """The loss on one batch; its gradient, regularised, is in `flat.gradient`."""
         flat = self._flat
         inputs, target = batches.gather(positions)
@@ -332,12 +340,12 @@ class Trainer:
         except Exception as error:
             raise _failed("the backward pass", error) from error
         flat.collect()
-        self._regularise(work)
+        self._regularise(work, anchor)
         return loss.detach()
 
-    def _regularise(self, work: Work) -> None:
-        if work.l1 or work.l2:
-            self._optimizer.regularise(self._flat.gradient, self._flat.head, l1=work.l1, l2=work.l2)
+    def _regularise(self, work: Work, anchor: torch.Tensor) -> None:
+        if work.regularises:
+            self._optimizer.regularise(self._flat.gradient, self._flat.head, anchor, work)
 
     def _forward(self, inputs: Any) -> Any:
         module = self._flat.module

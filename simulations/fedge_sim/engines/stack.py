@@ -67,10 +67,9 @@ def gradient_stack(
         slopes, losses = gradients.at(step, model.views(theta), len(parts))
         for slope, room in zip(slopes, model.views(out), strict=True):
             room.copy_(slope[: len(parts)])
-        if work.l1 or work.l2:
-            flat, at = out.view(-1), theta[: len(parts)].view(-1)
-            optimizer = InPlaceOptimizer(flat.numel(), flat.device)
-            optimizer.regularise(flat, at, l1=work.l1, l2=work.l2)
+        if work.regularises:
+            optimizer = InPlaceOptimizer(out.numel(), out.device)
+            optimizer.regularise(out, theta[: len(parts)], start, work)
     if all_private(parts):
         return private_outcomes(parts, work, "gradient")
     return _outcomes([part.size_at(step) for part in parts], losses[: len(parts)].double())
@@ -150,8 +149,8 @@ class _Stack:
         def move(views: list[torch.Tensor], slopes: list[torch.Tensor]) -> None:
             for slope, room in zip(slopes, rooms, strict=True):
                 room[: len(slope)] = slope
-            if work.l1 or work.l2:
-                optimizer.regularise(gradient, theta, l1=work.l1, l2=work.l2)
+            if work.regularises:
+                optimizer.regularise(whole, self._theta, self._start, work)
             optimizer.step(theta, gradient)
 
         return move
@@ -176,7 +175,7 @@ def _counted(parts: Sequence[Part], work: Work) -> torch.Tensor:
 
 
 def _is_simple(work: Work) -> bool:
-    return work.optimizer == "sgd" and not work.l1 and not work.l2
+    return work.optimizer == "sgd" and not work.regularises
 
 
 def _optimizer_of(work: Work) -> Optimizer:

@@ -10,7 +10,7 @@ demo: $(READY)
 	$(BIN)/fedge demo
 
 test: $(READY) lint
-	$(BIN)/pytest -n 2 --dist worksteal
+	$(BIN)/pytest -n 3 --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .

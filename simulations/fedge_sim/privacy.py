@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from fedge.errors import ConfigError, RefusedError
 from fedge.privacy.config import Unit
@@ -59,6 +59,20 @@ class Spent:
         }
 
 
+class _Made(NamedTuple):
+    """A client's account: its training examples, and how many orders and evaluations it has paid for."""
+
+    size: int
+    orders: int = 0
+    evaluations: int = 0
+
+    def ordered(self) -> _Made:
+        return _Made(self.size, self.orders + 1, self.evaluations)
+
+    def evaluated(self) -> _Made:
+        return _Made(self.size, self.orders, self.evaluations + 1)
+
+
 class Accounts:
     """Prices and counts what the clients do. Without privacy it has nothing to do."""
 
@@ -68,7 +82,9 @@ class Accounts:
         self.terms = Terms.of(run)
         self._run = run
         self._kind: Literal["train", "gradient"] = "gradient" if kind == "gradient" else "train"
-        self._made: dict[str, dict[tuple[bool, Mechanism], int]] = {}
+        self._made: dict[str, _Made] = {}
+        self._fresh: set[_Made] = set()
+        self._worst = 0.0
         self._prices: dict[int, Price] = {}
 
     def price(self, size: int) -> Price:
@@ -107,36 +123,44 @@ class Accounts:
         found = self.price(size)
         cost = found.evaluation if kind == "evaluate" else found.order
         limit = self.terms.evaluations if kind == "evaluate" else self.terms.participations
-        made = self._made.setdefault(client, {})
-        if cost is None or (times := made.get((kind == "evaluate", cost), 0)) >= limit:
+        made = self._made.get(client, _Made(size))
+        assert made.size == size  # a client's data is what it was
+        if cost is None or (made.evaluations if kind == "evaluate" else made.orders) >= limit:
             raise RefusedError(_EXHAUSTED)
-        made[kind == "evaluate", cost] = times + 1
+        made = made.evaluated() if kind == "evaluate" else made.ordered()
+        self._made[client] = made
+        self._fresh.add(made)
 
     def worst(self) -> float | None:
         """What the client that has spent the most has spent by now, by RDP; None without privacy."""
         if self.terms is None:
             return None
-        different = {frozenset(made.items()) for made in self._made.values()}  # most have done the same
-        delta = self.terms.delta
-        return max((_epsilon(_history(dict(made)), delta) for made in different), default=0.0)
+        self._worst = max((self._worst, *map(self._epsilon, self._fresh)))  # nobody gets anything back
+        self._fresh.clear()
+        return self._worst
 
     def spent(self) -> Spent:
         """What it came to."""
         if self.terms is None:
             return Spent()
         delta = self.terms.delta
-        histories = {client: _history(made) for client, made in self._made.items()}
-        epsilons = {client: _epsilon(history, delta) for client, history in histories.items()}
-        if not epsilons:
+        if not self._made:
             return Spent(self.terms.unit, delta, 0.0, "RDP", {})
+        different = {made: self._epsilon(made) for made in {*self._made.values()}}  # most have done the same
+        epsilons = {client: different[made] for client, made in self._made.items()}
         worst = max(epsilons, key=lambda client: epsilons[client])
-        epsilon, accountant = statement(histories[worst], delta)
+        epsilon, accountant = statement(self._history(self._made[worst]), delta)
         return Spent(self.terms.unit, delta, epsilon, accountant, epsilons)
 
+    def _epsilon(self, made: _Made) -> float:
+        assert self.terms is not None  # charged only under terms
+        return _epsilon(self._history(made), self.terms.delta)
 
-def _history(made: Mapping[tuple[bool, Mechanism], int]) -> tuple[Mechanism, ...]:
-    """All of a client's orders, as an accountant takes them."""
-    return merged(scaled(cost, times * cost.count) for (_, cost), times in made.items())
+    def _history(self, made: _Made) -> tuple[Mechanism, ...]:
+        """All of a client's orders, as an accountant takes them."""
+        found = self.price(made.size)
+        costs = ((found.order, made.orders), (found.evaluation, made.evaluations))
+        return merged(scaled(cost, times * cost.count) for cost, times in costs if cost is not None and times)
 
 
 @lru_cache(maxsize=4096)

@@ -11,11 +11,12 @@ from typing import Any
 
 import click
 import typer
-from rich.console import Console
 from rich.markup import escape
+from rich.text import Text
 from typer.core import TyperGroup
 
 from fedge import __version__
+from fedge.console import plain_console
 from fedge.errors import FedgeError
 
 INTERRUPTED = 130
@@ -69,7 +70,7 @@ def main() -> None:
     except click.exceptions.Abort:
         code = INTERRUPTED
     except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted")
+        plain_console(stderr=True).print("interrupted")
         code = INTERRUPTED
     except click.ClickException as error:
         error.show()
@@ -88,8 +89,8 @@ def main() -> None:
 
 
 def _print_error(text: str) -> None:
-    console = Console(stderr=True, soft_wrap=True)
-    console.print(f"[bold red]error:[/] {escape(text)}", highlight=False, emoji=False)
+    console = plain_console(stderr=True)
+    console.print(Text.assemble(("error:", "bold red"), " ", text))
 
 
 def _commands() -> dict[str, EntryPoint]:

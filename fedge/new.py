@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from fedge.console import plain_console
 from fedge.errors import ConfigError
 from fedge.files import write_atomic
 
@@ -41,6 +41,6 @@ def new(
     for file in _FILES:
         text = (_TEMPLATES / f"{file}.template").read_text(encoding="utf-8")
         write_atomic(project / file, text.replace("{{name}}", name))
-    console = Console(soft_wrap=True, markup=False)  # the command below is copied: it stays in one line
-    console.print(f"{project} is ready: app.py (your task), run.toml, README.md", highlight=False)
-    console.print(f"  cd {project} && fedge simulate run.toml", highlight=False)
+    console = plain_console()
+    console.print(f"{project} is ready: app.py (your task), run.toml, README.md")
+    console.print(f"  cd {project} && fedge simulate run.toml")

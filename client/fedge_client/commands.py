@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+from rich.text import Text
 
+from fedge.console import plain_console
 from fedge.errors import ConfigError, FedgeError
 from fedge.files import read_capped
 from fedge.signing import key_fingerprint, public_bytes
@@ -52,13 +53,11 @@ def enrol(
         enrol_site(server, token, ca_pem=ca_pem, folder=folder, authority_pem=authority_pem)
     )
     path = folder / "client.toml"
-    console = Console()
-    console.print(
-        f"site {identity.site} is enrolled until {identity.principal.not_after:%Y-%m-%d}", highlight=False
-    )
-    console.print(f"  signs as  {key_fingerprint(public_bytes(identity.signing))}", highlight=False)
-    console.print(f"  check it  fedge client check {path}", highlight=False)
-    console.print(f"  start it  fedge client start {path}", highlight=False)
+    console = plain_console()
+    console.print(f"site {identity.site} is enrolled until {identity.principal.not_after:%Y-%m-%d}")
+    console.print(f"  signs as  {key_fingerprint(public_bytes(identity.signing))}")
+    console.print(f"  check it  fedge client check {path}")
+    console.print(f"  start it  fedge client start {path}")
 
 
 @app.command()
@@ -88,14 +87,14 @@ def check(
 
     Example: fedge client check site/client.toml --task app:task
     """
-    console = Console()
+    console = plain_console()
     failed: FedgeError | None = None
     for name, outcome in run_checks(path, task):
         if isinstance(outcome, FedgeError):
             failed = failed or outcome
-            console.print(f"[red]failed[/]  {name}", highlight=False)
+            console.print(Text.assemble(("failed", "red"), f"  {name}"))
         else:
-            console.print(f"[green]ok[/]      {name}: {outcome}", highlight=False)
+            console.print(Text.assemble(("ok", "green"), f"      {name}: {outcome}"))
     if failed is not None:
         raise failed
 
@@ -122,7 +121,7 @@ def ledger(
     Example: fedge client ledger site/client.toml --verify
     """
     places = _places(path, dataset)
-    console = Console()
+    console = plain_console()
     for place in places if trust else ():
         accepted = accept(place, reason="accepted by `fedge client ledger --trust`")
         console.print(
@@ -137,8 +136,7 @@ def ledger(
         print_report(console, each)
         if checked is not None:
             console.print(
-                f"verified: {checked} records, their chain and head, and every epsilon by another accountant",
-                highlight=False,
+                f"verified: {checked} records, their chain and head, and every epsilon by another accountant"
             )
 
 

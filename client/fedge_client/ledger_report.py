@@ -10,7 +10,6 @@ from typing import Any, Self
 
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from fedge.errors import ConfigError, RefusedError
@@ -209,7 +208,7 @@ def print_report(console: Console, found: Report) -> None:
     for run in (*found.runs, found.total):
         stated = "" if run.stated is None else f"{run.stated:.4g}"
         releases = "\n".join(run.releases) or ("without protection" if run.unprotected else "none")
-        table.add_row(escape(run.name), _WHOM[run.protects], releases, stated, f"{run.epsilon:.4g}")
+        table.add_row(run.name, _WHOM[run.protects], releases, stated, f"{run.epsilon:.4g}")
     console.print(table)
     of, left = "", ""
     if found.cap is not None and found.left is not None:
@@ -217,7 +216,6 @@ def print_report(console: Console, found: Report) -> None:
     console.print(
         f"spent {found.total.epsilon:.4g}{of} at delta {found.delta:g}, set aside for work under way "
         f"{found.outstanding:.4g}{left}",
-        highlight=False,
     )
     open_runs = sum(run.unprotected for run in found.runs)
     if open_runs:

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fedge.console import plain_console
 from fedge.errors import ConfigError, RefusedError
 from fedge.refusal import Refusal, RefusalCode
 from fedge.run import RunConfig
@@ -62,13 +63,12 @@ def plan(
 
 
 def _print_costs(run: RunConfig, costs: list[Cost]) -> None:
-    console = Console()
+    console = plain_console()
     privacy = run.privacy
     asked = f"epsilon {privacy.epsilon:g}" if privacy.epsilon is not None else "the noise that it fixes"
     console.print(
         f"{run.name}: {privacy.unit}-level privacy, {asked} at delta {privacy.delta:g}, clip {privacy.clip:g}, "
         f"{run.rounds} rounds",
-        highlight=False,
     )
     table = Table(box=None, pad_edge=False)
     of_examples = privacy.unit == "example"
@@ -89,10 +89,9 @@ def _print_costs(run: RunConfig, costs: list[Cost]) -> None:
     console.print(
         f"epsilon as stated to people ({costs[0].accountant}), and as a site's gate counts (RDP); a site that "
         "takes part in fewer rounds spends less",
-        highlight=False,
     )
     if privacy.max_participations is not None or privacy.separation > 1:
-        console.print(f"it needs at least {fewest_clients(run)} sites to come to its end", highlight=False)
+        console.print(f"it needs at least {fewest_clients(run)} sites to come to its end")
 
 
 def _say_rounding(console: Console, cost: Cost) -> None:
@@ -106,27 +105,24 @@ def _say_rounding(console: Console, cost: Cost) -> None:
 
 
 def _print_site(run: RunConfig, found: AtSite) -> None:
-    console = Console()
+    console = plain_console()
     size = f"{found.examples} training examples" if found.examples else "with data that only its task knows"
-    console.print(f"{run.name} at this site: {size}", highlight=False)
+    console.print(f"{run.name} at this site: {size}")
     if found.cost is not None and found.run_epsilon is not None:
-        console.print(f"  noise multiplier  {found.cost.noise_multiplier:.4g}", highlight=False)
+        console.print(f"  noise multiplier  {found.cost.noise_multiplier:.4g}")
         for release in found.cost.releases:
-            console.print(f"  releases          {release}", highlight=False)
+            console.print(f"  releases          {release}")
         _say_rounding(console, found.cost)
         console.print(
             f"  the run's epsilon {found.cost.epsilon:.4g} at delta {found.cost.delta:g} "
             f"({found.cost.accountant}); {found.run_epsilon:.4g} by RDP at this site's delta {found.delta:g}",
-            highlight=False,
         )
     elif not found.refusal:
         console.print("  no differential privacy: nothing bounds what the run learns of this data")
-    console.print(f"  spent before      {found.spent_before:.4g} of {found.cap:g}", highlight=False)
+    console.print(f"  spent before      {found.spent_before:.4g} of {found.cap:g}")
     if found.spent_after is not None:
         left = max(0.0, found.cap - found.spent_after)
-        console.print(
-            f"  spent after       {found.spent_after:.4g}, which leaves {left:.4g}", highlight=False
-        )
+        console.print(f"  spent after       {found.spent_after:.4g}, which leaves {left:.4g}")
         if found.spent_after > found.cap and not found.refusal:
             console.print(
                 "  the budget ends before the run does: this site would stop taking part", style="yellow"

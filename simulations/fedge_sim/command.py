@@ -22,6 +22,7 @@ from rich.progress import (
 )
 
 from fedge.cli import INTERRUPTED
+from fedge.console import plain_console
 from fedge.errors import ConfigError, RunError
 from fedge.history import Row
 from fedge.run import RunConfig
@@ -77,7 +78,7 @@ def simulate(
         if len(beside) < 2:
             raise ConfigError("expected a RUN.toml to simulate, or --compare twice or more, found neither")
         page = (out or Path("results")) / "report.html"
-        _write_page(page, beside, Console(stderr=True), needed=True)
+        _write_page(page, beside, plain_console(stderr=True), needed=True)
         typer.echo(f"report in {page}")
         return
     if beside:  # before hours of work depend on it
@@ -97,9 +98,9 @@ def simulate(
     from fedge_sim.report import write_results
 
     prepare_folder(folder)
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     for note in config.notes():
-        console.print(f"note: {note}", highlight=False)
+        console.print(f"note: {note}")
     with (
         output_apart(),
         _progress(console, config.name, rounds or config.rounds, quiet=as_json) as show,
@@ -119,20 +120,19 @@ def simulate(
         typer.echo(json.dumps(result.summary() | {"out": str(folder)}))
     else:
         found = _found(f"{len(result.history)} rounds, {result.clients} clients", result.metrics)
-        console.print(f"{result.status}: {found}", highlight=False)
+        console.print(f"{result.status}: {found}")
         injected = "  ".join(f"{name} {count}" for name, count in result.faults.counts.items() if count)
         if injected:
-            console.print(f"faults: {injected}", highlight=False)
+            console.print(f"faults: {injected}")
         if result.moments:
             last = result.moments[-1]
             console.print(
                 f"virtual time: {last.virtual_s / 3600:.3g} hours  energy {last.joules / 1000:.3g} kJ  "
                 f"wasted orders {last.wasted}",
-                highlight=False,
             )
-        console.print(f"engine: {result.engine}", highlight=False)
+        console.print(f"engine: {result.engine}")
         if spent := str(result.privacy):
-            console.print(spent, highlight=False)
+            console.print(spent)
         typer.echo(f"results in {folder}")
     _write_page(folder / "report.html", [folder, *beside], console, needed=bool(beside))
     if result.status == "stopped":
@@ -159,7 +159,7 @@ def _sweep(
     from fedge_sim.sweep import Swept, parse_grid, sweep
 
     folder = out or Path("results") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"  # noqa: DTZ005  # local, for people
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
 
     def told(done: Swept) -> None:
         if not as_json:
@@ -168,7 +168,7 @@ def _sweep(
                 for key, value in done.row().items()
             )
             words = "  ".join(f"{key} {value}" for key, value in shown if value != "")
-            console.print(words, highlight=False, soft_wrap=True)
+            console.print(words)
 
     swept = sweep(path, parse_grid(grid), out=folder, told=told, **how)
     if as_json:
@@ -192,7 +192,7 @@ def _write_page(path: Path, folders: list[Path], console: Console, *, needed: bo
     except ConfigError as error:
         if needed:
             raise
-        console.print(f"note: {error}", highlight=False)
+        console.print(f"note: {error}")
 
 
 def _page() -> ModuleType:
@@ -213,12 +213,12 @@ def _progress(console: Console, name: str, rounds: int, *, quiet: bool) -> Itera
     """A bar where a person looks on; a line per round elsewhere."""
     live = console.is_terminal and not quiet
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=console, disable=not live) as progress:
         bar = progress.add_task(name, total=rounds, note="")
@@ -228,7 +228,7 @@ def _progress(console: Console, name: str, rounds: int, *, quiet: bool) -> Itera
             progress.update(bar, completed=row.round, note=_line(row))
             if not live and not quiet:
                 again = "evaluated  " if row.round in shown else ""
-                console.print(f"round {row.round}/{rounds}  {again}{_line(row)}", highlight=False)
+                console.print(f"round {row.round}/{rounds}  {again}{_line(row)}")
                 shown.add(row.round)
 
         yield show

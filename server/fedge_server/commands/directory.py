@@ -10,9 +10,9 @@ from typing import Annotated, Final
 
 import typer
 from cryptography.hazmat.primitives.asymmetric import ec
-from rich.console import Console
 from rich.table import Table
 
+from fedge.console import plain_console
 from fedge.errors import ConfigError, IdentityError, RunError
 from fedge.files import private_folder, write_private
 from fedge.principal import key_of_pem, key_to_pem
@@ -175,7 +175,7 @@ def show(
         table = Table("site", "signs with", "from", "until")
         for row in rows:
             table.add_row(row["site"], row["key"], row["not_before"], row["not_after"])
-        Console().print(table)
+        plain_console().print(table)
     if changes.any:
         typer.echo("pending:")
         _print_changes(changes)

@@ -9,12 +9,11 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from fedge.checkpoint import to_safetensors
 from fedge.config import read_toml
+from fedge.console import plain_console
 from fedge.errors import ConfigError, RunError
 from fedge.files import read_capped, write_atomic
 from fedge.principal import MAX_CERTIFICATE_BYTES
@@ -49,16 +48,14 @@ def submit(
     Example: fedge run submit run.toml --admin coordinator/admin.toml --watch
     """
     config = RunConfig.load(path)
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     for note in config.notes():
-        console.print(f"note: {note}", highlight=False)
+        console.print(f"note: {note}")
     model = initial_model(config, folder=path.parent.resolve())
     with admin_link(admin) as link:
         run_id = begin_run(link, read_toml(path), model)
         if watch:
-            console.print(
-                f"run {run_id}: {model.layout.size} parameters, {config.rounds} rounds", highlight=False
-            )
+            console.print(f"run {run_id}: {model.layout.size} parameters, {config.rounds} rounds")
             summary = watch_run(link, run_id)
     typer.echo(run_id)
     if watch:
@@ -77,7 +74,7 @@ def initial_model(config: RunConfig, *, folder: Path) -> Model:
         load_strategy(config.strategy, config.work)
     task = load_any_task(config.task, path=folder)
     if left_out := config.left_out(task.metrics):
-        Console(stderr=True).print(f"note: {left_out}", highlight=False, markup=False)
+        plain_console(stderr=True).print(f"note: {left_out}")
     return first_model(task, seed=config.seed, unit=config.privacy.unit)
 
 
@@ -104,9 +101,9 @@ def list_runs(admin: AdminToml, as_json: AsJson = False) -> None:
             run.status,
             f"{run.round}/{run.rounds}" if run.rounds else "",
             run.strategy.split("(")[0],
-            escape(run.reason),
+            run.reason,
         )
-    Console().print(table)
+    plain_console().print(table)
 
 
 @app.command()
@@ -131,21 +128,17 @@ def show(run_id: RunId, admin: AdminToml, as_json: AsJson = False) -> None:
         typer.echo(json.dumps(body))
         return
     summary = detail.summary
-    console = Console()
-    console.print(
-        f"{summary.run_id}: {summary.status}, round {summary.round} of {summary.rounds}", highlight=False
-    )
+    console = plain_console()
+    console.print(f"{summary.run_id}: {summary.status}, round {summary.round} of {summary.rounds}")
     if summary.reason:
-        console.print(f"  {summary.reason}", highlight=False, markup=False)
+        console.print(f"  {summary.reason}")
     if summary.progress:
-        console.print(f"  {summary.progress}", highlight=False, markup=False)
-    console.print(f"  strategy    {summary.strategy}", highlight=False, markup=False)
-    console.print(f"  model       {detail.model_bytes} bytes", highlight=False)
-    console.print(f"  protection  {protection(detail.run_toml)}", highlight=False)
+        console.print(f"  {summary.progress}")
+    console.print(f"  strategy    {summary.strategy}")
+    console.print(f"  model       {detail.model_bytes} bytes")
+    console.print(f"  protection  {protection(detail.run_toml)}")
     for client in clients:
-        console.print(
-            f"  {client['state']:<10}  {client['name']}  {client['detail']}", highlight=False, markup=False
-        )
+        console.print(f"  {client['state']:<10}  {client['name']}  {client['detail']}")
     console.print(history_table(detail.history))
 
 

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import tomlkit
 import typer
-from rich.console import Console
 
+from fedge.console import plain_console
 from fedge.errors import ConfigError
 from fedge.files import private_folder, write_private
 from fedge.logs import configure_logging
@@ -82,17 +82,17 @@ def init(
         "An administrator's credential: `fedge run ... --admin` reads this file. Keep the folder private.",
         credential.model_dump(),
     )
-    console = Console()
+    console = plain_console()
     if bound in _EVERYWHERE and not host:
         console.print(
-            "[yellow]note:[/] its certificate names only this machine's loopback, so no other machine can "
+            "note: its certificate names only this machine's loopback, so no other machine can "
             "connect: repeat this in a new folder with --host NAME, the name under which sites reach it",
-            highlight=False,
+            style="yellow",
         )
-    console.print(f"federation {authority.federation} is set up in {folder}", highlight=False)
-    console.print(f"  start it      fedge server start {folder / 'server.toml'}", highlight=False)
-    console.print(f"  let a site in fedge server token {folder / 'server.toml'} --site NAME", highlight=False)
-    console.print(f"  its CA        {folder / 'ca.pem'} (give it to every site)", highlight=False)
+    console.print(f"federation {authority.federation} is set up in {folder}")
+    console.print(f"  start it      fedge server start {folder / 'server.toml'}")
+    console.print(f"  let a site in fedge server token {folder / 'server.toml'} --site NAME")
+    console.print(f"  its CA        {folder / 'ca.pem'} (give it to every site)")
 
 
 @app.command()
@@ -104,10 +104,10 @@ def start(path: ServerToml, verbose: Annotated[bool, typer.Option(help="Log more
     settings = load_server(path)
     configure_logging(verbose=verbose)
     host, _ = split_address(settings.listen)
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
 
     def ready(port: int) -> None:
-        console.print(f"coordinator ready on {host}:{port}; Ctrl-C stops it", highlight=False)
+        console.print(f"coordinator ready on {host}:{port}; Ctrl-C stops it")
 
     asyncio.run(serve(settings, path.parent, ready=ready))
 
@@ -124,8 +124,8 @@ def token(
     """
     with authority_beside(path) as authority:
         text = authority.issue_token(site, now=now(), valid_for_s=valid_hours * DAY_S / 24)
-    Console(stderr=True).print(
-        f"one-time token for {site}, valid {valid_hours:g} h; give it to that site alone", highlight=False
+    plain_console(stderr=True).print(
+        f"one-time token for {site}, valid {valid_hours:g} h; give it to that site alone"
     )
     typer.echo(text)
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from rich.markup import escape  # sites choose the names of metrics
 from rich.table import Table
 
 from fedge.config import parse_toml
@@ -85,7 +84,7 @@ def history_table(rows: Sequence[pb.HistoryRow], *, last: int = 20) -> Table:
     rows = rows[-last:]
     names = list(dict.fromkeys(metric.name for row in rows for metric in row.metrics))
     table = Table(title=title, box=None, pad_edge=False)
-    for name in ("round", "clients", "examples", *map(escape, names), "up", "down", "seconds"):
+    for name in ("round", "clients", "examples", *names, "up", "down", "seconds"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         metrics = {metric.name: f"{metric.value:.4f}" for metric in row.metrics}

@@ -8,9 +8,9 @@ from datetime import UTC, datetime
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from fedge.console import plain_console
 from fedge.privacy.population import population
 from fedge.wire import fedge_pb2 as pb
 from fedge_server.commands.link import CALL_S, AdminToml, admin_link
@@ -42,7 +42,7 @@ def list_sites(
     table = Table("site", "state", "enrolled")
     for row in rows:
         table.add_row(row["name"], row["state"], row["enrolled_at"])
-    Console().print(table)
+    plain_console().print(table)
 
 
 @app.command()
@@ -71,7 +71,7 @@ def spent(
             f"{each.delta:.3g}" if bounded else "",
             str(each.unbounded or ""),
         )
-    Console().print(table)
+    plain_console().print(table)
 
 
 @app.command()

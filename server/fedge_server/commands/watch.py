@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import typer
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -15,6 +14,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from fedge.console import plain_console
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire import fedge_pb2_grpc as services
 from fedge_server.commands.show import row_as_dict
@@ -26,11 +26,11 @@ def watch_run(link: services.AdminStub, run_id: str, *, as_json: bool = False) -
     A stream without a deadline on purpose: a run may wait for days, and its own deadlines end it.
     """
     summary = pb.RunSummary(run_id=run_id)
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     live = console.is_terminal and not as_json
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -47,7 +47,7 @@ def watch_run(link: services.AdminStub, run_id: str, *, as_json: bool = False) -
                 elif not live:
                     again = "evaluated  " if row.round <= shown else ""
                     line = f"round {row.round}/{summary.rounds}  {again}{_line(row)}"
-                    console.print(line, highlight=False, markup=False)
+                    console.print(line)
                     shown = max(shown, row.round)
             last = _line(event.history[-1]) if event.history else ""
             note = summary.reason or last or summary.progress
@@ -55,10 +55,10 @@ def watch_run(link: services.AdminStub, run_id: str, *, as_json: bool = False) -
             # Between rounds the lines say enough; a round that takes long says who it is waiting for.
             standing = summary.reason if summary.status == "waiting" else "" if last else summary.progress
             if not live and not as_json and standing and standing != told:
-                console.print(standing, highlight=False, markup=False)
+                console.print(standing)
             told = standing
     if not as_json:
-        console.print(f"{run_id} {summary.status} {summary.reason}".rstrip(), highlight=False, markup=False)
+        console.print(f"{run_id} {summary.status} {summary.reason}".rstrip())
     return summary
 
 

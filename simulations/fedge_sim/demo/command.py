@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from fedge.console import plain_console
 from fedge.errors import ConfigError
 
 
@@ -32,7 +32,7 @@ def demo(
         from fedge_sim.demo.summary import Outcome, baselines, federated_accuracy, print_summary
     except ModuleNotFoundError as error:
         raise ConfigError(f"the demo needs {error.name}: pip install 'fedge[demo]'") from error
-    console = Console()
+    console = plain_console()
     began = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="fedge-demo-"))
     try:
@@ -49,6 +49,6 @@ def demo(
         raise
     finally:
         if keep:
-            console.print(f"keys and logs are in {folder}", highlight=False)
+            console.print(f"keys and logs are in {folder}")
         else:
             shutil.rmtree(folder, ignore_errors=True)

@@ -94,7 +94,7 @@ class Federation:
                 )
             )
             wait_for(server, "coordinator ready")
-            console.print(f"a coordinator listens on {address}, mutual TLS required", highlight=False)
+            console.print(f"a coordinator listens on {address}, mutual TLS required")
             _enrol_all(folder, address)
             clients = [stack.enter_context(_client(folder, name)) for name in HOSPITALS]
             for client in clients:
@@ -110,7 +110,7 @@ class Federation:
         """
         text = (RUNS / f"{name}.toml").read_text(encoding="utf-8")
         config = parse_toml(text, RunConfig, source=f"{name}.toml")
-        self.console.print(f"\n{config.strategy.name}: {config.rounds} rounds", style="bold", highlight=False)
+        self.console.print(f"\n{config.strategy.name}: {config.rounds} rounds", style="bold")
         initial = initial_model(config, folder=self.folder)
         with admin_link(self.folder / "coordinator" / "admin.toml") as link:
             run_id = begin_run(link, text, initial)

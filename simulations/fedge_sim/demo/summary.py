@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from safetensors.torch import load_file
 from torch.utils.data import TensorDataset
 
@@ -79,19 +80,15 @@ def print_summary(
     console.print(
         f"each hospital added its own noise to every step, before anything left it: {privacy.unit}-level "
         f"differential privacy, epsilon at most {privacy.epsilon:g} a run at delta {privacy.delta:g}",
-        highlight=False,
     )
-    console.print(
-        "no case left its hospital; every connection was mutually authenticated TLS", highlight=False
-    )
+    console.print("no case left its hospital; every connection was mutually authenticated TLS")
     sums = [row for outcome in outcomes for row in outcome.run.rounds if row.clients]
     fewest = min(len(row.clients) for row in sums)
     console.print(
         f"the coordinator could read {len(sums)} sums of {fewest} updates or more, and who took part; it could not "
         "read any single update",
-        highlight=False,
     )
-    console.print(f"models: {out}/*.safetensors   finished in {seconds:.0f} s", highlight=False)
+    console.print(f"models: {out}/*.safetensors   finished in {seconds:.0f} s")
     _check(compared, outcomes)
 
 
@@ -109,7 +106,7 @@ def _accuracies(compared: Baselines, outcomes: list[Outcome]) -> Table:
         table.add_row(
             f"federated and private, {run.config.strategy.name}",
             str(total),
-            f"[bold]{outcome.accuracy:.1%}[/]",
+            Text(f"{outcome.accuracy:.1%}", "bold"),
             human_bytes(run.bytes_up),
             human_bytes(run.bytes_down),
             f"{run.seconds_per_round * 1000:.0f} ms",
@@ -130,7 +127,7 @@ def _budgets(compared: Baselines, outcomes: list[Outcome]) -> Table:
     for name, cases, _ in compared.alone:
         last = outcomes[-1].run.ledgers[name]
         spent = [f"{run.epsilon:.2f}" for run in last.runs]
-        table.add_row(name, str(cases), *spent, f"[bold]{last.total.epsilon:.2f}[/]", f"{last.cap:g}")
+        table.add_row(name, str(cases), *spent, Text(f"{last.total.epsilon:.2f}", "bold"), f"{last.cap:g}")
     return table
 
 

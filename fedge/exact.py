@@ -221,7 +221,7 @@ class ExactSum:
 
 
 def mean_of_rows(rows: Matrix, weights: Sequence[int]) -> Array:
-    """What `ExactSum.mean` makes of these alone, float32[size], of float32[terms, size]: faster, and on one thread.
+    """What `ExactSum.mean` makes of these alone, float32[size], of float32[terms, size]: faster.
 
     Raises:
         ValueError: a weight is not in [1, MAX_WEIGHT), or there is not one for each.
@@ -230,18 +230,22 @@ def mean_of_rows(rows: Matrix, weights: Sequence[int]) -> Array:
     total_weight = sum(weights)
     if len(weights) != count or not all(1 <= weight < MAX_WEIGHT for weight in weights):
         raise ValueError(f"expected {count} weights in [1, {MAX_WEIGHT}), found {len(weights)}, or others")
-    width = _width(count, size)
-    if count < _MANY or width == 0:
+    width = _width(count, size) if count >= _MANY else 0
+    if not width:
         return _mean_of_terms(rows, weights)
     factors, apart = np.array(weights, np.float64), exponents_apart(total_weight)
-    columns, mean = Columns(count, width), np.empty(size, np.float32)
-    doubtful: list[Index] = []
-    for start in range(0, size, width):
-        part = slice(start, start + width)
-        total, exact = columns.sum(rows[:, part], factors, apart)
-        mean[part] = _quotient(total, total_weight)
-        if not exact.all():
-            doubtful.append(start + np.flatnonzero(~exact))
+    mean, doubtful = np.empty(size, np.float32), list[Index]()
+
+    def sum_parts(numbers: range) -> None:
+        columns = Columns(count, width)
+        for start in range(numbers.start * width, numbers.stop * width, width):
+            part = slice(start, start + width)
+            total, exact = columns.sum(rows[:, part], factors, apart)
+            mean[part] = _quotient(total, total_weight)
+            if not exact.all():
+                doubtful.append(start + np.flatnonzero(~exact))
+
+    in_shares(sum_parts, blocks=-(-size // width), elements=size)
     if not doubtful:
         return mean
     where = np.concatenate(doubtful)

@@ -12,7 +12,8 @@ from fedge.config import Config, build, parse_toml, read_toml, shown
 from fedge.privacy.config import Privacy
 from fedge.simulation import Count, Fraction, Positive, Simulation
 
-NonNegative = Annotated[float, Field(ge=0)]
+Strength = Annotated[float, Field(ge=0, le=1e30)]
+"""A float32, in which training computes."""
 
 
 def _batch_size(value: object) -> object:
@@ -47,14 +48,14 @@ class Work(Config):
     steps: Count | None = None
     batch_size: BatchSize = 32
     optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
-    learning_rate: Positive = 0.05
+    learning_rate: Annotated[float, Field(gt=0, le=1e30)] = 0.05
     momentum: Fraction = 0.9
     beta1: Fraction = 0.9
     beta2: Fraction = 0.999
     epsilon: Positive = 1e-8
-    l1: NonNegative = 0.0
-    l2: NonNegative = 0.0
-    proximal: NonNegative = 0.0
+    l1: Strength = 0.0
+    l2: Strength = 0.0
+    proximal: Strength = 0.0
 
     @model_validator(mode="after")
     def _one_length(self) -> Work:

@@ -15,13 +15,14 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from fedge.vector import Array
+
 MANTISSA_BITS: Final = 23
 """Of a float32, below its exponent."""
 
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
 _LAST_PLACE = np.uint32(1)
 
-Array = npt.NDArray[np.float32]
 Double = npt.NDArray[np.float64]
 Bits = npt.NDArray[np.uint32]
 Matrix = npt.NDArray[np.float32]
@@ -30,7 +31,7 @@ Matrix = npt.NDArray[np.float32]
 def exponents_apart(total_weight: int) -> int:
     """By how much the exponents of an element's terms may differ: their sum with these weights is exact in float64,
     in any order. Below zero, only a sum of nothing but zeros is."""
-    return 29 - (total_weight - 1).bit_length()
+    return 29 - (int(total_weight) - 1).bit_length()  # numpy's integers have no bit_length
 
 
 class Columns:

@@ -52,10 +52,11 @@ def release(
         RefusedError: it is not finite, not of the run's layout, weighs nothing or too much, carries
             metrics that are not finite numbers under short names, or is not as its terms demand.
     """
-    if not 1 <= num_examples < MAX_WEIGHT:
+    if not 1 <= num_examples < MAX_WEIGHT or num_examples != int(num_examples):
         raise _refused(
             RefusalCode.BAD_WEIGHT, f"expected 1 to {MAX_WEIGHT - 1} examples, found {num_examples}"
         )
+    num_examples = int(num_examples)  # a task's own training may count with numpy
     if layout is not None:
         _check_vector(vector, layout)  # before the metrics: a model that diverges shows in both
     if terms is not None:

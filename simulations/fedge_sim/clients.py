@@ -59,7 +59,8 @@ class Clients:
             return Load(model.nbytes, _METRICS_BYTES, examples(test)), model.nbytes
         size = examples(train)
         batch = size if work.batch_size == "full" else min(work.batch_size, size)
-        memory = model.nbytes * (3 + {"sgd": 0, "momentum": 1, "adam": 2}[work.optimizer])
+        slots = {"sgd": 0, "momentum": 1, "adam": 2}[work.optimizer]
+        memory = model.nbytes * (3 + slots + (kind == "train" and work.proximal > 0))
         if kind == "gradient":
             return Load(model.nbytes, model.nbytes, batch), memory
         number = work.steps * batch if work.steps else (work.epochs or 1) * size

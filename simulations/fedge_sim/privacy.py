@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
-from fedge.errors import ConfigError, RefusedError
+from fedge.errors import ConfigError, RefusedError, TaskError
 from fedge.privacy.config import Unit
 from fedge.privacy.example import ExampleLevel
 from fedge.privacy.mechanism import Mechanism, Skellam, merged, scaled
@@ -117,14 +117,17 @@ class Accounts:
 
         Raises:
             RefusedError: the client's budget is exhausted.
+            TaskError: its data has changed its size.
         """
         if self.terms is None:
             return
         found = self.price(size)
         cost = found.evaluation if kind == "evaluate" else found.order
         limit = self.terms.evaluations if kind == "evaluate" else self.terms.participations
+        size = size if self.terms.unit == "example" else 1  # a client as a whole costs the same
         made = self._made.get(client, _Made(size))
-        assert made.size == size  # a client's data is what it was
+        if made.size != size:
+            raise TaskError(f"expected {client} to keep its {made.size} training examples, found {size}")
         if cost is None or (made.evaluations if kind == "evaluate" else made.orders) >= limit:
             raise RefusedError(_EXHAUSTED)
         made = made.evaluated() if kind == "evaluate" else made.ordered()

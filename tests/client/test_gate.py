@@ -69,10 +69,11 @@ def test_a_vector_that_is_not_of_the_runs_layout_stays_in(vector):
     assert refused(lambda: let_out(vector)) == RefusalCode.WRONG_LENGTH
 
 
-@pytest.mark.parametrize("num_examples", [0, -1, MAX_WEIGHT])
+@pytest.mark.parametrize("num_examples", [0, -1, MAX_WEIGHT, 2.5])
 def test_an_update_that_weighs_nothing_or_too_much_stays_in(num_examples):
     assert refused(lambda: let_out(num_examples=num_examples)) == RefusalCode.BAD_WEIGHT
     assert let_out(num_examples=MAX_WEIGHT - 1).num_examples == MAX_WEIGHT - 1
+    assert type(let_out(num_examples=np.int32(7)).num_examples) is int  # type: ignore[arg-type]  # as a task may count
 
 
 @pytest.mark.parametrize(

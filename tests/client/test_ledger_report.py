@@ -115,7 +115,7 @@ def test_what_is_not_there_is_said(
 def test_a_table_for_people_holds_it_all(tmp_path: Path):
     spend(tmp_path, "whole", "client", Gaussian(4.0))
     spend(tmp_path, "each", "example", Gaussian(3.0))
-    console = Console(record=True, width=120)
+    console = Console(record=True, width=120, markup=False)
     print_report(console, report(Place.of(SETTINGS, tmp_path)))
     lines = [line.split() for line in console.export_text().splitlines()]
     assert lines[2][:3] == ["whole", "the", "site"]

@@ -333,7 +333,7 @@ def test_a_mean_of_rows_is_that_of_their_sum(terms, times):
     assert_same_bits(found, mean(many))
 
 
-@pytest.mark.parametrize("size", [1, 300, 5000, 16_384, 16_385])
+@pytest.mark.parametrize("size", [1, 300, 5000, 16_384, 16_385, 70_000])
 @pytest.mark.parametrize("spread", [1.0, 1e4, 1e15])
 def test_a_mean_of_many_rows_is_exact_whatever_their_spread(size: int, spread: float):
     rng = np.random.default_rng(size)
@@ -342,6 +342,28 @@ def test_a_mean_of_many_rows_is_exact_whatever_their_spread(size: int, spread: f
     rows, weights = values.astype(np.float32), rng.integers(1, 500, 60).tolist()
     assert_same_bits(mean_of_rows(rows, weights), mean(list(zip(weights, rows, strict=True))))
     assert np.array_equal(rows, values.astype(np.float32)), "they are as they were"
+
+
+def test_a_mean_of_long_rows_is_made_on_threads_to_the_same_bits() -> None:
+    rng = np.random.default_rng(1)
+    rows = rng.standard_normal((8, (1 << 21) + 5)).astype(np.float32)
+    rows[3, ::1000] = np.float32(1e30)
+    terms = [Term(row, weight) for weight, row in enumerate(rows, start=1)]
+    assert np.array_equal(mean_of_rows(rows, range(1, 9)), ExactSum(rows.shape[1]).mean(36, *terms))
+
+
+def test_weights_may_be_numpys() -> None:
+    rows = np.ones((9, 3), np.float32)
+    weights = list(np.arange(1, 10))
+    assert mean_of_rows(rows, weights).tolist() == [1.0] * 3
+    terms = [Term(row, weight) for row, weight in zip(rows, weights, strict=True)]
+    assert ExactSum(3).mean(45, *terms).tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize(("count", "size"), [(0, 3), (9, 0)])
+def test_of_nothing_there_is_a_mean_of_that_size(count: int, size: int) -> None:
+    with np.errstate(invalid="ignore"):
+        assert mean_of_rows(np.ones((count, size), np.float32), [1] * count).shape == (size,)
 
 
 @pytest.mark.parametrize("weights", [[1] * 9 + [0], [1] * 9, [1] * 9 + [MAX_WEIGHT]])

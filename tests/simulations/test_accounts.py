@@ -10,7 +10,7 @@ import simulated
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedge.errors import RefusedError
+from fedge.errors import RefusedError, TaskError
 from fedge.privacy.mechanism import merged, scaled
 from fedge.privacy.rdp import epsilon_of
 from fedge_sim.privacy import Accounts
@@ -76,6 +76,18 @@ def test_the_worst_is_that_of_all_histories_whenever_it_is_asked_for(
     made = +made
     assert found.worst() == pytest.approx(max(expected().values(), default=0.0), rel=1e-12)
     assert found.spent().epsilons == pytest.approx(expected(), rel=1e-12)
+
+
+def test_a_client_whose_number_of_examples_changes_is_told_so_where_it_sets_the_price() -> None:
+    found = accounts()
+    found.charge("a", "train", 20)
+    with pytest.raises(TaskError, match="expected a to keep its 20 training examples, found 21"):
+        found.charge("a", "train", 21)
+    privacy = {"unit": "client", "noise_multiplier": 1.0, "clip": 1.0, "delta": DELTA}
+    whole = Accounts(simulated.config(rounds=2, privacy=privacy), "train")
+    for size in (20, 21):
+        whole.charge("a", "train", size)
+    assert len(whole.spent().epsilons) == 1
 
 
 def test_without_privacy_nothing_is_counted() -> None:

@@ -42,7 +42,7 @@ def task_from(
 
     `initial` are the arrays with which a run begins; floating-point ones are trained, those named in `buffers` without
     an optimiser. The ClientApp is sent messages as Flower's FedAvg sends them, with "server-round", "lr", "batch-size",
-    "local-epochs" or "local-steps", and "proximal-mu" if it is not 0, of the run's `[work]` in their settings, and
+    "local-epochs" or "local-steps", and "proximal-mu" of the run's `[work]` in their settings, and
     "fedge-work" ("train", or "gradient" for strategies of gradients). It returns arrays and metrics with
     "num-examples". What it finds in `context.node_config` are the plain values of `[data]` in client.toml, or in a
     simulation "partition-id" and "num-partitions", unless `node_config` says otherwise; its `context.state` is kept
@@ -169,7 +169,7 @@ def _settings(work: Work, order: OrderId) -> dict[str, Any]:
         "batch-size": work.batch_size,
         "local-epochs": work.epochs,
         "local-steps": work.steps,
-        "proximal-mu": work.proximal or None,
+        "proximal-mu": work.proximal,
     }
     return {name: value for name, value in found.items() if value is not None}
 

@@ -80,6 +80,8 @@ def mean_where_it_lies(rows: torch.Tensor, weights: Sequence[int]) -> Array:
     count, size = rows.shape
     if len(weights) != count or not all(1 <= weight < MAX_WEIGHT for weight in weights):
         raise ValueError(f"expected {count} weights in [1, {MAX_WEIGHT}), found {len(weights)}, or others")
+    if not rows.numel():
+        return mean_of_rows(rows.cpu().numpy(), weights)
     factors = torch.tensor([weights], dtype=torch.float64, device=rows.device)
     total_weight = float(sum(weights))
     columns, apart = max(1, _MATRIX // max(1, count)), exponents_apart(sum(weights))

@@ -19,7 +19,8 @@ def all_pass(outcomes: Iterable[Outcome]) -> bool:
 def _passes(outcome: Outcome) -> bool:
     metrics = outcome.metrics
     return (
-        1 <= outcome.num_examples < MAX_WEIGHT
+        isinstance(outcome.num_examples, int)
+        and 1 <= outcome.num_examples < MAX_WEIGHT
         and len(metrics) <= MAX_METRICS
         and all(
             0 < len(name.encode()) <= MAX_NAME_BYTES and name.isprintable() and math.isfinite(value)

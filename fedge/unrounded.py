@@ -38,7 +38,6 @@ class Columns:
     """Room to sum the columns of matrices of up to `terms` rows and `width` columns."""
 
     def __init__(self, terms: int, width: int) -> None:
-        self.width = width
         self._values = np.empty((terms, width))
         self._bits = np.empty((terms, width), np.uint32)
         self._sum = np.empty(width)

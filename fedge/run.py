@@ -12,8 +12,8 @@ from fedge.config import Config, build, parse_toml, read_toml, shown
 from fedge.privacy.config import Privacy
 from fedge.simulation import Count, Fraction, Positive, Simulation
 
-Strength = Annotated[float, Field(ge=0, le=1e9)]
-"""In a float32, in which training computes, with room to spare."""
+Strength = Annotated[float, Field(ge=0, le=1e30)]
+"""A float32, in which training computes."""
 
 
 def _batch_size(value: object) -> object:
@@ -48,7 +48,7 @@ class Work(Config):
     steps: Count | None = None
     batch_size: BatchSize = 32
     optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
-    learning_rate: Annotated[float, Field(gt=0, le=1e9)] = 0.05
+    learning_rate: Annotated[float, Field(gt=0, le=1e30)] = 0.05
     momentum: Fraction = 0.9
     beta1: Fraction = 0.9
     beta2: Fraction = 0.999

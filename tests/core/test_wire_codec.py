@@ -63,14 +63,14 @@ def works(draw: st.DrawFn) -> Work:
         steps=draw(count) if length == "steps" else None,
         batch_size=draw(st.one_of(count, st.just("full"))),
         optimizer=draw(st.sampled_from(["sgd", "momentum", "adam"])),
-        learning_rate=draw(st.floats(1e-300, 1e9)),
+        learning_rate=draw(st.floats(1e-300, 1e30)),
         momentum=draw(fraction),
         beta1=draw(fraction),
         beta2=draw(fraction),
         epsilon=draw(positive),
-        l1=draw(st.floats(0, 1e9)),
-        l2=draw(st.floats(0, 1e9)),
-        proximal=draw(st.floats(0, 1e9)),
+        l1=draw(st.floats(0, 1e30)),
+        l2=draw(st.floats(0, 1e30)),
+        proximal=draw(st.floats(0, 1e30)),
     )
 
 

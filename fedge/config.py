@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, Final, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -14,6 +15,9 @@ from fedge.errors import ConfigError
 from fedge.files import read_capped
 
 MAX_CONFIG_BYTES = 1 << 20
+
+_LONG_NUMBER: Final = re.compile(r"\d{20,}")
+"""A bound such as 1e30, which pydantic writes out."""
 
 
 class Config(BaseModel):
@@ -89,7 +93,8 @@ def _explain(kind: type[BaseModel], problem: dict[str, Any]) -> str:
     if problem["type"] == "value_error":
         message = str(problem["ctx"]["error"])
         return f"{key}: {message}" if key else message
-    return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, found {shown(problem['input'])}"
+    message = _LONG_NUMBER.sub(lambda number: f"{float(number[0]):g}", problem["msg"])
+    return f"{key}: {message[0].lower()}{message[1:]}, found {shown(problem['input'])}"
 
 
 def _keys(kind: type[BaseModel], location: list[str]) -> list[str]:

@@ -12,17 +12,10 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import TimeRemainingColumn
 
 from fedge.cli import INTERRUPTED
-from fedge.console import plain_console
+from fedge.console import live_progress, plain_console
 from fedge.errors import ConfigError, RunError
 from fedge.history import Row
 from fedge.run import RunConfig
@@ -212,15 +205,7 @@ def _page() -> ModuleType:
 def _progress(console: Console, name: str, rounds: int, *, quiet: bool) -> Iterator[Callback]:
     """A bar where a person looks on; a line per round elsewhere."""
     live = console.is_terminal and not quiet
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", markup=False),
-    )
-    with Progress(*columns, console=console, disable=not live) as progress:
+    with live_progress(console, TimeRemainingColumn(), live=live) as progress:
         bar = progress.add_task(name, total=rounds, note="")
         shown: set[int] = set()
 

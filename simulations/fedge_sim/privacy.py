@@ -121,10 +121,10 @@ class Accounts:
         """
         if self.terms is None:
             return
+        size = size if self.terms.unit == "example" else 1  # a client as a whole costs the same
         found = self.price(size)
         cost = found.evaluation if kind == "evaluate" else found.order
         limit = self.terms.evaluations if kind == "evaluate" else self.terms.participations
-        size = size if self.terms.unit == "example" else 1  # a client as a whole costs the same
         made = self._made.get(client, _Made(size))
         if made.size != size:
             raise TaskError(f"expected {client} to keep its {made.size} training examples, found {size}")

@@ -319,6 +319,7 @@ BOUNDS = {
     "cohort.attempts = 101": "cohort.attempts: input should be less than or equal to 100",
     "work.momentum = 1": "work.momentum: input should be less than 1",
     "work.learning_rate = 0": "work.learning_rate: input should be greater than 0",
+    "work.proximal = 1e31": "work.proximal: input should be less than or equal to 1e+30, found 1e+31",
     "work.optimizer = 'rmsprop'": "work.optimizer: input should be 'sgd', 'momentum' or 'adam'",
     "simulation.faults.dropout = 1.01": "simulation.faults.dropout: input should be less than or equal to 1",
     "simulation.faults = 0.1": "simulation.faults: input should be a valid dictionary",

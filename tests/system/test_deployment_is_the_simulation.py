@@ -36,6 +36,12 @@ def test_a_model_that_travels_in_chunks_makes_the_same_bits(federation: Federati
     assert federation.digest(federation.run(text).summary.run_id) == simulated(text)
 
 
+def test_clients_that_are_held_to_where_they_began_make_the_same_bits(federation: Federation) -> None:
+    free = run_toml("fedprox", rounds=3)
+    held = free.replace("[work]\n", "[work]\nproximal = 0.5\n")
+    assert federation.digest(federation.run(held).summary.run_id) == simulated(held) != simulated(free)
+
+
 def test_several_runs_at_once_do_not_touch_each_other(federation: Federation) -> None:
     texts = [
         run_toml("at-once", rounds=10, task=task, more=more).replace("seed = 7", f"seed = {seed}")

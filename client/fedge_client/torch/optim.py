@@ -48,7 +48,7 @@ class InPlaceOptimizer:
         self, gradient: torch.Tensor, theta: torch.Tensor, anchor: torch.Tensor, work: Work
     ) -> None:
         """Add to `gradient` that of `l1 * sum|theta| + l2/2 * sum(theta^2) + proximal/2 * sum((theta - anchor)^2)`, in
-        place; all float32[..., size], of `size` elements in the optimiser's sense, or `anchor` of fewer dimensions."""
+        place. `gradient` and `theta` are float32 of one shape and `size` elements; `anchor` is expanded to it."""
         if work.l2:
             gradient.add_(theta, alpha=work.l2)
         if work.l1:

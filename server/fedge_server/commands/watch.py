@@ -5,16 +5,9 @@ from __future__ import annotations
 import json
 
 import typer
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.progress import SpinnerColumn
 
-from fedge.console import plain_console
+from fedge.console import live_progress, plain_console
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire import fedge_pb2_grpc as services
 from fedge_server.commands.show import row_as_dict
@@ -28,15 +21,7 @@ def watch_run(link: services.AdminStub, run_id: str, *, as_json: bool = False) -
     summary = pb.RunSummary(run_id=run_id)
     console = plain_console(stderr=True)
     live = console.is_terminal and not as_json
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}", markup=False),  # sites choose the names of metrics
-    )
-    with Progress(*columns, console=console, disable=not live) as progress:
+    with live_progress(console, SpinnerColumn(), live=live) as progress:
         bar = progress.add_task(run_id, total=None, note="")
         shown, told = 0, ""
         for event in link.Watch(pb.RunRef(run_id=run_id)):

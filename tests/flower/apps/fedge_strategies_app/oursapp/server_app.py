@@ -37,7 +37,8 @@ def main(grid: Grid, context: Context) -> None:
         )
         told[name] = {
             "w": result.arrays["w"].numpy().tolist(),
-            "steps": int(result.arrays["steps"].numpy()),
+            # As it is: Flower's mean of integers is a float, 7 but for the order in which replies came.
+            "steps": result.arrays["steps"].numpy().item(),
             "train": [dict(each) for each in result.train_metrics_clientapp.values()],
             "evaluate": [dict(each) for each in result.evaluate_metrics_clientapp.values()],
         }

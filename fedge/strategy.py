@@ -20,7 +20,7 @@ from fedge.config import Config, nearest, shown
 from fedge.errors import ConfigError
 from fedge.optimizer import Optimizer, Slots
 from fedge.pipeline import Aggregate, Reduction
-from fedge.run import StrategyConfig, Work
+from fedge.run import RunConfig
 from fedge.vector import Array, Layout, Model, Tensor
 
 WorkKind = Literal["train", "gradient", "evaluate"]
@@ -41,6 +41,8 @@ class Advance:
 class Order:
     """What a client is asked to do with the model: local training, or a gradient.
 
+    `control` is the server's control variate, float32[trainable], for strategies whose clients keep some of their own
+    (`fedge.variates`): training is then corrected by both.
     `optimizer` is set for strategies with mirrors; `slots` is then the optimiser's state that goes with
     the model to a client that has no mirror, and `advance` the short way for one that has. `clip` is not a
     strategy's to set: it is the norm that updates are clipped to where the run's privacy adapts it.
@@ -51,6 +53,7 @@ class Order:
     slots: Slots | None = None
     advance: Advance | None = None
     clip: float | None = None
+    control: Array | None = None
 
 
 class State(Protocol):
@@ -69,6 +72,7 @@ class Strategy(Protocol[S]):
 
     `max_staleness` None: rounds, in which a cohort's updates make one step. A number: every update is
     a step of its own, applied on arrival, and refused when the model has moved further since.
+    It may also have a method `check(run)`, which raises ConfigError for a run that it cannot be the strategy of.
     """
 
     @property
@@ -87,10 +91,8 @@ class Strategy(Protocol[S]):
 AnyStrategy = Strategy[Any]
 
 
-def load_strategy(
-    config: StrategyConfig, work: Work, *, allowed: Collection[str] | None = None
-) -> AnyStrategy:
-    """The strategy that `[strategy]` names, with its fields checked.
+def load_strategy(run: RunConfig, *, allowed: Collection[str] | None = None) -> AnyStrategy:
+    """The strategy that a run's `[strategy]` names, with its fields checked.
 
     A name is that of an installed strategy ("fedavg") or `package.module:Attribute`. `allowed` limits
     the latter: a coordinator imports only what its own operator listed, never what a peer names.
@@ -98,8 +100,9 @@ def load_strategy(
     taken from there, so that changing the algorithm is changing one name.
 
     Raises:
-        ConfigError: an unknown name, an unknown or ill-typed field.
+        ConfigError: an unknown name, an unknown or ill-typed field, or a strategy that does not suit the run.
     """
+    config, work = run.strategy, run.work
     kind = _find(config.name, allowed)
     fields = {field.name for field in dataclasses.fields(kind)}
     for name in config.fields:
@@ -111,6 +114,9 @@ def load_strategy(
         if getattr(work, name) is not None
     }
     given = {**inherited, **config.fields}
+    for field in dataclasses.fields(kind):
+        if field.init and field.name not in given and _is_required(field):
+            raise ConfigError(f"expected a key 'strategy.{field.name}', found none: {config.name} needs it")
     try:
         # As strict as any other table of run.toml: no text for a number, nothing infinite.
         hints = get_type_hints(kind, include_extras=True)
@@ -124,6 +130,8 @@ def load_strategy(
         raise ConfigError(f"{key}: {problem['msg']}, found {shown(problem['input'])}") from None
     except (TypeError, ValueError, NameError) as error:  # a field is missing, or the strategy objects
         raise ConfigError(f"strategy {config.name!r} cannot be made of its fields: {error}") from None
+    if (check := getattr(strategy, "check", None)) is not None:
+        check(run)
     return cast("AnyStrategy", strategy)
 
 
@@ -168,6 +176,10 @@ def _checked(name: str, found: Any) -> type[Any]:
     if missing:
         raise ConfigError(f"strategy {name!r} has no {missing[0]!r}: see fedge.strategy.Strategy")
     return found
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _is_frozen(kind: type[Any]) -> bool:

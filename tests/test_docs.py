@@ -247,7 +247,7 @@ def test_every_toml_block_is_accepted(block: Block) -> None:
     model, required = TABLES[kind]
     config = build(model, required | tomllib.loads(block.text), source=str(block))
     if isinstance(config, RunConfig) and ":" not in config.strategy.name:
-        load_strategy(config.strategy, config.work)
+        load_strategy(config)
 
 
 def command_at(words: list[str]) -> tuple[click.Command, click.Context, list[str]]:

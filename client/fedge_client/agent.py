@@ -36,7 +36,7 @@ from fedge_client import admission
 from fedge_client.apps.taking_part import Apps
 from fedge_client.directory import KnownDirectory
 from fedge_client.identity import Identity, accept_renewal, load_identity, make_csr, save_identity
-from fedge_client.jobs import Jobs, log_receipt
+from fedge_client.jobs import Jobs
 from fedge_client.ledger import Ledger
 from fedge_client.link import Link, SessionCall
 from fedge_client.secure_sessions import SecureSessions
@@ -272,7 +272,7 @@ class Agent:
             case "cancel":
                 self._cancel(message.cancel)
             case "receipt":
-                log_receipt(message.receipt)
+                self._jobs.received(message.receipt)
             case "closing":
                 self._closing(message.closing)
             case "ended":
@@ -315,6 +315,7 @@ class Agent:
         if doing is not None and (doing.run_id, doing.id) == (cancel.run_id, cancel.id):
             self._jobs.cancel()
         self._sessions.drop(cancel.run_id, decode_order_id(cancel.id))
+        self._jobs.unwanted(cancel.run_id, decode_order_id(cancel.id))
         self._drop(cancel.run_id, cancel.id)
 
     def _forget(self, run_id: str) -> None:

@@ -38,18 +38,28 @@ class Holding:
         self._slots: Slots | None = None
         self._parts: dict[str, Download] = {}
         """What has arrived of the vectors that are being fetched."""
+        self.control: Array | None = None
+        """The control variate that came with the latest order, float32[layout.trainable_size], if one did."""
         self.digest = b""
         self.models_fetched = 0
         self.gradients_fetched = 0
 
     async def reach(self, order: pb.Order, source: Source) -> None:
-        """Make the held model the one that the order names, by the shortest way.
+        """Make the held model the one that the order names, by the shortest way, and have what comes with it.
 
         Raises:
             RemoteProtocolError: what the coordinator sent is not what it announced.
             LinkError: the link broke on the way; the held model is then unknown, and what has arrived of
                 the next one stays.
         """
+        self.control = None
+        await self._reach_model(order, source)
+        if order.HasField("control"):
+            blob = order.control.variate
+            self.control = await self._fetch("control", blob, source, self._layout.trainable_size)
+            self._parts.clear()
+
+    async def _reach_model(self, order: pb.Order, source: Source) -> None:
         mirrored = order.HasField("mirror")
         if self.digest == order.model.digest and (not mirrored or self._slots is not None):
             return

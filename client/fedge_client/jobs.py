@@ -14,12 +14,14 @@ from fedge.events import OrderId
 from fedge.faults import Faults
 from fedge.refusal import Refusal, RefusalCode
 from fedge.strategy import WorkKind
-from fedge.vector import bytes_of, digest_of
+from fedge.variates import Settled, unsuited
+from fedge.vector import Array, bytes_of, digest_of
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire.agreed import order_digest
 from fedge.wire.codec import (
     decode_order_id,
     decode_refusal,
+    decode_settled,
     encode_metrics,
     encode_order_id,
     encode_refusal,
@@ -40,10 +42,12 @@ from fedge_client.settings import ClientSettings
 from fedge_client.spending import Spending
 from fedge_client.supervisor import Supervisor
 from fedge_client.transfer import Transfers
+from fedge_client.variates import Variates
 
 log = logging.getLogger(__name__)
 
 OUTBOX = "outbox"
+VARIATES = "variates"
 _ON_THREAD_BYTES = 1 << 20
 
 Send = Callable[[pb.ClientMessage], None]
@@ -71,7 +75,8 @@ class Jobs:
         self._outbox = Outbox(folder / OUTBOX, max_runs=settings.policy.max_runs)
         self._reach = (faults or Faults()).reach
         self._transfers = Transfers()
-        self._performer = Performer(settings.policy, supervisor, spending, send, self._reach)
+        self._variates = Variates(folder / VARIATES, max_runs=settings.policy.max_runs)
+        self._performer = Performer(settings.policy, supervisor, spending, self._variates, send, self._reach)
         self.runs: dict[str, Participation] = {}
         self._offered: set[str] = set()
 
@@ -142,6 +147,7 @@ class Jobs:
             layout=layout,
             clip=request.clip_of_updates,
             protection=protection,
+            work=request.work,
             secure=request.secure,
             kind=request.kind,
             terms=request.digest,
@@ -179,6 +185,18 @@ class Jobs:
         if self.runs.pop(run_id, None) is not None:
             self._supervisor.release(run_id)
         self._outbox.forget(run_id)
+        self._variates.forget(run_id)
+
+    def unwanted(self, run_id: str, order: OrderId) -> None:
+        """Nobody wants this site's update for an order any more, or it is refused."""
+        if order.kind == "train":
+            self._variates.refused(run_id, order)
+
+    def received(self, receipt: pb.Receipt) -> None:
+        """What became of an update that was handed in."""
+        log_receipt(receipt)
+        if receipt.HasField("refusal") and receipt.refusal.code != RefusalCode.DUPLICATE:
+            self.unwanted(receipt.run_id, decode_order_id(receipt.id))
 
     def cancel(self) -> None:
         """The order under way is no longer wanted, whether it is being fetched, done or handed in."""
@@ -200,6 +218,10 @@ class Jobs:
                 raise RemoteProtocolError(
                     "expected an order whose update is summed as was offered, found another"
                 )
+            if message.HasField("control") and (order.kind != "train" or unsuited(run.work)):
+                raise RemoteProtocolError(
+                    f"expected no control variate with a {order}: {unsuited(run.work) or 'it trains nothing'}"
+                )
             prepared = run.answer(order, model)
             if prepared is None:
                 prepared = await self._prepare(run, message, link)
@@ -207,6 +229,8 @@ class Jobs:
             elif prepared is not run.prepared and run.secure is None:
                 self._remember(self._outbox.announce, prepared)
             run.prepared = prepared
+            if order.kind == "train":
+                self._variates.handed_in(run.run_id, order)
             await self._hand_in(run, prepared, link)
             self._reach("update.sent")
             await self._performer.settle(run)
@@ -248,6 +272,12 @@ class Jobs:
             raise
         if lost is not None and prepared.update.vector.digest != lost.digest:
             raise self._loss(run, lost)
+        if (
+            run.variate is not None
+        ):  # not before its update is paid for, on which later ones depend through it
+            settled = decode_settled(message.control, order)
+            await asyncio.to_thread(self._keep_variate, run, order, settled, run.variate)
+            run.variate = None
         # What was masked is of no use to another process, which cannot go on with its session.
         run.kept = run.secure is not None
         if run.secure is None:
@@ -328,6 +358,12 @@ class Jobs:
                 "update_not_kept run=%s order=%s reason=%s", prepared.update.run_id, prepared.order, error
             )
 
+    def _keep_variate(self, run: Participation, order: OrderId, settled: Settled, variate: Array) -> None:
+        try:
+            self._variates.write(run.run_id, order, settled, variate)
+        except StorageError as error:
+            log.error("control_variate_not_kept run=%s order=%s reason=%s", run.run_id, order, error)
+
     async def _hand_in(self, run: Participation, prepared: Prepared, link: Link) -> None:
         update, data = prepared.update, prepared.data
         if update.vector.HasField("inline"):
@@ -344,7 +380,7 @@ class Jobs:
             return await link.deliver(update, data, offset=offset)
 
         try:
-            log_receipt(await self._transfers.insist(link, attempt))
+            self.received(await self._transfers.insist(link, attempt))
         finally:
             if keeping is not None:
                 await keeping  # the vector lies in the worker's memory, which the next order will change

@@ -50,6 +50,8 @@ class Local(Protocol):
         out: Array,
         private: Private | None,
         progress: Progress,
+        correction: Array | None = None,
     ) -> Outcome:
-        """Train from a model, or evaluate it; the update goes to `out`. Both are float32[layout.size]."""
+        """Train from a model, or evaluate it; the update goes to `out`. Both are float32[layout.size]. `correction` is
+        added to each gradient of training: float32[layout.trainable_size]."""
         ...

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from fedge.events import OrderId
 from fedge.privacy.mechanism import Mechanism
+from fedge.run import Work
 from fedge.secagg.terms import SumTerms
 from fedge.strategy import WorkKind
 from fedge.vector import Array, Layout
@@ -42,6 +43,7 @@ class Participation:
     """What it orders, beside evaluations."""
     terms: bytes
     """The digest of what was asked when it was joined."""
+    work: Work
     secure: SumTerms | None
     """How its updates are summed; None: they leave one by one, as the gate has released them."""
     holding: Holding
@@ -51,6 +53,8 @@ class Participation:
     """Whether a part of `prepared` may have arrived."""
     kept: bool = False
     """Whether its vector is on disk."""
+    variate: Array | None = None
+    """The control variate that the latest work has made, until it is on disk."""
     unmasked: dict[WorkKind, Unmasked] = field(default_factory=dict)
     """Of secure sums: what the gate released last. Gone once it was masked with noise, which pays for one attempt."""
     reserved: tuple[int, Mechanism] | None = None

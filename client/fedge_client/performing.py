@@ -13,8 +13,10 @@ from fedge import progress
 from fedge.errors import FedgeError, RefusedError, RemoteProtocolError
 from fedge.events import OrderId
 from fedge.refusal import RefusalCode
+from fedge.variates import correct, renewed
+from fedge.vector import Array
 from fedge.wire import fedge_pb2 as pb
-from fedge.wire.codec import decode_order_id, encode_order_id
+from fedge.wire.codec import decode_order_id, decode_settled, encode_order_id
 from fedge_client import gate
 from fedge_client import pipe_pb2 as pipe
 from fedge_client.admission import check_clip
@@ -22,6 +24,7 @@ from fedge_client.participation import Participation
 from fedge_client.settings import Policy
 from fedge_client.spending import Spending
 from fedge_client.supervisor import Supervisor
+from fedge_client.variates import Variates
 
 _ON_THREAD_BYTES = 1 << 20
 _PRIVATE_GRAIN = 50
@@ -37,12 +40,14 @@ class Performer:
         policy: Policy,
         supervisor: Supervisor,
         spending: Spending,
+        variates: Variates,
         send: Send,
         reach: Callable[[str], None],
     ) -> None:
         self._policy = policy
         self._supervisor = supervisor
         self._spending = spending
+        self._variates = variates
         self._send = send
         self._reach = reach
 
@@ -92,7 +97,13 @@ class Performer:
     async def _do(self, run: Participation, order: OrderId, message: pb.Order) -> gate.Released:
         """Have the worker do it, and pass the result through the gate: the last code before the wire."""
         clip = self._clip(run, message)
-        perform = pipe.Perform(run_id=run.run_id, id=encode_order_id(order), privacy=run.protection.demand())
+        correction = await self._correction(run, order, message)
+        perform = pipe.Perform(
+            run_id=run.run_id,
+            id=encode_order_id(order),
+            privacy=run.protection.demand(),
+            corrected=correction is not None,
+        )
         finished = await self._supervisor.perform(perform, progress=self._teller(run, message))
         self._reach("job.trained")
         run.protection.check(finished, order.kind)
@@ -100,7 +111,7 @@ class Performer:
         layout = None if order.kind == "evaluate" else run.layout
 
         def pass_gate() -> gate.Released:
-            return gate.release(
+            released = gate.release(
                 run.update,
                 finished.num_examples,
                 metrics,
@@ -108,10 +119,28 @@ class Performer:
                 layers=gate.layers_of(clip),
                 terms=run.protection.terms,
             )
+            if correction is not None:  # by what the coordinator adds up, as the coordinator does
+                run.variate = renewed(correction, released.vector, run.work)
+            return released
 
         if run.update.nbytes <= _ON_THREAD_BYTES or layout is None:
             return pass_gate()
         return await asyncio.to_thread(pass_gate)
+
+    async def _correction(self, run: Participation, order: OrderId, message: pb.Order) -> Array | None:
+        """What the worker corrects its gradients by, in the memory that it shares; None if by nothing."""
+        control, run.holding.control, run.variate = run.holding.control, None, None
+        if control is None:
+            return None
+        settled = decode_settled(message.control, order)
+        room = self._supervisor.correction(run.run_id, len(control))
+
+        def fill() -> None:
+            room[:] = control
+            correct(room, self._variates.read(run.run_id, order, settled, size=len(room)))
+
+        await asyncio.to_thread(fill)
+        return room
 
     def _clip(self, run: Participation, message: pb.Order) -> float | None:
         """What an order's update is clipped to.

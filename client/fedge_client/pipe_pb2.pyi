@@ -105,7 +105,10 @@ class Perform(_message.Message):
     RUN_ID_FIELD_NUMBER: _builtins.int
     ID_FIELD_NUMBER: _builtins.int
     PRIVACY_FIELD_NUMBER: _builtins.int
+    CORRECTED_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
+    corrected: _builtins.bool
+    """by the vector in the slot's third segment"""
     @_builtins.property
     def id(self) -> _fedge_pb2.OrderId: ...
     @_builtins.property
@@ -118,10 +121,11 @@ class Perform(_message.Message):
         run_id: _builtins.str = ...,
         id: _fedge_pb2.OrderId | None = ...,
         privacy: Global___ExampleLevel | None = ...,
+        corrected: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_privacy", b"_privacy", "id", b"id", "privacy", b"privacy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_privacy", b"_privacy", "id", b"id", "privacy", b"privacy", "run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_privacy", b"_privacy", "corrected", b"corrected", "id", b"id", "privacy", b"privacy", "run_id", b"run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__privacy: _TypeAlias = _typing.Literal["privacy"]  # noqa: Y015
     _WhichOneofArgType__privacy: _TypeAlias = _typing.Literal["_privacy", b"_privacy"]  # noqa: Y015

@@ -60,7 +60,7 @@ def cost_of(run: RunConfig, examples: int, *, folder: Path) -> Cost:
         raise ConfigError(
             f'run {run.name!r} has [privacy] unit = "none": it costs nothing and protects nothing'
         )
-    strategy = load_strategy(run.strategy, run.work)
+    strategy = load_strategy(run)
     if (central := Central.of(run)) is not None:
         central.check(strategy)
     secure = SumTerms.of(run, strategy, _layout(run, folder))
@@ -68,7 +68,7 @@ def cost_of(run: RunConfig, examples: int, *, folder: Path) -> Cost:
 
 
 def _cost(run: RunConfig, terms: Terms, examples: int, secure: SumTerms | None) -> Cost:
-    kind = work_kind(load_strategy(run.strategy, run.work))
+    kind = work_kind(load_strategy(run))
     assert kind != "evaluate"  # no strategy orders that
     summed = secure.mechanism if secure is not None else None
     try:
@@ -97,7 +97,7 @@ def fewest_clients(run: RunConfig) -> int:
     Raises:
         ConfigError: its strategy is none.
     """
-    strategy = load_strategy(run.strategy, run.work)
+    strategy = load_strategy(run)
     return Plan.of(run, kind=work_kind(strategy), max_staleness=strategy.max_staleness).fewest_clients
 
 
@@ -176,7 +176,7 @@ def _layout(run: RunConfig, folder: Path) -> Layout:
 
 def _request(run: RunConfig, layout: Layout) -> Request:
     """The run as its coordinator would offer it."""
-    strategy = load_strategy(run.strategy, run.work)
+    strategy = load_strategy(run)
     kind = work_kind(strategy)
     assert kind != "evaluate"  # no strategy orders that
     terms = Terms.of(run)

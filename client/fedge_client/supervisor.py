@@ -40,7 +40,7 @@ class Supervisor:
         self._client_toml = client_toml
         self._site = site
         self._settings = settings
-        self._segments = [(Segment.create(), Segment.create()) for _ in range(slots)]
+        self._segments = [(Segment.create(), Segment.create(), Segment.create()) for _ in range(slots)]
         self._loads: dict[str, pb.Load] = {}
         self._loaded: set[str] = set()
         self._process: asyncio.subprocess.Process | None = None
@@ -55,14 +55,25 @@ class Supervisor:
         return self._process.pid if self._process and self._process.returncode is None else None
 
     def free_slot(self) -> int | None:
-        """A pair of segments that no run uses."""
+        """Segments that no run uses."""
         used = {load.slot for load in self._loads.values()}
         return next((slot for slot in range(len(self._segments)) if slot not in used), None)
 
     def vectors(self, slot: int, size: int) -> tuple[Array, Array]:
         """The shared model and update of a slot, float32[size] each."""
-        model, update = self._segments[slot]
+        model, update, _ = self._segments[slot]
         return model.vector(size, grow=True), update.vector(size, grow=True)
+
+    def correction(self, run_id: str, size: int) -> Array:
+        """Room for what corrects a run's gradients, float32[size], in its slot.
+
+        Raises:
+            RefusedError: CANCELLED; the run was released meanwhile.
+        """
+        load = self._loads.get(run_id)
+        if load is None:
+            raise RefusedError(Refusal(RefusalCode.CANCELLED, "the run was released meanwhile"))
+        return self._segments[load.slot][2].vector(size, grow=True)
 
     async def load(self, load: pb.Load) -> pb.Loaded:
         """Have the worker import a run's task, its data and its model.
@@ -106,8 +117,8 @@ class Supervisor:
     async def close(self) -> None:
         """End the worker and free the segments."""
         await self._end()
-        for pair in self._segments:
-            for segment in pair:
+        for slot in self._segments:
+            for segment in slot:
                 segment.close()
 
     async def _load(self, load: pb.Load) -> pb.Loaded:
@@ -122,7 +133,7 @@ class Supervisor:
     async def _start(self) -> None:
         await self._end()
         ours, theirs = socket.socketpair()
-        descriptors = [segment.descriptor for pair in self._segments for segment in pair]
+        descriptors = [segment.descriptor for slot in self._segments for segment in slot]
         try:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,

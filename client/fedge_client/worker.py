@@ -63,7 +63,7 @@ class Worker:
     def __init__(
         self,
         agent: socket.socket,
-        slots: list[tuple[Segment, Segment]],
+        slots: list[tuple[Segment, Segment, Segment]],
         site: str,
         settings: ClientSettings,
         folder: Path,
@@ -149,7 +149,7 @@ class Worker:
         run = self._runs[perform.run_id]
         order = decode_order_id(perform.id)
         size = run.local.layout.size
-        shared_model, shared_update = self._slots[run.slot]
+        shared_model, shared_update, shared_correction = self._slots[run.slot]
         done = run.local.do(
             order,
             seed=work_seed(run.seed, site=self._site.name, kind=order.kind, round=order.round),
@@ -157,6 +157,9 @@ class Worker:
             out=shared_update.vector(size),
             private=self._private(perform),
             progress=self._progress,
+            correction=shared_correction.vector(run.local.layout.trainable_size)
+            if perform.corrected
+            else None,
         )
         return pb.FromWorker(
             finished=pb.Finished(
@@ -247,7 +250,7 @@ def main() -> None:
     sys.stdout = sys.stderr  # whatever a task prints is a log
     settings = load_client(arguments.client_toml)
     segments = [Segment(descriptor) for descriptor in arguments.segments]
-    slots = list(zip(segments[::2], segments[1::2], strict=True))
+    slots = list(zip(segments[::3], segments[1::3], segments[2::3], strict=True))
     agent = socket.socket(fileno=arguments.socket)
     threading.Thread(target=_end_with, args=(agent,), daemon=True).start()
     worker = Worker(agent, slots, arguments.site, settings, arguments.client_toml.parent.resolve())

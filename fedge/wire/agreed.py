@@ -21,9 +21,10 @@ def offer_digest(offer: pb.Offer) -> bytes:
 
 
 def order_digest(order: pb.Order) -> bytes:
-    """The digest of what an order asks to be done: on which model, and with which clip."""
+    """The digest of what an order asks to be done: on which model, with which clip and which control variate."""
     clip = struct.pack("<d", order.clip) if order.HasField("clip") else b""
-    return digest("order", order.model.digest, clip)
+    control = [order.control.variate.digest] if order.HasField("control") else []
+    return digest("order", order.model.digest, clip, *control)
 
 
 def _message(message: Message) -> bytes:

@@ -12,6 +12,7 @@ from fedge.privacy.terms import Terms
 from fedge.refusal import Refusal, RefusalCode
 from fedge.run import Work
 from fedge.strategy import WorkKind
+from fedge.variates import MOST_ATTEMPTS, Settled
 from fedge.vector import Carried, Layout, Tensor, digest_of
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire.limits import INLINE_BYTES, MAX_METRICS, MAX_NAME_BYTES, MAX_TEXT_BYTES
@@ -190,6 +191,19 @@ def decode_optimizer(message: pb.Optimizer) -> Optimizer:
     if message.kind not in ("sgd", "momentum", "adam") or not all(map(math.isfinite, numbers)):
         raise RemoteProtocolError(f"expected a known optimiser with finite settings, found {message.kind!r}")
     return Optimizer(message.kind, *numbers)  # type: ignore[arg-type]  # just checked
+
+
+def decode_settled(message: pb.Control, order: OrderId) -> Settled:
+    """What the rounds before an order have come to.
+
+    Raises:
+        LimitError: there are more exceptions than any coordinator tells of.
+    """
+    if len(message.attempts) > MOST_ATTEMPTS:
+        raise LimitError(
+            f"expected at most {MOST_ATTEMPTS} rounds of later attempts, found {len(message.attempts)}"
+        )
+    return Settled(min(message.kept, order.round - 1), dict(message.attempts))
 
 
 def encode_metrics(metrics: Mapping[str, float]) -> list[pb.Metric]:

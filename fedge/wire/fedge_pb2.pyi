@@ -859,6 +859,7 @@ class Order(_message.Message):
     MIRROR_FIELD_NUMBER: _builtins.int
     CLIP_FIELD_NUMBER: _builtins.int
     SECURE_FIELD_NUMBER: _builtins.int
+    CONTROL_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     deadline_s: _builtins.float
     clip: _builtins.float
@@ -871,6 +872,8 @@ class Order(_message.Message):
     def mirror(self) -> Global___Mirror: ...
     @_builtins.property
     def secure(self) -> Global___SecureOrder: ...
+    @_builtins.property
+    def control(self) -> Global___Control: ...
     def __init__(
         self,
         *,
@@ -881,13 +884,16 @@ class Order(_message.Message):
         mirror: Global___Mirror | None = ...,
         clip: _builtins.float | None = ...,
         secure: Global___SecureOrder | None = ...,
+        control: Global___Control | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_clip", b"_clip", "_mirror", b"_mirror", "_secure", b"_secure", "clip", b"clip", "id", b"id", "mirror", b"mirror", "model", b"model", "secure", b"secure"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_clip", b"_clip", "_control", b"_control", "_mirror", b"_mirror", "_secure", b"_secure", "clip", b"clip", "control", b"control", "id", b"id", "mirror", b"mirror", "model", b"model", "secure", b"secure"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clip", b"_clip", "_mirror", b"_mirror", "_secure", b"_secure", "clip", b"clip", "deadline_s", b"deadline_s", "id", b"id", "mirror", b"mirror", "model", b"model", "run_id", b"run_id", "secure", b"secure"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clip", b"_clip", "_control", b"_control", "_mirror", b"_mirror", "_secure", b"_secure", "clip", b"clip", "control", b"control", "deadline_s", b"deadline_s", "id", b"id", "mirror", b"mirror", "model", b"model", "run_id", b"run_id", "secure", b"secure"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__clip: _TypeAlias = _typing.Literal["clip"]  # noqa: Y015
     _WhichOneofArgType__clip: _TypeAlias = _typing.Literal["_clip", b"_clip"]  # noqa: Y015
+    _WhichOneofReturnType__control: _TypeAlias = _typing.Literal["control"]  # noqa: Y015
+    _WhichOneofArgType__control: _TypeAlias = _typing.Literal["_control", b"_control"]  # noqa: Y015
     _WhichOneofReturnType__mirror: _TypeAlias = _typing.Literal["mirror"]  # noqa: Y015
     _WhichOneofArgType__mirror: _TypeAlias = _typing.Literal["_mirror", b"_mirror"]  # noqa: Y015
     _WhichOneofReturnType__secure: _TypeAlias = _typing.Literal["secure"]  # noqa: Y015
@@ -895,11 +901,67 @@ class Order(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__clip) -> _WhichOneofReturnType__clip | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__control) -> _WhichOneofReturnType__control | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__mirror) -> _WhichOneofReturnType__mirror | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__secure) -> _WhichOneofReturnType__secure | None: ...
 
 Global___Order: _TypeAlias = Order  # noqa: Y015
+
+@_typing.final
+class Control(_message.Message):
+    """For strategies whose clients have control variates (fedge.variates): the server's, of the trainable elements, and
+    which of its own a client has to take.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class AttemptsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.int
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.int = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    VARIATE_FIELD_NUMBER: _builtins.int
+    KEPT_FIELD_NUMBER: _builtins.int
+    ATTEMPTS_FIELD_NUMBER: _builtins.int
+    kept: _builtins.int
+    """rounds that the coordinator cannot lose any more: what a client had before may go"""
+    @_builtins.property
+    def variate(self) -> Global___Blob: ...
+    @_builtins.property
+    def attempts(self) -> _containers.ScalarMap[_builtins.int, _builtins.int]:
+        """by which a round was committed, if not by the first; 0: it was skipped"""
+
+    def __init__(
+        self,
+        *,
+        variate: Global___Blob | None = ...,
+        kept: _builtins.int = ...,
+        attempts: _abc.Mapping[_builtins.int, _builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["variate", b"variate"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "kept", b"kept", "variate", b"variate"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Control: _TypeAlias = Control  # noqa: Y015
 
 @_typing.final
 class SecureOrder(_message.Message):

@@ -176,7 +176,7 @@ class Coordinator:
         config, model = submission.config, submission.model
         if len(self._open_runs()) >= self.settings.max_runs:
             raise RunError(f"this coordinator has its {self.settings.max_runs} open runs; stop one first")
-        strategy = load_strategy(config.strategy, config.work, allowed=self.settings.strategies)
+        strategy = load_strategy(config, allowed=self.settings.strategies)
         record = RunRecord(
             run_id=f"{config.name}-{secrets.token_hex(4)}",
             name=config.name,
@@ -239,7 +239,7 @@ class Coordinator:
             self.past[past.run_id] = past.holding(reason)
 
     async def _resumed(self, kept: KeptRun, past: PastRun) -> RunDriver:
-        strategy = load_strategy(past.config.strategy, past.config.work, allowed=self.settings.strategies)
+        strategy = load_strategy(past.config, allowed=self.settings.strategies)
         central = Central.of(past.config)
         start = await self.archive.call(
             start_of, kept, strategy, central, past.layout, self.archive, self.spool
@@ -327,9 +327,11 @@ class Coordinator:
 
     async def _forget_old_runs(self) -> None:
         """Runs that are over leave memory when others come and, past so many, the store as well."""
-        for run_id in [run_id for run_id, driver in self.runs.items() if driver.over]:
+        for run_id, driver in [(run_id, driver) for run_id, driver in self.runs.items() if driver.over]:
             kept = await self.archive.call(self.archive.store.run, run_id)
-            self.past[run_id] = await self.archive.call(PastRun.of, kept, self.archive)
+            past = await self.archive.call(PastRun.of, kept, self.archive)
+            past.history.refusals.update(driver.history.refusals)  # which no store has
+            self.past[run_id] = past
             del self.runs[run_id]
             self._tasks.pop(run_id, None)
             for session in self.sessions.values():
@@ -337,9 +339,9 @@ class Coordinator:
         ended = sorted(
             (past for past in self.past.values() if not past.held), key=lambda past: past.kept.ended_at or 0
         )
-        for past in ended[: max(0, len(ended) - self.settings.max_finished_runs)]:
-            await self.archive.call(self.archive.forget, past.run_id)
-            del self.past[past.run_id]
+        for oldest in ended[: max(0, len(ended) - self.settings.max_finished_runs)]:
+            await self.archive.call(self.archive.forget, oldest.run_id)
+            del self.past[oldest.run_id]
 
     def _send(self, site: str, message: pb.ServerMessage) -> None:
         session = self.sessions.get(site)

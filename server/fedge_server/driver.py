@@ -117,6 +117,7 @@ class RunDriver:
             summing=self._summing,
             max_kept_bytes=surroundings.max_kept_bytes,
             keep_first=self._keep_first,
+            kept=lambda: self.keeper.committed,
         )
         self._expected = set(start.machine.clients)
         self._changed = False

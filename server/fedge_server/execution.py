@@ -10,7 +10,7 @@ import logging
 import secrets
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -37,6 +37,7 @@ from fedge.pipeline import Aggregate, Update
 from fedge.privacy.secure import KEY_BYTES, SecureSource
 from fedge.refusal import Refusal
 from fedge.run_state import Federation, Finish, RunEffect
+from fedge.variates import MOST_ATTEMPTS, Settled
 from fedge.vector import Array
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire.codec import encode_order_id
@@ -55,11 +56,15 @@ log = logging.getLogger(__name__)
 _ON_THREAD_BYTES = 1 << 20
 _NO_VECTOR: Array = np.zeros(0, np.float32)
 
+_SKIPPED: Final = 0
+"""In place of the attempt that has committed a round."""
+
 KeepFirst = Callable[[Learning, Row], Awaitable[None]]
 
 
 class Execution:
-    """One run's. `keep_first` keeps what a round has made before anybody is told of it."""
+    """One run's. `keep_first` keeps what a round has made before anybody is told of it; `kept` says up to which round
+    all is."""
 
     def __init__(
         self,
@@ -74,6 +79,7 @@ class Execution:
         summing: Summing | None,
         max_kept_bytes: int,
         keep_first: KeepFirst,
+        kept: Callable[[], int],
     ) -> None:
         self.learning = start.learning
         self.traffic = Traffic()
@@ -88,7 +94,9 @@ class Execution:
         self._history = history
         self._summing = summing
         self._keep_first = keep_first
-        self._orders = Orders(run_id, shelf)
+        self._kept = kept
+        self._retried = {row.round: _attempt(row) for row in start.rows if _attempt(row) != 1}
+        self._orders = Orders(run_id, shelf, self._settled)
         # Noise of the coordinator's own, where it is to add some: its key is this process's, and goes with it.
         self._source = (
             SecureSource(secrets.token_bytes(KEY_BYTES)) if start.learning.central is not None else None
@@ -98,6 +106,10 @@ class Execution:
         """Encode and hash the model that `round` begins with once, for all who will fetch it."""
         order, vector = self.learning.order(round), self.learning.vector
         await _off_loop(vector.nbytes, self._orders.publish, vector, order)
+
+    def _settled(self) -> Settled:
+        """By which attempts rounds were committed, for those who keep what came of them."""
+        return Settled(self._kept(), dict(sorted(self._retried.items())[-MOST_ATTEMPTS:]))
 
     def update_bytes(self, order: OrderId) -> int:
         """What an update for an order measures."""
@@ -142,7 +154,7 @@ class Execution:
         if self._summing is not None:
             await self._summing.begin(order, message.order)
         self.traffic.begin(order)
-        self.traffic.down += self._orders.inline_bytes
+        self.traffic.down += self._orders.inline_bytes(order.kind)
         self._shelf.grant(client, order.kind)
         self._outbox(client, message)
 
@@ -189,6 +201,8 @@ class Execution:
             await self._keep_first(learning, row)
         self.learning = learning
         if order.kind != "evaluate":
+            if order.attempt != 1:
+                self._retried[order.round] = order.attempt
             await self.publish(order.round + 1)
         self._history.put(row if row is not None else self._row(order, aggregate))
 
@@ -201,6 +215,7 @@ class Execution:
             self._summing.drop(order)
         if order.kind != "evaluate" and skipped:  # it is spent: the run goes on without it
             log.warning("round_skipped run=%s round=%d", self._run_id, order.round)
+            self._retried[order.round] = _SKIPPED
             self._history.put(self.traffic.row(order, Aggregate(_NO_VECTOR, (), 0)))
 
     def _row(self, order: OrderId, aggregate: Aggregate) -> Row:
@@ -212,6 +227,11 @@ class Execution:
             *(self._run_id, order.round, len(row.clients), row.seconds),
         )
         return row
+
+
+def _attempt(row: Row) -> int:
+    """By which a round was committed."""
+    return row.attempt if row.clients else _SKIPPED
 
 
 async def _off_loop(size: int, function: Callable[..., Any], *arguments: Any) -> Any:

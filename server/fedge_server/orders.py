@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from fedge.events import OrderId
-from fedge.strategy import Order
+from fedge.strategy import Order, WorkKind
+from fedge.variates import Settled
 from fedge.vector import Array
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire.codec import encode_optimizer, encode_order_id
@@ -15,12 +18,14 @@ from fedge_server.shelf import Shelf
 class Orders:
     """The current model as orders describe it."""
 
-    def __init__(self, run_id: str, shelf: Shelf) -> None:
+    def __init__(self, run_id: str, shelf: Shelf, settled: Callable[[], Settled] = Settled) -> None:
         self._run_id = run_id
+        self._settled = settled
         self._shelf = shelf
         self._model = pb.Blob()
         self._mirror: pb.Mirror | None = None
         self._clip: float | None = None
+        self._control: pb.Blob | None = None
         self._messages: dict[OrderId, pb.ServerMessage] = {}
 
     def publish(self, model: Array, order: Order) -> None:
@@ -31,6 +36,8 @@ class Orders:
             vectors.append(np.concatenate(order.slots.vectors) if order.slots.vectors else model[:0])
         if order.advance is not None:
             vectors.append(order.advance.gradient)
+        if order.control is not None:
+            vectors.append(order.control)
         self._model, *others = self._shelf.replace(vectors)
         if order.advance is not None:
             # Mirrors need only the gradient: the model and the slots are there for those who fetch them.
@@ -46,6 +53,7 @@ class Orders:
                 advance=pb.Advance(from_digest=previous, gradient=others[1]) if order.advance else None,
             )
         self._clip = order.clip
+        self._control = others[-1] if order.control is not None else None
         self._messages.clear()
 
     def message(self, order: OrderId, *, deadline_s: float) -> pb.ServerMessage:
@@ -59,14 +67,22 @@ class Orders:
                     model=self._model,
                     mirror=self._mirror,
                     clip=self._clip,
+                    control=self._control_for(order),
                 )
             )
         return self._messages[order]
 
-    @property
-    def inline_bytes(self) -> int:
-        """Bytes of vectors that ride in each order."""
+    def _control_for(self, order: OrderId) -> pb.Control | None:
+        if self._control is None or order.kind != "train":
+            return None
+        settled = self._settled()
+        return pb.Control(variate=self._control, kept=settled.kept, attempts=settled.attempts)
+
+    def inline_bytes(self, kind: WorkKind) -> int:
+        """Bytes of vectors that ride in each order of a kind."""
         blobs = [self._model]
         if self._mirror is not None:
             blobs += [self._mirror.slots, self._mirror.advance.gradient]
+        if self._control is not None and kind == "train":
+            blobs.append(self._control)
         return sum(len(blob.inline) for blob in blobs)  # an absent blob is an empty one

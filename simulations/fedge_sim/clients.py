@@ -20,6 +20,7 @@ from fedge_client.torch.private.steps import Private
 from fedge_client.torch.trainer import Trainer
 from fedge_sim.population import Population
 from fedge_sim.privacy import Accounts
+from fedge_sim.variates import Corrections, Given
 from fedge_sim.virtual.devices import Load
 
 _METRICS_BYTES: Final = 1024
@@ -29,8 +30,16 @@ _METRICS_BYTES: Final = 1024
 class Clients:
     """All of them, with one resident model."""
 
-    def __init__(self, run: RunConfig, task: Task, population: Population, accounts: Accounts) -> None:
+    def __init__(
+        self,
+        run: RunConfig,
+        task: Task,
+        population: Population,
+        accounts: Accounts,
+        corrections: Corrections | None = None,
+    ) -> None:
         self._run, self.population, self._accounts = run, population, accounts
+        self.corrections = corrections if corrections is not None else Given()
         self._task, self._prepared = task, False
         self._trainer = Trainer(task, seed=run.seed)
 
@@ -60,11 +69,13 @@ class Clients:
         size = examples(train)
         batch = size if work.batch_size == "full" else min(work.batch_size, size)
         slots = {"sgd": 0, "momentum": 1, "adam": 2}[work.optimizer]
-        memory = model.nbytes * (3 + slots + (kind == "train" and work.proximal > 0))
+        memory = (
+            model.nbytes * (3 + slots + (kind == "train" and work.proximal > 0)) + self.corrections.nbytes
+        )
         if kind == "gradient":
             return Load(model.nbytes, model.nbytes, batch), memory
         number = work.steps * batch if work.steps else (work.epochs or 1) * size
-        return Load(model.nbytes, model.nbytes, number), memory
+        return Load(model.nbytes + self.corrections.nbytes, model.nbytes, number), memory
 
     def perform(self, client: str, order: OrderId, model: Array, *, out: Array) -> Outcome:
         """An order's work on `model` (float32[size]), which the client has paid for; its vector is in `out`.
@@ -78,7 +89,10 @@ class Clients:
         seed = work_seed(self._run.seed, site=client, kind=order.kind, round=order.round)
         match order.kind:
             case "train":
-                return trainer.train(model, train, work, seed=seed, out=out, private=private)
+                correction = self.corrections.of(client, order)
+                return trainer.train(
+                    model, train, work, seed=seed, out=out, correction=correction, private=private
+                )
             case "gradient":
                 step = order.round - 1
                 return trainer.gradient(model, train, work, seed=seed, step=step, out=out, private=private)

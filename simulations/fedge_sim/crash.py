@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
 from fedge import federation
+from fedge.errors import RunError
 from fedge.events import OrderId
 from fedge.learning import Learning
 from fedge.pipeline import Update
 from fedge.run_state import Federation, Returned, RunEffect, still_open
+from fedge.simulation import FaultsConfig
 from fedge.snapshot import revive, take
 from fedge.strategy import WorkKind
 from fedge.vector import Model
 from fedge_server.store.machine import decode_machine, encode_machine
+
+MOST_CRASHES: Final = 1000
+"""Of the coordinator in one round: a crash ends an attempt at a secure sum, so that some would never end."""
 
 Kept = Mapping[WorkKind, list[tuple[OrderId, Update]]]
 """Accepted updates of open orders."""
@@ -29,6 +35,18 @@ class Restarted:
     learning: Learning
     kept: dict[WorkKind, list[tuple[OrderId, Update]]]
     effects: tuple[RunEffect, ...]
+
+
+def check_stuck(crashes: int, round: int, faults: FaultsConfig) -> None:
+    """
+    Raises:
+        RunError: the coordinator has crashed too often in a round for it ever to be completed.
+    """
+    if crashes > MOST_CRASHES:
+        raise RunError(
+            f"the coordinator crashed {MOST_CRASHES} times in round {round}, at every {faults.crash_every} events, "
+            "between which it cannot be completed: choose a larger simulation.faults.crash_every"
+        )
 
 
 def restarted(machine: Federation, learning: Learning, kept: Kept, *, gone: Collection[str]) -> Restarted:

@@ -7,7 +7,7 @@ A seed fixes every bit of the result.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Final, Self
+from typing import Self
 
 import numpy as np
 
@@ -53,7 +53,7 @@ from fedge.vector import Array
 from fedge_client.gate import Released, layers_of, release
 from fedge_client.torch.threads import suitable_threads
 from fedge_sim.adversaries import Adversaries
-from fedge_sim.crash import restarted
+from fedge_sim.crash import check_stuck, restarted
 from fedge_sim.engines.chosen import Origin, Wanted, employed
 from fedge_sim.engines.together import all_pass
 from fedge_sim.faults import Fault, Faults, corrupt, is_watched
@@ -62,10 +62,8 @@ from fedge_sim.privacy import Accounts
 from fedge_sim.record import Callback, Record
 from fedge_sim.result import Result
 from fedge_sim.secure import SecureSums
+from fedge_sim.variates import Variates
 from fedge_sim.virtual.clock import Clock, Due, Finished, Happening, Overfull, clock_of
-
-MOST_CRASHES: Final = 1000
-"""Of the coordinator in one round: a crash ends an attempt at a secure sum, so that some would never end."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,11 +91,12 @@ class Driver:
     ) -> None:
         self._run = run
         self._population = Population.of(run, task, count=run.simulation.clients)
-        strategy = load_strategy(run.strategy, run.work)
+        strategy = load_strategy(run)
         first = first_model(task, seed=run.seed, unit=run.privacy.unit)
         self._learning = Learning.begin(strategy, first, Central.of(run))
         self.threads = suitable_threads(self._learning.layout.size)
         kind = self._learning.order(1).kind
+        self._variates = Variates(self._learning.order(1).control, run.work)
         sums = SumTerms.of(run, strategy, self._learning.layout)
         self._accounts = Accounts(run, kind, sums.mechanism if sums is not None else None)
         terms = self._accounts.terms
@@ -126,7 +125,15 @@ class Driver:
         self._out: Array = np.empty(self._learning.layout.size, np.float32)
         size = self._learning.layout.size
         self._clients, self._ahead = employed(
-            wanted, run, task, self._population, self._accounts, kind=kind, size=size, origin=origin
+            wanted,
+            run,
+            task,
+            self._population,
+            self._accounts,
+            self._variates,
+            kind=kind,
+            size=size,
+            origin=origin,
         )
         self._engine = self._ahead.name
 
@@ -136,6 +143,7 @@ class Driver:
     def __exit__(self, *_: object) -> None:
         self._engine = self._ahead.name
         self._ahead.close()
+        self._variates.close()
 
     def run(self) -> None:
         """Until the run is over."""
@@ -285,6 +293,7 @@ class Driver:
                 updates.append(
                     Update(client, vector, outcome.num_examples, outcome.metrics, effect.staleness)
                 )
+                self._variates.take(client, order, vector)
         self._record.up += len(updates) * model.nbytes
         if any(isinstance(effect, Close) and effect.order == order for effect in effects):
             as_made = len(updates) == len(sends) and not self._adversaries.tampering
@@ -352,12 +361,7 @@ class Driver:
         The clients come back; what is not asked of them again is no longer wanted.
         """
         self._stuck += 1
-        if self._stuck > MOST_CRASHES:
-            raise RunError(
-                f"the coordinator crashed {MOST_CRASHES} times in round {self._machine.committed + 1}, at every "
-                f"{self._run.simulation.faults.crash_every} events, between which it cannot be completed: choose a "
-                "larger simulation.faults.crash_every"
-            )
+        check_stuck(self._stuck, self._machine.committed + 1, self._run.simulation.faults)
         absent = frozenset[str]() if self._clock is None else self._machine.clients - self._clock.present
         again = restarted(self._machine, self._learning, self._kept, gone=absent.union(self._faults.away))
         self._machine, self._learning, self._kept = again.machine, again.learning, again.kept
@@ -412,7 +416,7 @@ class Driver:
             self._secure.ask(send.client, send.order)
         model = self._learning.vector
         self._orders[send] = model
-        self._record.down += model.nbytes
+        self._record.down += model.nbytes + (self._variates.nbytes if send.order.kind == "train" else 0)
         self._time(send, model)
 
     def _time(self, send: Send, model: Array) -> None:
@@ -423,6 +427,8 @@ class Driver:
     def _fold(self, client: str, order: OrderId, staleness: int, released: Released) -> None:
         if order.kind == "evaluate":
             self._record.hear(order, client, released.metrics)
+        else:
+            self._variates.take(client, order, released.vector)
         if self._secure is not None:
             self._record.up += self._secure.add(client, order, released)
             return
@@ -443,6 +449,7 @@ class Driver:
         self._kept.pop(order.kind, None)
         self._drop_timers(order)
         if order.kind != "evaluate" and self._machine.committed == order.round:  # it is spent, and over
+            self._variates.skip()
             self._commit(order, Aggregate(np.zeros(0, np.float32), (), 0))
 
     def _close(self, order: OrderId) -> None:
@@ -471,6 +478,7 @@ class Driver:
     def _commit(self, order: OrderId, aggregate: Aggregate) -> None:
         """A round is committed."""
         self._stuck = 0
+        self._variates.commit(order, self._learning.order(order.round + 1).control)
         self._record.put(order, aggregate)
 
     def _others(self) -> dict[Send, Array]:

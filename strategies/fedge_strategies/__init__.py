@@ -2,6 +2,7 @@
 
 from fedge_strategies.fedavg import FedAvg
 from fedge_strategies.mirrored_sgd import MirroredSgd
+from fedge_strategies.scaffold import Scaffold
 from fedge_strategies.sgd import Sgd
 
-__all__ = ["FedAvg", "MirroredSgd", "Sgd"]
+__all__ = ["FedAvg", "MirroredSgd", "Scaffold", "Sgd"]

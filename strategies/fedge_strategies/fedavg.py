@@ -59,9 +59,15 @@ class FedAvg:
         return Order("train")
 
     def step(self, state: FedAvgState, aggregate: Aggregate) -> FedAvgState:
-        # The aggregate is consumed, so its memory becomes the new model's: no third vector is needed.
-        model = aggregate.vector
-        # The tail (batch statistics) is averaged as it is: a longer step could make a variance negative.
-        model[: state.trainable] *= np.float32(self.server_learning_rate)
-        model += state.model
+        model = moved(state.model, aggregate, trainable=state.trainable, rate=self.server_learning_rate)
         return FedAvgState(model, state.trainable)
+
+
+def moved(model: Array, aggregate: Aggregate, *, trainable: int, rate: float) -> Array:
+    """The model and a mean update, of whose first `trainable` elements `rate` times as much. Consumes the aggregate,
+    whose memory becomes the new model's: no third vector is needed."""
+    update = aggregate.vector
+    # The tail (batch statistics) is averaged as it is: a longer step could make a variance negative.
+    update[:trainable] *= np.float32(rate)
+    update += model
+    return update

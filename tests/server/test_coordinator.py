@@ -29,6 +29,7 @@ from fedge_server.past import PastRun
 from fedge_server.sessions import Session
 from fedge_server.settings import ServerSettings
 from fedge_server.spool import Spool
+from fedge_server.standing import clients_of
 from fedge_server.store.database import Database
 from fedge_server.store.store import Store
 from fedge_strategies import FedAvg
@@ -256,12 +257,15 @@ def test_old_runs_are_forgotten_oldest_first_and_open_ones_never(coordinator_of,
             run_id = (await submit(coordinator)).run_id
             ended.append(run_id)
             coordinator.accept(north, run_id)
+            coordinator.runs[run_id].history.refusals["south"] = NO
             coordinator.stop(run_id)
             await coordinator._tasks[run_id]
             await read(north)
         kept = (await submit(coordinator)).run_id
         assert list(coordinator.runs) == [open_run.run_id, kept]
         assert list(coordinator.past) == ended[2:]
+        told = {(each.name, each.detail) for each in clients_of(coordinator.past[ended[2]])}
+        assert ("south", str(NO)) in told, "why a site said no outlives the run"
         assert (tmp_path / "checkpoints" / ended[2]).exists()
         for run_id in ended[:2]:
             assert not (tmp_path / "checkpoints" / run_id).exists()

@@ -320,7 +320,7 @@ def test_a_strategy_whose_state_would_not_outlive_a_crash_is_found_out(monkeypat
 
 def by_hand(made: RunConfig, rows: tuple[Row, ...]) -> bytes:
     """The model that the updates of just those clients make, who are in a history's rows."""
-    learning = Learning.begin(load_strategy(made.strategy, made.work), framework.initial_model(TASK, seed=5))
+    learning = Learning.begin(load_strategy(made), framework.initial_model(TASK, seed=5))
     trainer = Trainer(TASK, seed=5)
     for row in rows:
         order, model = OrderId("train", row.round, row.attempt), learning.model.vector.copy()

@@ -17,7 +17,7 @@ from fedge.optimizer import Kind, Optimizer, apply, init_slots
 from fedge.pipeline import Aggregate, Mean, Pipeline, Update
 from fedge.strategy import AnyStrategy, Order, State, Strategy
 from fedge.vector import Array, Layout, Model, Tensor
-from fedge_strategies import FedAvg, MirroredSgd, Sgd
+from fedge_strategies import FedAvg, MirroredSgd, Scaffold, Sgd
 
 # One row per strategy that ships; a new one is a new row.
 STRATEGIES: dict[str, AnyStrategy] = {
@@ -26,6 +26,8 @@ STRATEGIES: dict[str, AnyStrategy] = {
     "mirrored sgd": MirroredSgd(),
     "mirrored momentum": MirroredSgd("momentum", 0.1),
     "mirrored adam": MirroredSgd("adam", 0.01, weighting="uniform"),
+    "scaffold": Scaffold(8),
+    "scaffold, slow and uniform": Scaffold(3, 0.5, "uniform", steps=4, learning_rate=0.1),
     "sgd": Sgd(),
     "sgd with momentum": Sgd("momentum", 0.1, max_staleness=0),
     "sgd with adam": Sgd("adam", 0.01, max_staleness=3),

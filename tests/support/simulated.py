@@ -162,6 +162,8 @@ def config(task: str = "simulated:task", **tables: Any) -> RunConfig:
 
 
 FAULTS = {"dropout": 0.1, "failure": 0.1, "straggler": 0.1, "corruption": 0.1, "crash_every": 17}
+SCAFFOLD = {"name": "scaffold", "clients": 8}
+STEPS = {"steps": 3, "batch_size": 4, "learning_rate": 0.05}
 RUNS: dict[str, dict[str, Any]] = {
     "plain": {},
     "gradients": {"strategy": {"name": "mirrored_sgd"}},
@@ -177,6 +179,18 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "secure sums": {"secure_aggregation": {"enabled": True, "bound": 2.0}},
     "private examples": {"privacy": {"unit": "example", "epsilon": 50.0, "delta": 1e-3, "clip": 1.0}},
+    "control variates": {"strategy": SCAFFOLD, "work": STEPS},
+    "control variates and faults": {
+        "strategy": SCAFFOLD,
+        "work": STEPS,
+        "cohort": {"size": 6, "quorum": 3, "over_select": 1.3, "attempts": 20},
+        "simulation": {"clients": 8, "faults": FAULTS},
+    },
+    "control variates of private examples": {
+        "strategy": SCAFFOLD,
+        "work": STEPS,
+        "privacy": {"unit": "example", "epsilon": 50.0, "delta": 1e-3, "clip": 1.0},
+    },
 }
 """Tables of a run in which every part of a simulation has something to do."""
 

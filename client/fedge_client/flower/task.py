@@ -103,16 +103,21 @@ class FlowerLocal:
         out: Vector,
         private: object,
         progress: Progress,
+        correction: Vector | None = None,
     ) -> Outcome:
         """As `Local.do`.
 
         Raises:
-            RefusedError: MODEL_NOT_PRIVATE; examples are to be protected, which nobody can see to here.
+            RefusedError: MODEL_NOT_PRIVATE; examples are to be protected, which nobody can see to here. Or
+                WORK_NOT_ALLOWED; its gradients are to be corrected, which the ClientApp keeps to itself.
             TaskError: the ClientApp fails, or returns something else than was asked for.
         """
         if private is not None:
             why = "the task trains by itself, so that its examples cannot be protected"
             raise RefusedError(Refusal(RefusalCode.MODEL_NOT_PRIVATE, why))
+        if correction is not None:
+            why = "the task trains by itself, so that a control variate cannot correct its gradients"
+            raise RefusedError(Refusal(RefusalCode.WORK_NOT_ALLOWED, why))
         progress(0, 1)
         seed_globally(seed)
         found = self._ask(order, model)

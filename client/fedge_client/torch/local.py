@@ -67,6 +67,7 @@ class TorchLocal:
         out: Array,
         private: Private | None,
         progress: Progress,
+        correction: Array | None = None,
     ) -> Outcome:
         """As `Local.do`."""
         trainer, work, train = self._trainer, self._work, self._train
@@ -74,7 +75,14 @@ class TorchLocal:
             match order.kind:
                 case "train":
                     return trainer.train(
-                        model, train, work, seed=seed, out=out, private=private, progress=progress
+                        model,
+                        train,
+                        work,
+                        seed=seed,
+                        out=out,
+                        correction=correction,
+                        private=private,
+                        progress=progress,
                     )
                 case "gradient":
                     return trainer.gradient(

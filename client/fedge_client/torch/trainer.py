@@ -88,13 +88,15 @@ class Trainer:
         *,
         seed: int,
         out: Array,
+        correction: Array | None = None,
         progress: Progress = no_progress,
         private: Private | None = None,
     ) -> Outcome:
         """Train from `model` and write `theta_local - theta` to `out` (both float32[layout.size]).
 
-        The metric "train_loss" is the mean over the examples of the last epoch, or with `work.steps`
-        over those of all steps. `private`: DP-SGD, without metrics.
+        Each step follows its gradient plus `correction` (float32[layout.trainable_size]; see `fedge.variates`). The
+        metric "train_loss" is the mean over the examples of the last epoch, or with `work.steps` over those of all
+        steps. `private`: DP-SGD, without metrics.
 
         Raises:
             TaskError: the data, or the task's model or loss, fails.
@@ -102,8 +104,9 @@ class Trainer:
             LayoutError: a vector does not fit the layout.
         """
         self.layout.check(out)
+        drift = torch.from_numpy(correction) if correction is not None else None
         if private is not None:
-            return self._train_privately(model, train, work, private, out=out, progress=progress)
+            return self._train_privately(model, train, work, private, drift, out=out, progress=progress)
         flat, optimizer = self._flat, self._optimizer
         batches = Batches(train, work.batch_size, order=self._order)
         total = work.steps or (work.epochs or 1) * batches.per_epoch
@@ -116,6 +119,8 @@ class Trainer:
             for step in range(total):
                 positions = batches.step(step, seed=seed)
                 loss = self._differentiate(batches, positions, work, anchor)
+                if drift is not None:
+                    flat.gradient.add_(drift)
                 optimizer.step(flat.head, flat.gradient)
                 flat.publish()
                 if step >= counted_from:
@@ -212,6 +217,7 @@ class Trainer:
         train: Any,
         work: Work,
         private: Private,
+        drift: torch.Tensor | None,
         *,
         out: Array,
         progress: Progress,
@@ -228,6 +234,8 @@ class Trainer:
             for step in range(schedule.steps):
                 noisy_gradient(flat, batches, self._clipped, schedule, private)
                 self._regularise(work, anchor)
+                if drift is not None:  # known without this step's examples: the noise hides them as before
+                    flat.gradient.add_(drift)
                 optimizer.step(flat.head, flat.gradient)
                 flat.publish()
                 progress(step + 1, schedule.steps)

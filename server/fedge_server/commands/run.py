@@ -71,7 +71,7 @@ def initial_model(config: RunConfig, *, folder: Path) -> Model:
     """
     # Only what is not installed here is left to the coordinator's own list of strategies.
     if ":" not in config.strategy.name:
-        load_strategy(config.strategy, config.work)
+        load_strategy(config)
     task = load_any_task(config.task, path=folder)
     if left_out := config.left_out(task.metrics):
         plain_console(stderr=True).print(f"note: {left_out}")

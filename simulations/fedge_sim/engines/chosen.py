@@ -23,6 +23,7 @@ from fedge_sim.engines.stacks import Stacks
 from fedge_sim.own import OwnClients
 from fedge_sim.population import Population
 from fedge_sim.privacy import Accounts
+from fedge_sim.variates import Corrections
 
 EngineName = Literal["auto", "loop", "vectorised", "processes", "ray"]
 ENGINES: Final[tuple[EngineName, ...]] = ("auto", "loop", "vectorised", "processes", "ray")
@@ -92,6 +93,7 @@ def employed(
     task: Task | OwnTask,
     population: Population,
     accounts: Accounts,
+    corrections: Corrections,
     *,
     kind: WorkKind,
     size: int,
@@ -107,8 +109,13 @@ def employed(
             raise ConfigError(
                 f"engine {wanted.engine}: expected loop on this machine's processors for a task that trains by itself"
             )
+        if corrections.nbytes:
+            raise ConfigError(
+                f"strategy {run.strategy.name}: expected a task whose gradients control variates can correct, "
+                "found one that trains by itself"
+            )
         return OwnClients(run, task, population.names, accounts), Ahead((), insists=False)
-    clients = Clients(run, task, population, accounts)
+    clients = Clients(run, task, population, accounts, corrections)
     return clients, chosen(wanted, run, task, clients, kind=kind, size=size, origin=origin)
 
 
@@ -151,7 +158,15 @@ def chosen(
             if turns * (size + _TURN) < _PROCESSES_FROM:
                 raise UnsuitedError(f"a run of {turns} turns of clients is over before workers have started")
         own = task if origin.own is not None else None
-        return Processes(run, kind=kind, size=size, workers=count, folder=origin.folder, own=own)
+        return Processes(
+            run,
+            kind=kind,
+            size=size,
+            workers=count,
+            corrections=clients.corrections,
+            folder=origin.folder,
+            own=own,
+        )
 
     def on_ray() -> Crew:
         if origin.own is not None:

@@ -27,11 +27,13 @@ _Done = Callable[[Sequence[Part], torch.Tensor], list[Outcome]]
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """One client's part: its training set, the seed of its work, and what it does for the privacy of its examples."""
+    """One client's part: its training set, the seed of its work, what it does for the privacy of its examples, and what
+    corrects its gradients (`fedge.variates`), where the model lies."""
 
     train: Any
     seed: int
     private: Private | None = None
+    correction: torch.Tensor | None = None
 
 
 class Cohort:
@@ -58,7 +60,13 @@ class Cohort:
         """
         batches = [self._batches_of(member.train, work) for member in members]
         parts = [
-            Part(each, member.seed, work.steps or (work.epochs or 1) * each.per_epoch, member.private)
+            Part(
+                each,
+                member.seed,
+                work.steps or (work.epochs or 1) * each.per_epoch,
+                member.private,
+                member.correction,
+            )
             for each, member in zip(batches, members, strict=True)
         ]
         return self._in_stacks(partial(train_stack, self._model, start, work), parts, work, out)

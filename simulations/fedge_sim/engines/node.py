@@ -32,19 +32,24 @@ from fedge_sim.engines.stacks import Stacks
 from fedge_sim.memory import keep_freed
 from fedge_sim.population import Population
 from fedge_sim.privacy import Accounts
+from fedge_sim.variates import Given
 
 Matrix = npt.NDArray[np.float32]
 
 
-def train(setting: str, model: Array, order: str) -> tuple[str, Matrix]:
-    """The work of some clients on `model` (float32[size]): what it came to, as JSON, and their vectors,
-    float32[clients, size]. `{"failed": why}` if this node cannot begin."""
+def train(setting: str, model: Array, order: str, corrections: Matrix | None = None) -> tuple[str, Matrix]:
+    """The work of some clients on `model` (float32[size]), their gradients corrected by float32[clients, trainable]:
+    what it came to, as JSON, and their vectors, float32[clients, size]. `{"failed": why}` if this node cannot begin."""
     told = json.loads(order)
     sends = [
         Send(client, OrderId(told["kind"], told["round"], told["attempt"])) for client in told["clients"]
     ]
     try:
-        outcomes, rows = _place(setting).work(sends, model)
+        place = _place(setting)
+        place.given.rows = {}
+        if corrections is not None:
+            place.given.rows = {send.client: row for send, row in zip(sends, corrections, strict=True)}
+        outcomes, rows = place.work(sends, model)
     except FedgeError as error:
         return json.dumps({"failed": str(error)}), np.empty((0, 0), np.float32)
     said = [[each.num_examples, dict(each.metrics)] if each is not None else None for each in outcomes]
@@ -68,8 +73,9 @@ def _place(setting: str) -> _Place:
     run, task = loaded(told)
     population = Population.of(run, task, count=run.simulation.clients)
     # Accounts are the simulation's, and here only say what noise there is.
-    clients = Clients(run, task, population, Accounts(run, told["kind"]))
-    return _Place(clients, Stacks(run, task, clients, known_to_suit=True) if told["stacked"] else None)
+    given = Given()
+    clients = Clients(run, task, population, Accounts(run, told["kind"]), given)
+    return _Place(clients, given, Stacks(run, task, clients, known_to_suit=True) if told["stacked"] else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +83,7 @@ class _Place:
     """What a process keeps."""
 
     clients: Clients
+    given: Given
     stacks: Stacks | None
 
     def work(self, sends: Sequence[Send], model: Array) -> tuple[Sequence[Outcome | None], Matrix]:

@@ -87,6 +87,7 @@ class OnRay:
         self._size, self._given = size, workers
         self._stacked = stacked
         self._stacks: Callable[[], Stacks] = lambda: Stacks(run, task, clients)
+        self._clients = clients
         self._told = {**setting_of(run, kind=kind, folder=folder), "path": sys.path}
         self._setting: Any = None
         self._mine = _connected()
@@ -117,8 +118,10 @@ class OnRay:
             shared = ray.put(np.ascontiguousarray(model))
 
             def begin(task: _Task) -> Any:
-                order = _order([sends[place] for place in task.places])
-                said, task.rows = self._train.remote(self._setting, shared, order)
+                its = [sends[place] for place in task.places]
+                said, task.rows = self._train.remote(
+                    self._setting, shared, _order(its), self._corrections(its)
+                )
                 return said
 
             for task, said in self._done(self._tasks, begin, self._given or len(self._tasks)):
@@ -163,6 +166,12 @@ class OnRay:
             log.warning("ray_trains_one_by_one reason=%s", error)
             return False
         return True
+
+    def _corrections(self, sends: Sequence[Send]) -> Array | None:
+        """What corrects their gradients, float32[clients, trainable]; None if nothing does."""
+        found = [self._clients.corrections.of(send.client, send.order) for send in sends]
+        rows = [each for each in found if each is not None]
+        return np.stack(rows) if rows else None
 
     @property
     def _workers(self) -> int:

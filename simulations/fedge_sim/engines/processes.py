@@ -33,6 +33,7 @@ from fedge_client.segment import Segment
 from fedge_sim.engines.crew import Done, UnsuitedError
 from fedge_sim.engines.setting import setting_of
 from fedge_sim.engines.worker import Lines, Shared, divide
+from fedge_sim.variates import Corrections, Given
 
 MAX_ROWS_BYTES: Final = 1 << 28
 """Of vectors at once; a row for each worker there is in any case."""
@@ -66,6 +67,7 @@ class Processes:
         kind: WorkKind,
         size: int,
         workers: int,
+        corrections: Corrections | None = None,
         folder: Path | None = None,
         own: Task | None = None,
     ) -> None:
@@ -74,7 +76,8 @@ class Processes:
         self._size = size
         self.workers = workers
         self._rows = min(max(workers, MAX_ROWS_BYTES // (4 * size)), _MOST_ROWS, run.simulation.clients)
-        self._model, self._mean, self._vectors = (Segment.create() for _ in range(3))
+        self._corrections = corrections = corrections if corrections is not None else Given()
+        self._model, self._mean, self._vectors, self._corrected = (Segment.create() for _ in range(4))
         for each in (self._model, self._mean):
             each.vector(size, grow=True)
         self._matrix = self._vectors.vector(self._rows * size, grow=True).reshape(self._rows, size)
@@ -83,9 +86,15 @@ class Processes:
         self._sockets = [mine for mine, _ in pairs]
         self._busy = [0] * workers
         self._ready = False
-        setting = {**setting_of(run, kind=kind, folder=folder), "size": size, "rows": self._rows}
+        trainable = corrections.nbytes // 4
+        self._correction = self._corrected.vector(self._rows * trainable, grow=True).reshape(
+            self._rows, trainable
+        )
+        numbers = {"size": size, "rows": self._rows, "corrected": trainable}
+        setting = {**setting_of(run, kind=kind, folder=folder), **numbers}
         theirs = [its for _, its in pairs]
-        shared = Shared(tuple(its.fileno() for its in theirs[1:]), self._model, self._mean, self._vectors)
+        segments = self._model, self._mean, self._vectors, self._corrected
+        shared = Shared(tuple(its.fileno() for its in theirs[1:]), *segments)
         if own is None:
             self._process: Process | subprocess.Popen[bytes] = _started(theirs[0].fileno(), shared)
             self._control.send(setting)
@@ -143,8 +152,8 @@ class Processes:
                 end.shutdown(socket.SHUT_RDWR)
             end.close()
         _end(self._process)
-        self._matrix = np.empty((0, 0), np.float32)
-        for segment in (self._model, self._mean, self._vectors):
+        self._matrix = self._correction = np.empty((0, 0), np.float32)
+        for segment in (self._model, self._mean, self._vectors, self._corrected):
             segment.close()
 
     def _give(self, number: int, waiting: deque[tuple[int, Send]]) -> None:
@@ -153,7 +162,10 @@ class Processes:
             return
         row, send = waiting.popleft()
         order = send.order
-        message = {"row": row, "client": send.client, "kind": order.kind}
+        correction = self._corrections.of(send.client, order)
+        if correction is not None:
+            self._correction[row] = correction
+        message = {"row": row, "client": send.client, "kind": order.kind, "corrected": correction is not None}
         self._ask(number, message | {"round": order.round, "attempt": order.attempt})
         self._busy[number] += 1
 
@@ -205,8 +217,8 @@ class Processes:
 
 def _started(control: int, shared: Shared) -> subprocess.Popen[bytes]:
     """The process that imports everything and divides itself."""
-    descriptors = [control, shared.model.descriptor, shared.mean.descriptor, shared.rows.descriptor]
-    descriptors += shared.sockets
+    segments = shared.model, shared.mean, shared.rows, shared.corrections
+    descriptors = [control, *(each.descriptor for each in segments), *shared.sockets]
     return subprocess.Popen(  # noqa: S603  # this Python, and a module of ours
         python("fedge_sim.engines.worker", *map(str, descriptors)),
         pass_fds=descriptors,

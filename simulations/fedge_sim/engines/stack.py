@@ -110,9 +110,11 @@ class _Stack:
         self._theta.copy_(start)
         self._views: dict[int, list[torch.Tensor]] = {}
         self._counted = _counted(parts, work).to(start.device)
+        self._corrections = _corrections(parts, self._theta)
 
     def run(self, gradients: Gradients, out: torch.Tensor) -> torch.Tensor:
-        move = self._simply if _is_simple(self._work) else self._mover()
+        simple = _is_simple(self._work) and self._corrections is None
+        move = self._simply if simple else self._mover()
         losses = torch.zeros(len(self._parts), dtype=torch.float64, device=out.device)
         active = len(self._parts)
         for step in range(self._parts[0].steps):
@@ -139,7 +141,7 @@ class _Stack:
             view.add_(slope, alpha=-self._work.learning_rate)
 
     def _mover(self) -> Callable[[list[torch.Tensor], list[torch.Tensor]], None]:
-        """Steps of any optimiser, with a regulariser or without."""
+        """Steps of any optimiser, with a regulariser and corrections or without."""
         work, theta = self._work, self._theta.view(-1)
         whole = torch.zeros_like(self._theta)
         rooms, gradient = self._model.views(whole), whole.view(-1)
@@ -151,9 +153,22 @@ class _Stack:
                 room[: len(slope)] = slope
             if work.regularises:
                 optimizer.regularise(whole, self._theta, self._start, work)
+            if self._corrections is not None:
+                whole.add_(self._corrections)
             optimizer.step(theta, gradient)
 
         return move
+
+
+def _corrections(parts: Sequence[Part], like: torch.Tensor) -> torch.Tensor | None:
+    """What corrects the gradients of members, all of whom have something that does, or none; behind them zeros."""
+    rows = [part.correction for part in parts if part.correction is not None]
+    if not rows:
+        return None
+    assert len(rows) == len(parts)  # they have the same order
+    found = torch.zeros_like(like)
+    torch.stack(rows, out=found[: len(rows)])
+    return found
 
 
 def _counted(parts: Sequence[Part], work: Work) -> torch.Tensor:

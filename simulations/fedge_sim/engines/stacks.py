@@ -100,7 +100,9 @@ class Stacks:
         train, order = self._clients.population.data(send.client)[0], send.order
         seed = work_seed(self._run.seed, site=send.client, kind=order.kind, round=order.round)
         private = self._clients.private(send.client, order, train) if self._is_private else None
-        return Member(train, seed, private)
+        found = self._clients.corrections.of(send.client, order)
+        correction = torch.from_numpy(found).to(self._device or HOST) if found is not None else None
+        return Member(train, seed, private, correction)
 
     def _rows(self) -> Rows:
         """The vectors of the last work."""

@@ -32,6 +32,7 @@ from fedge_sim.engines.setting import loaded
 from fedge_sim.memory import keep_freed
 from fedge_sim.population import Population
 from fedge_sim.privacy import Accounts
+from fedge_sim.variates import Given
 
 MAX_LINE_BYTES: Final = 1 << 20
 """Of a message: an order is short, metrics are bounded by what a gate lets pass."""
@@ -41,27 +42,34 @@ Message = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """What the simulation shares with its workers: a socket for each, the model, a row for each client's vector, and
-    their mean."""
+    """What the simulation shares with its workers: a socket for each, the model, a row for each client's vector, their
+    mean, and a row for what corrects each client's gradients."""
 
     sockets: tuple[int, ...]
     model: Segment
     mean: Segment
     rows: Segment
+    corrections: Segment
 
-    def open(self, rows: int, size: int) -> Vectors:
+    def open(self, rows: int, size: int, corrected: int) -> Vectors:
         """What is in it."""
-        matrix = self.rows.vector(rows * size).reshape(rows, size)
-        return Vectors(self.model.vector(size), self.mean.vector(size), matrix)
+        return Vectors(
+            self.model.vector(size),
+            self.mean.vector(size),
+            self.rows.vector(rows * size).reshape(rows, size),
+            self.corrections.vector(rows * corrected).reshape(rows, corrected),
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Vectors:
-    """`model` and `mean` are float32[size], `rows` float32[clients, size]."""
+    """`model` and `mean` are float32[size], `rows` float32[clients, size], `corrections` float32[clients, trainable] or
+    [clients, 0]."""
 
     model: Array
     mean: Array
     rows: Array
+    corrections: Array
 
 
 class Lines:
@@ -106,7 +114,8 @@ def divide(
     keep_freed()
     try:
         run, task = load()
-        clients = _clients(run, task, setting)
+        given = Given()
+        clients = _clients(run, task, setting, given)
     except FedgeError as error:
         control.send({"failed": str(error)})
         return
@@ -114,7 +123,7 @@ def divide(
     for number, descriptor in enumerate(shared.sockets):
         sys.stdout.flush()
         if (process := os.fork()) == 0:
-            _be(number, descriptor, shared, clients, setting)
+            _be(number, descriptor, shared, clients, given, setting)
         workers[process] = number
     for descriptor in shared.sockets:
         os.close(descriptor)  # so that a worker that ends is seen to have ended
@@ -126,7 +135,9 @@ def divide(
                 control.send(ended)
 
 
-def _be(number: int, descriptor: int, shared: Shared, clients: Clients, setting: Message) -> None:
+def _be(
+    number: int, descriptor: int, shared: Shared, clients: Clients, given: Given, setting: Message
+) -> None:
     """A worker's life; does not return."""
     code = 1
     try:
@@ -134,13 +145,15 @@ def _be(number: int, descriptor: int, shared: Shared, clients: Clients, setting:
             if other != descriptor:
                 os.close(other)
         lines = Lines(socket.socket(fileno=descriptor))
-        vectors = shared.open(setting["rows"], setting["size"])
+        vectors = shared.open(setting["rows"], setting["size"], setting["corrected"])
         _say_whether_it_can(lines)
         for message in _until_closed(lines):
             if "weights" in message:
                 _mean(message, vectors)
                 lines.send({"done": True})
             else:
+                client, row = message["client"], message["row"]
+                given.rows = {client: vectors.corrections[row]} if message["corrected"] else {}
                 lines.send(_reply(clients, message, vectors))
         code = 0
     except (BrokenPipeError, ConnectionResetError):
@@ -186,22 +199,24 @@ def _mean(message: Message, vectors: Vectors) -> None:
     vectors.mean[part] = mean_of_rows(vectors.rows[: len(weights), part], weights)
 
 
-def _clients(run: RunConfig, task: Task, setting: Message) -> Clients:
+def _clients(run: RunConfig, task: Task, setting: Message, given: Given) -> Clients:
     """All of them; their accounts are the simulation's, and here only say what noise there is."""
     population = Population.of(run, task, count=run.simulation.clients)
-    return Clients(run, task, population, Accounts(run, setting["kind"]))
+    return Clients(run, task, population, Accounts(run, setting["kind"]), given)
 
 
 def main() -> None:
-    """As `engines.processes` starts it, with descriptors: control, model, mean, rows, and the workers' sockets."""
+    """As `engines.processes` starts it, with descriptors: control, model, mean, rows, corrections, and the workers'
+    sockets."""
     os.dup2(2, 1)  # what the task's code prints is not the output of whoever asked for the simulation
-    control_fd, model, mean, rows, *sockets = map(int, sys.argv[1:])
+    control_fd, model, mean, rows, corrections, *sockets = map(int, sys.argv[1:])
     control = Lines(socket.socket(fileno=control_fd))
     setting = control.receive()
     if setting is None:
         return
 
-    shared = Shared(tuple(sockets), Segment(model), Segment(mean), Segment(rows))
+    segments = (Segment(each) for each in (model, mean, rows, corrections))
+    shared = Shared(tuple(sockets), *segments)
     divide(control, shared, setting, lambda: loaded(setting))
 
 

@@ -1,0 +1,178 @@
+"""The control variates of simulated clients (`fedge.variates`): those who have taken part have one, which is kept as a
+site keeps its own, in memory up to a limit and beyond it in a file without a name.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from typing import Final, Protocol
+
+import numpy as np
+
+from fedge.errors import RunError
+from fedge.events import OrderId
+from fedge.exact import Values
+from fedge.run import Work
+from fedge.variates import correct, renewed
+from fedge.vector import Array, bytes_of
+
+MAX_BYTES: Final = 1 << 28
+"""Of variates in memory."""
+
+
+class Corrections(Protocol):
+    """What the gradients of clients are corrected by."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of the control variate that a training order comes with; 0 where there is none."""
+        ...
+
+    def of(self, client: str, order: OrderId) -> Array | None:
+        """float32[trainable], to be left as it is; None if by nothing."""
+        ...
+
+
+class Given:
+    """Those that somebody else has made, by client."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, Array] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return next((each.nbytes for each in self.rows.values()), 0)
+
+    def of(self, client: str, order: OrderId) -> Array | None:
+        return self.rows.get(client)
+
+
+class Variates:
+    """Those of all clients, and the server's. What an update leaves is its client's own once the round is committed of
+    which it is a part: another attempt at the round begins as the first one did."""
+
+    def __init__(self, control: Array | None, work: Work, *, most_bytes: int = MAX_BYTES) -> None:
+        self._control, self._work = control, work
+        self._rows = Rows(len(control) if control is not None else 0, most_bytes=most_bytes)
+        self._own: dict[str, int] = {}
+        self._left: dict[tuple[OrderId, str], int] = {}
+        """Behind by updates that are not a part of a model yet."""
+
+    @property
+    def nbytes(self) -> int:
+        return self._control.nbytes if self._control is not None else 0
+
+    def of(self, client: str, order: OrderId) -> Array | None:
+        if self._control is None or order.kind != "train":
+            return None
+        row = self._own.get(client)
+        if row is None:
+            return self._control
+        found = self._control.copy()
+        correct(found, self._rows.read(row))
+        return found
+
+    def take(self, client: str, order: OrderId, update: Values) -> None:
+        """An update of a client is accepted.
+
+        Raises:
+            RunError: there is no room for what it leaves.
+        """
+        correction = self.of(client, order)
+        if correction is None:
+            return
+        if (order, client) not in self._left:
+            self._left[order, client] = self._rows.take()
+        self._rows.write(self._left[order, client], renewed(correction, update[:], self._work))
+
+    def commit(self, order: OrderId, control: Array | None) -> None:
+        """A round is committed by this attempt: what others have left is of no use. `control` is the server's from now
+        on."""
+        self._control = control
+        for (made_for, client), row in self._left.items():
+            unused = row
+            if made_for == order:
+                unused, self._own[client] = self._own.get(client, -1), row
+            if unused >= 0:
+                self._rows.give_back(unused)
+        self._left.clear()
+
+    def skip(self) -> None:
+        """A round is over, and nothing came of it."""
+        for row in self._left.values():
+            self._rows.give_back(row)
+        self._left.clear()
+
+    def close(self) -> None:
+        """They are not needed any more."""
+        self._rows.close()
+
+
+class Rows:
+    """Vectors, float32[size] each, of which `most_bytes` are in memory and the others in a temporary file."""
+
+    def __init__(self, size: int, *, most_bytes: int) -> None:
+        self._size = size
+        self._most = most_bytes // (4 * size) if size else 0
+        self._held: list[Array] = []
+        self._free: list[int] = []
+        self._count = 0
+        self._file: int | None = None
+
+    def take(self) -> int:
+        """Room for one: its number."""
+        if self._free:
+            return self._free.pop()
+        self._count += 1
+        return self._count - 1
+
+    def give_back(self, row: int) -> None:
+        """It is not needed any more."""
+        self._free.append(row)
+
+    def read(self, row: int) -> Array:
+        """What was written, to be left as it is."""
+        if row < len(self._held):
+            return self._held[row]
+        assert self._file is not None  # it was written there
+        found: Array = np.empty(self._size, np.float32)
+        read = os.preadv(self._file, [bytes_of(found)], self._offset(row))
+        assert read == found.nbytes  # as much as was written
+        return found
+
+    def write(self, row: int, vector: Array) -> None:
+        """
+        Raises:
+            RunError: the temporary file has no room.
+        """
+        if row < len(self._held):
+            self._held[row] = vector
+        elif row == len(self._held) < self._most:
+            self._held.append(vector)
+        else:
+            self._write(row, vector)
+
+    def close(self) -> None:
+        self._held = []
+        if self._file is not None:
+            os.close(self._file)
+        self._file = None
+
+    def _write(self, row: int, vector: Array) -> None:
+        try:
+            if self._file is None:
+                with tempfile.TemporaryFile() as file:
+                    self._file = os.dup(file.fileno())
+            data, at = bytes_of(vector), self._offset(row)
+            while data:
+                written = os.pwrite(self._file, data, at)
+                data, at = data[written:], at + written
+        except OSError as error:
+            raise RunError(
+                f"the clients' control variates do not fit into {tempfile.gettempdir()} ({error.strerror}): set TMPDIR "
+                "to a folder with more room"
+            ) from None
+
+    def _offset(self, row: int) -> int:
+        return 4 * self._size * (row - self._most)

@@ -136,9 +136,14 @@ def load_strategy(run: RunConfig, *, allowed: Collection[str] | None = None) -> 
 
 
 def work_kind(strategy: AnyStrategy) -> WorkKind:
-    """What the strategy orders in every round, found out with a model of one parameter."""
+    """What the strategy orders in every round."""
+    return first_order(strategy).kind
+
+
+def first_order(strategy: AnyStrategy) -> Order:
+    """What the strategy orders first, found out with a model of one parameter."""
     model = Model(np.zeros(1, np.float32), Layout((Tensor("w", (1,)),)))
-    return strategy.order(strategy.init(model), 1).kind
+    return strategy.order(strategy.init(model), 1)
 
 
 def installed_strategies() -> list[str]:

@@ -249,6 +249,7 @@ class Jobs:
         finally:
             if self.runs.get(run.run_id) is not run:  # it ended meanwhile: what was kept since is of no use
                 self._outbox.forget(run.run_id)
+                self._variates.forget(run.run_id)
                 await self._performer.settle(run)
 
     async def _prepare(self, run: Participation, message: pb.Order, link: Link) -> Prepared:

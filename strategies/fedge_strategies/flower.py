@@ -23,7 +23,7 @@ from fedge.events import OrderId
 from fedge.exact import MAX_WEIGHT
 from fedge.learning import Learning
 from fedge.pipeline import Update
-from fedge.strategy import AnyStrategy, work_kind
+from fedge.strategy import AnyStrategy, first_order
 from fedge.vector import Model, all_finite
 from fedge_flower import quantised
 from fedge_flower.asked import Asked, ask
@@ -44,7 +44,7 @@ class InFlower(Strategy):
     optimiser moves the arrays named in `buffers` (batch statistics): they become the mean of what nodes return.
 
     Raises:
-        ConfigError: Flower's FedAvg does not know one of `sampling`.
+        ConfigError: Flower's FedAvg does not know one of `sampling`, or the strategy corrects its clients' gradients.
     """
 
     def __init__(self, strategy: AnyStrategy, *, buffers: Collection[str] = (), **sampling: Any) -> None:
@@ -54,7 +54,13 @@ class InFlower(Strategy):
             self._flowers = FlowersFedAvg(**sampling)
         except TypeError as error:
             raise ConfigError(f"expected arguments of Flower's FedAvg: {error}") from None
-        self._kind = work_kind(strategy)
+        order = first_order(strategy)
+        if order.control is not None:
+            raise ConfigError(
+                f"{type(strategy).__name__} corrects the gradients of its clients by control variates, of which a "
+                "ClientApp does not know: train by a fedge Task (fedge simulate, fedge run submit)"
+            )
+        self._kind = order.kind
         self._learning: Learning | None = None
         self._arrays = ArrayRecord()
 

@@ -23,7 +23,7 @@ from fedge_client.download import Download
 from fedge_client.holding import Holding
 from fedge_server.orders import Orders
 from fedge_server.shelf import Shelf
-from fedge_strategies import FedAvg, MirroredSgd
+from fedge_strategies import FedAvg, MirroredSgd, Scaffold
 
 SMALL, LARGE = 16, INLINE_BYTES // 4 + 8
 each_kind = pytest.mark.parametrize("kind", ["sgd", "momentum", "adam"])
@@ -57,10 +57,11 @@ class Coordinator:
         self.round += 1
         self.orders.publish(self.state.model, self.strategy.order(self.state, self.round))
 
-    def order(self, kind: str = "gradient") -> pb.Order:
+    def order(self) -> pb.Order:
         """As it arrives at the site."""
-        self.shelf.grant("a", "gradient")
-        message = self.orders.message(OrderId("gradient", self.round), deadline_s=60.0)
+        kind = self.strategy.order(self.state, self.round).kind
+        self.shelf.grant("a", kind)
+        message = self.orders.message(OrderId(kind, self.round), deadline_s=60.0)
         return pb.ServerMessage.FromString(message.SerializeToString()).order
 
 
@@ -280,6 +281,39 @@ def test_what_broke_off_goes_on_where_it_was(cut):
     site.reach()
     site.check()
     assert site.link.sent == whole.link.sent, "no byte came twice"
+
+
+@pytest.mark.parametrize("size", [SMALL, LARGE], ids=["inline", "fetched"])
+def test_a_control_variate_comes_with_each_order_to_train(size: int):
+    coordinator = Coordinator(Scaffold(4), size=size)
+    site = Site(coordinator)
+    for _ in range(3):
+        site.reach()
+        site.check()
+        assert site.holding.control is not None
+        assert site.holding.control.tobytes() == coordinator.state.control.tobytes()
+        coordinator.step()
+    assert not coordinator.orders.message(OrderId("evaluate", 3), deadline_s=60.0).order.HasField("control")
+    assert site.link.fetched == [4 * size, 4 * (size - 3)] * 3
+
+
+def test_a_control_variate_that_broke_off_goes_on_where_it_was_and_the_model_is_not_fetched_again():
+    coordinator = Coordinator(Scaffold(4), size=LARGE)
+    coordinator.step()
+    site = Site(coordinator)
+    site.link.breaks_after = 1
+    for _ in range(3):
+        with pytest.raises(LinkError):
+            site.reach()
+        assert site.holding.control is None
+        site.check()
+        site.link.breaks_after = 0
+    site.link.breaks_after = None
+    site.reach()
+    assert site.holding.control is not None
+    assert site.holding.control.tobytes() == coordinator.state.control.tobytes()
+    assert site.counts == (1, 0)
+    assert site.link.sent == 4 * (2 * LARGE - 3), "no byte came twice"
 
 
 def test_a_model_that_has_changed_meanwhile_is_fetched_from_its_start():

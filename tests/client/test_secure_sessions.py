@@ -15,6 +15,7 @@ from one_site import LARGE, SIZE, offer
 from fedge.errors import BusyError, LinkError, RefusedError
 from fedge.events import OrderId
 from fedge.refusal import RefusalCode
+from fedge.run import Work
 from fedge.secagg.directory import Directory, Statement
 from fedge.secagg.site import Rules
 from fedge.secagg.terms import SumTerms
@@ -74,6 +75,7 @@ class Site:
             protection=Protection(),
             kind="train",
             terms=offer_digest(offer()),
+            work=Work(),
             secure=SumTerms(least=3, clients=4, bound=1.0),
             holding=Holding("run", layout, np.zeros(SIZE, np.float32)),
             update=np.zeros(SIZE, np.float32),

@@ -20,7 +20,7 @@ from fedge.errors import ConfigError, RunError
 from fedge.strategy import installed_strategies
 from fedge_flower.grid import AppGrid
 from fedge_flower.internals import be
-from fedge_strategies import FedAvg, MirroredSgd, Sgd
+from fedge_strategies import FedAvg, MirroredSgd, Scaffold, Sgd
 from fedge_strategies.flower import InFlower
 
 APP = "fedge_strategies_app"
@@ -46,7 +46,7 @@ def test_no_strategy_is_missing_from_that_app():
         if isinstance(node, ast.ImportFrom) and node.module == "fedge_strategies"
     ]
     used = {each.name.lower() for each in names.names}
-    assert {name.replace("_", "") for name in installed_strategies()} == used
+    assert {name.replace("_", "") for name in installed_strategies()} == used | {"scaffold"}
 
 
 class Nodes:
@@ -161,6 +161,10 @@ def test_arrays_that_are_not_those_of_the_last_round_begin_anew(caplog: pytest.L
 def test_what_cannot_go_on_is_said():
     with pytest.raises(ConfigError, match="arguments of Flower's FedAvg"):
         InFlower(FedAvg(), colour="red")
+    with pytest.raises(
+        ConfigError, match="Scaffold corrects the gradients of its clients by control variates"
+    ):
+        InFlower(Scaffold(4))
     with pytest.raises(ConfigError, match="finite numbers"):
         round_of(InFlower(FedAvg()), [np.inf], [[1.0], [1.0]], [1, 1])
     with pytest.raises(ValueError, match="expected configure_train before"):

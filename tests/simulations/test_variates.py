@@ -264,7 +264,7 @@ def test_a_crash_of_the_coordinator_changes_no_bit():
     crashed = simulate(
         config(strategy=SCAFFOLD, work=STEPS, simulation=faults), task=LINES_OF_SIX, engine="loop"
     )
-    assert crashed.faults["crash"] > 0
+    assert crashed.faults.crashes > 0
     assert np.array_equal(whole.model.vector, crashed.model.vector)
 
 

@@ -45,6 +45,9 @@ class Worker:
 
     loads: dict[str, pipe.Load] = field(default_factory=dict)
     segments: dict[int, tuple[Array, Array]] = field(default_factory=dict)
+    corrections: dict[str, Array] = field(default_factory=dict)
+    corrected: list[list[float]] = field(default_factory=list)
+    """By what the gradients of each order are corrected that comes with a control variate."""
     performed: list[pipe.Perform] = field(default_factory=list)
     cancels: int = 0
     result: float = 1.0
@@ -60,6 +63,9 @@ class Worker:
     def vectors(self, slot: int, size: int) -> tuple[Array, Array]:
         return self.segments.setdefault(slot, (np.zeros(size, np.float32), np.zeros(size, np.float32)))
 
+    def correction(self, run_id: str, size: int) -> Array:
+        return self.corrections.setdefault(run_id, np.zeros(size, np.float32))
+
     async def load(self, load: pipe.Load) -> pipe.Loaded:
         self._behave()
         self.loads[load.run_id] = load
@@ -67,6 +73,8 @@ class Worker:
 
     async def perform(self, message: pipe.Perform, *, progress: Callable[[int, int], None]) -> pipe.Finished:
         self.performed.append(message)
+        if message.corrected:
+            self.corrected.append(self.corrections[message.run_id].tolist())
         self._behave()
         for done in range(1, self.steps + 1):
             progress(done, self.steps)

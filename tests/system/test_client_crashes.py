@@ -31,6 +31,23 @@ def sites(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("point", ["job.ordered", "job.trained", "job.prepared", "update.sent"])
+def test_an_agent_that_is_killed_goes_on_with_its_control_variates(sites: Federation, point: str) -> None:
+    text = run_toml(f"scaffold-{point}".replace(".", "-"), rounds=6, more="[evaluation]\nevery = 0\n")
+    text = text.replace("[work]\n", "[work]\nsteps = 3\n") + '[strategy]\nname = "scaffold"\nclients = 2\n'
+    victim = sites.start("client-1", fault=f"{point}:4")
+    run_id = sites.submit(text)
+    assert victim.ends() == -signal.SIGKILL, f"{point} was reached"
+    again = sites.start("client-1")
+    try:
+        assert sites.finish(run_id).status == "done"
+        assert sites.digest(run_id) == simulated(text)
+    finally:
+        again.signal(signal.SIGTERM)
+        until(lambda: "client-1" not in sites.connected(), "client-1 is gone")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("point", "task"), PHASES)
 def test_an_agent_that_is_killed_at_any_phase_goes_on_where_it_was(
     sites: Federation, point: str, task: str

@@ -66,6 +66,23 @@ def test_a_run_survives_a_kill_at_every_point_one_after_another(sites: Federatio
     check(last, run_id, text, rounds=rounds)
 
 
+@pytest.mark.parametrize("at", [20, 42, 70])
+def test_sites_have_the_control_variates_of_rounds_that_the_coordinator_has_lost(
+    sites: Federation, at: int
+) -> None:
+    """It keeps every seventh round: those behind that are done again, from what sites had then."""
+    text = run_toml(f"variates-{at}", rounds=40, more="[evaluation]\nevery = 0\n").replace(
+        "[work]\n", "[work]\nsteps = 3\n"
+    )
+    text += '[strategy]\nname = "scaffold"\nclients = 2\n[checkpoint]\nrounds = 7\nseconds = 3600\n'
+    armed = sites.restarted(fault=f"event.before:{at}")
+    run_id = armed.submit(text)
+    assert armed.server.ends() == -signal.SIGKILL
+    last = sites.restarted()
+    check(last, run_id, text, rounds=40)
+    assert last.server.output.count(f"round_committed run={run_id}") > 40, "some rounds were done twice"
+
+
 @pytest.mark.parametrize("point", ["submit.before", "submit.after"])
 def test_a_submission_is_kept_whole_or_not_at_all(sites: Federation, point: str) -> None:
     text = run_toml(point.replace(".", "-"), rounds=2)

@@ -9,6 +9,7 @@ from scripted import honest_update, scripted
 from fedge.config import parse_toml
 from fedge.run import RunConfig
 from fedge.wire import fedge_pb2 as pb
+from fedge_client.jobs import VARIATES
 
 HONEST = ["client-0", "client-1"]
 STRATEGIES = {
@@ -40,6 +41,22 @@ def test_clients_that_are_held_to_where_they_began_make_the_same_bits(federation
     free = run_toml("fedprox", rounds=3)
     held = free.replace("[work]\n", "[work]\nproximal = 0.5\n")
     assert federation.digest(federation.run(held).summary.run_id) == simulated(held) != simulated(free)
+
+
+def corrected(text: str, *, clients: int = 2) -> str:
+    """A run whose sites keep control variates."""
+    text = text.replace("[work]\n", "[work]\nsteps = 3\n")
+    return f'{text}\n[strategy]\nname = "scaffold"\nclients = {clients}\n'
+
+
+@pytest.mark.parametrize("task", ["tiny:task", "wide:task"])
+def test_sites_that_keep_control_variates_make_the_same_bits(federation: Federation, task: str) -> None:
+    free = run_toml("free", task=task, rounds=6)
+    text = corrected(run_toml("scaffold", task=task, rounds=6))
+    run_id = federation.run(text).summary.run_id
+    assert federation.digest(run_id) == simulated(text)
+    assert simulated(text) != simulated(free.replace("[work]\n", "[work]\nsteps = 3\n"))
+    until(lambda: not list((federation.folder / "client-0" / VARIATES).iterdir()), "nothing is left of a run")
 
 
 def test_several_runs_at_once_do_not_touch_each_other(federation: Federation) -> None:

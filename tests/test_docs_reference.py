@@ -173,7 +173,11 @@ def test_every_strategy_is_documented_with_its_fields(entry: Any) -> None:
     kind = entry.load()
     hints = get_type_hints(kind, include_extras=True)
     keys = {
-        field.name: Key(describe(TypeAdapter(hints[field.name]).json_schema()), False, field.default)
+        field.name: Key(
+            describe(TypeAdapter(hints[field.name]).json_schema()),
+            field.default is dataclasses.MISSING,
+            field.default,
+        )
         for field in dataclasses.fields(kind)
     }
     assert_documented(rows("run-toml.md", entry.name), keys)

@@ -86,6 +86,16 @@ PICTURES = {
         "round",
         "accuracy on images that no client has",
     ),
+    "drifting": Picture(
+        {
+            "FedAvg": "drifting-fedavg",
+            "FedProx": "drifting-fedprox",
+            "SCAFFOLD": "drifting-scaffold",
+        },
+        accuracy_by_round,
+        "round",
+        "accuracy at clients of one digit each",
+    ),
     "hundred-hospitals": Picture({"": "hundred-hospitals"}, spread, "round", "accuracy at the hospitals"),
     "dropouts": Picture(
         {

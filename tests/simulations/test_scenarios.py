@@ -71,6 +71,14 @@ def test_a_quarter_of_liars_ruin_the_mean_and_not_the_robust_reductions(pictures
         assert reached[robust] > reached["mean, nobody lies"] - 0.06
 
 
+def test_control_variates_correct_the_drift_of_clients_who_know_one_digit_each(pictures: Any):
+    """As docs/explanation/drift.md shows it, in fewer rounds."""
+    reached = final(pictures.series("drifting", rounds=12))
+    assert reached["SCAFFOLD"] > 0.75
+    for drawn in ("FedAvg", "FedProx"):
+        assert reached[drawn] < reached["SCAFFOLD"] - 0.15
+
+
 def test_a_hundred_unlike_hospitals_learn_together_and_not_all_as_well(pictures: Any):
     reached = final(pictures.series("hundred-hospitals", rounds=6))
     assert reached["mean of all"] > 0.75

@@ -33,15 +33,17 @@ _COMMAND_S, _CONNECT_S = 60.0, 120.0
 _STATUS_EVERY_S = 20.0
 
 
-def run_toml(task: str, *, rounds: int, cohort: int, work: dict[str, Any], strategy: str = "fedavg") -> str:
-    """A run.toml with evaluation and protection off."""
+def run_toml(
+    task: str, *, rounds: int, cohort: int, work: dict[str, Any], strategy: str = "fedavg", **settings: Any
+) -> str:
+    """A run.toml with evaluation and protection off; `settings` are the strategy's."""
     return tomlkit.dumps(
         {
             "name": task.partition(":")[0].rpartition(".")[2],
             "task": task,
             "rounds": rounds,
             "seed": 7,
-            "strategy": {"name": strategy},
+            "strategy": {"name": strategy, **settings},
             "work": work,
             "cohort": {"size": cohort, "deadline_s": 300},
             "evaluation": {"every": 0},

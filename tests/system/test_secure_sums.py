@@ -59,13 +59,20 @@ def in_clear(text: str) -> Result:
 
 @pytest.mark.parametrize(
     ("suite", "strategy"),
-    [("x25519", "fedavg"), ("x25519", "mirrored_sgd"), ("x25519-mlkem768", "fedavg")],
+    [
+        ("x25519", "fedavg"),
+        ("x25519", "mirrored_sgd"),
+        ("x25519", "scaffold"),
+        ("x25519-mlkem768", "fedavg"),
+    ],
 )
 def test_a_secure_run_makes_the_mean_that_there_is_in_clear(
     federation: Federation, suite: str, strategy: str
 ) -> None:
     more = f'{SECURE}suite = "{suite}"\n[strategy]\nname = "{strategy}"\n'
     text = run_toml("secure", rounds=4, size=4, quorum=4, more=more)
+    if strategy == "scaffold":
+        text = text.replace("[work]\n", "[work]\nsteps = 3\n") + "clients = 4\n"
     detail = federation.run(text)
     clear = in_clear(text)
     assert np.allclose(federation.model(detail.summary.run_id), clear.model.vector, atol=1e-4)

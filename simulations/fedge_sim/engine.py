@@ -111,4 +111,7 @@ def _with(
             f"simulation.clients: expected at least the {needed} clients that a round needs "
             f"(cohort.quorum, or cohort.size without one), found {count}"
         )
+    stated = changed.strategy.fields.get("clients") if changed.strategy.name == "scaffold" else None
+    if stated is not None and stated != count:
+        raise ConfigError(f"strategy.clients: expected the {count} clients of the simulation, found {stated}")
     return changed

@@ -190,6 +190,13 @@ def test_a_task_that_trains_by_itself_cannot_be_corrected():
         simulate(config(**TABLES), task=own)
 
 
+def test_a_simulation_knows_how_many_clients_there_are():
+    with pytest.raises(
+        ConfigError, match=r"strategy\.clients: expected the 7 clients of the simulation, found 5"
+    ):
+        simulate(config(**TABLES), task=LINES, clients=7)
+
+
 MODELS = {"perceptron": perceptron, "convolution": convolution, "linear": lambda: nn.Linear(6, 3)}
 
 

@@ -229,13 +229,16 @@ class Jobs:
             elif prepared is not run.prepared and run.secure is None:
                 self._remember(self._outbox.announce, prepared)
             run.prepared = prepared
+            self._transfers.check_wanted()
             if order.kind == "train":
                 self._variates.handed_in(run.run_id, order)
             await self._hand_in(run, prepared, link)
             self._reach("update.sent")
             await self._performer.settle(run)
         except RefusedError as error:
-            if error.refusal.code != RefusalCode.CANCELLED:
+            if error.refusal.code == RefusalCode.CANCELLED:
+                self.unwanted(run.run_id, order)
+            else:
                 log.warning("order_failed run=%s order=%s reason=%s", run.run_id, order, error.refusal)
                 self._fail(run, order, error.refusal)
         except LinkError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -282,3 +283,23 @@ def test_a_run_that_is_over_leaves_no_variate_behind(site: Site):
     assert len(list((site.folder / VARIATES).iterdir())) == 1
     site.jobs.leave("run")
     assert list((site.folder / VARIATES).iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [SIZE, LARGE], ids=["inline", "delivered"])
+def test_an_order_that_is_called_off_while_its_variate_is_written_leaves_nothing(
+    site: Site, size: int, monkeypatch: pytest.MonkeyPatch
+):
+    join(site, size=size)
+    write = Variates.write
+
+    def called_off(self: Variates, *arguments: Any) -> None:
+        site.jobs.cancel()
+        site.jobs.unwanted("run", train(1))  # before there is anything that could be marked
+        write(self, *arguments)
+
+    monkeypatch.setattr(Variates, "write", called_off)
+    assert site.do(corrected(1, control=3.0, size=size)) == []
+    assert site.link.delivered == []
+    monkeypatch.setattr(Variates, "write", write)
+    site.do(corrected(2, control=5.0, size=size))
+    assert site.worker.corrected[1] == [5.0] * size

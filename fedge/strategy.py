@@ -130,8 +130,8 @@ def load_strategy(run: RunConfig, *, allowed: Collection[str] | None = None) -> 
         raise ConfigError(f"{key}: {problem['msg']}, found {shown(problem['input'])}") from None
     except (TypeError, ValueError, NameError) as error:  # a field is missing, or the strategy objects
         raise ConfigError(f"strategy {config.name!r} cannot be made of its fields: {error}") from None
-    if (check := getattr(strategy, "check", None)) is not None:
-        check(run)
+    if callable(getattr(kind, "check", None)):
+        strategy.check(run)
     return cast("AnyStrategy", strategy)
 
 

@@ -13,18 +13,12 @@ float32[n], of the model's trainable elements.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Final
+from dataclasses import dataclass
 
 import numpy as np
 
 from fedge.run import Work
 from fedge.vector import Array
-
-MOST_ATTEMPTS: Final = 1000
-"""That an order tells of, the latest."""
 
 
 def unsuited(work: Work) -> str:
@@ -38,15 +32,11 @@ def unsuited(work: Work) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """What a coordinator has committed: up to round `kept` so that it cannot be lost, and by which `attempts` where
-    that was not the first (0: by none, the round was skipped)."""
+    """What a coordinator has committed: all up to round `kept` cannot be lost, and `counted` is the round and attempt
+    by which a client's latest update has come into the model and the server's variate, if one has."""
 
     kept: int = 0
-    attempts: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
-
-    def counts(self, round: int, attempt: int) -> bool:
-        """Whether what was made for this attempt at an earlier round is in the model, and in the server's variate."""
-        return self.attempts.get(round, 1) == attempt
+    counted: tuple[int, int] | None = None
 
 
 def correct(variate: Array, own: Array | None) -> None:
@@ -55,8 +45,9 @@ def correct(variate: Array, own: Array | None) -> None:
         variate -= own
 
 
-def renewed(correction: Array, update: Array, work: Work) -> Array:
-    """c_i+ of a client whose d, float32[n], and update, float32[n or more], these are.
+def renewed(correction: Array, update: Array, work: Work, *, bound: float | None = None) -> Array:
+    """c_i+ of a client whose d, float32[n], and update, float32[n or more], these are; of the update's elements at most
+    `bound` is in the sum.
 
     Raises:
         ValueError: the work is `unsuited`.
@@ -64,6 +55,8 @@ def renewed(correction: Array, update: Array, work: Work) -> Array:
     if why := unsuited(work):
         raise ValueError(why)
     assert work.steps is not None  # just checked
-    found: Array = update[: len(correction)] * np.float32(-1 / (work.steps * work.learning_rate))
+    scale = np.float32(-1 / (work.steps * work.learning_rate))
+    update = update[: len(correction)]
+    found: Array = (update if bound is None else np.clip(update, -bound, bound)) * scale
     found -= correction
     return found

@@ -36,7 +36,7 @@ from fedge_client import admission
 from fedge_client.apps.taking_part import Apps
 from fedge_client.directory import KnownDirectory
 from fedge_client.identity import Identity, accept_renewal, load_identity, make_csr, save_identity
-from fedge_client.jobs import Jobs
+from fedge_client.jobs import Jobs, log_receipt
 from fedge_client.ledger import Ledger
 from fedge_client.link import Link, SessionCall
 from fedge_client.secure_sessions import SecureSessions
@@ -260,7 +260,14 @@ class Agent:
                 self._supersede(message.order)
                 self._show_keys(message.order)
                 # What is sent again after a reconnection is done again only where it was not handed in over this link.
-                if message in self._queue or (message == self._doing and self._doing_over is self._link):
+                known = _asked(message)
+                if known in map(_asked, self._queue):
+                    return
+                if (
+                    self._doing is not None
+                    and known == _asked(self._doing)
+                    and self._doing_over is self._link
+                ):
                     return
                 if len(self._queue) == _MAX_QUEUED_JOBS:
                     raise RemoteProtocolError(f"expected at most {_MAX_QUEUED_JOBS} open orders and offers")
@@ -272,7 +279,7 @@ class Agent:
             case "cancel":
                 self._cancel(message.cancel)
             case "receipt":
-                self._jobs.received(message.receipt)
+                log_receipt(message.receipt)
             case "closing":
                 self._closing(message.closing)
             case "ended":
@@ -297,7 +304,9 @@ class Agent:
     def _supersede(self, order: pb.Order) -> None:
         """An order of the same name on another model: the coordinator has lost the round that the first was of."""
         doing = self._doing.order if self._doing is not None else None
-        if doing is not None and (doing.run_id, doing.id) == (order.run_id, order.id) and doing != order:
+        if doing is None or (doing.run_id, doing.id) != (order.run_id, order.id):
+            return
+        if _asked(pb.ServerMessage(order=doing)) != _asked(pb.ServerMessage(order=order)):
             self._jobs.cancel()
 
     def _show_keys(self, order: pb.Order) -> None:
@@ -315,7 +324,6 @@ class Agent:
         if doing is not None and (doing.run_id, doing.id) == (cancel.run_id, cancel.id):
             self._jobs.cancel()
         self._sessions.drop(cancel.run_id, decode_order_id(cancel.id))
-        self._jobs.unwanted(cancel.run_id, decode_order_id(cancel.id))
         self._drop(cancel.run_id, cancel.id)
 
     def _forget(self, run_id: str) -> None:
@@ -380,6 +388,16 @@ class Agent:
         identity = accept_renewal(old, certificate, now=_now())
         save_identity(self._folder / self._settings.identity, identity)
         return identity
+
+
+def _asked(message: pb.ServerMessage) -> pb.ServerMessage:
+    """What it asks, without how far the coordinator has kept its rounds: that alone makes no other order of it."""
+    if not message.order.HasField("control"):
+        return message
+    asked = pb.ServerMessage()
+    asked.CopyFrom(message)
+    asked.order.control.ClearField("kept")
+    return asked
 
 
 def backoff_s(failures: int, *, down_s: float) -> float:

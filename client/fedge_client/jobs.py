@@ -187,17 +187,6 @@ class Jobs:
         self._outbox.forget(run_id)
         self._variates.forget(run_id)
 
-    def unwanted(self, run_id: str, order: OrderId) -> None:
-        """Nobody wants this site's update for an order any more, or it is refused."""
-        if order.kind == "train":
-            self._variates.refused(run_id, order)
-
-    def received(self, receipt: pb.Receipt) -> None:
-        """What became of an update that was handed in."""
-        log_receipt(receipt)
-        if receipt.HasField("refusal") and receipt.refusal.code != RefusalCode.DUPLICATE:
-            self.unwanted(receipt.run_id, decode_order_id(receipt.id))
-
     def cancel(self) -> None:
         """The order under way is no longer wanted, whether it is being fetched, done or handed in."""
         self._transfers.call_off()
@@ -229,16 +218,13 @@ class Jobs:
             elif prepared is not run.prepared and run.secure is None:
                 self._remember(self._outbox.announce, prepared)
             run.prepared = prepared
-            self._transfers.check_wanted()
-            if order.kind == "train":
-                self._variates.handed_in(run.run_id, order)
+            if message.HasField("control"):
+                self._variates.handed_in(run.run_id, run.terms, order)
             await self._hand_in(run, prepared, link)
             self._reach("update.sent")
             await self._performer.settle(run)
         except RefusedError as error:
-            if error.refusal.code == RefusalCode.CANCELLED:
-                self.unwanted(run.run_id, order)
-            else:
+            if error.refusal.code != RefusalCode.CANCELLED:
                 log.warning("order_failed run=%s order=%s reason=%s", run.run_id, order, error.refusal)
                 self._fail(run, order, error.refusal)
         except LinkError as error:
@@ -276,11 +262,11 @@ class Jobs:
             raise
         if lost is not None and prepared.update.vector.digest != lost.digest:
             raise self._loss(run, lost)
-        if (
-            run.variate is not None
-        ):  # not before its update is paid for, on which later ones depend through it
+        # Not before its update is paid for, on which later ones depend through it.
+        made = run.variate
+        if made is not None and (made[0].kind, made[0].round) == (order.kind, order.round):
             settled = decode_settled(message.control, order)
-            await asyncio.to_thread(self._keep_variate, run, order, settled, run.variate)
+            await asyncio.to_thread(self._keep_variate, run, order, settled, made[1])
             run.variate = None
         # What was masked is of no use to another process, which cannot go on with its session.
         run.kept = run.secure is not None
@@ -364,7 +350,7 @@ class Jobs:
 
     def _keep_variate(self, run: Participation, order: OrderId, settled: Settled, variate: Array) -> None:
         try:
-            self._variates.write(run.run_id, order, settled, variate)
+            self._variates.write(run.run_id, run.terms, order, settled, variate)
         except StorageError as error:
             log.error("control_variate_not_kept run=%s order=%s reason=%s", run.run_id, order, error)
 
@@ -384,7 +370,7 @@ class Jobs:
             return await link.deliver(update, data, offset=offset)
 
         try:
-            self.received(await self._transfers.insist(link, attempt))
+            log_receipt(await self._transfers.insist(link, attempt))
         finally:
             if keeping is not None:
                 await keeping  # the vector lies in the worker's memory, which the next order will change

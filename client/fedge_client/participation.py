@@ -53,8 +53,8 @@ class Participation:
     """Whether a part of `prepared` may have arrived."""
     kept: bool = False
     """Whether its vector is on disk."""
-    variate: Array | None = None
-    """The control variate that the latest work has made, until it is on disk."""
+    variate: tuple[OrderId, Array] | None = None
+    """The control variate that the latest training has made, until it is on disk."""
     unmasked: dict[WorkKind, Unmasked] = field(default_factory=dict)
     """Of secure sums: what the gate released last. Gone once it was masked with noise, which pays for one attempt."""
     reserved: tuple[int, Mechanism] | None = None

@@ -120,7 +120,8 @@ class Performer:
                 terms=run.protection.terms,
             )
             if correction is not None:  # by what the coordinator adds up, as the coordinator does
-                run.variate = renewed(correction, released.vector, run.work)
+                bound = run.secure.bound if run.secure is not None else None
+                run.variate = order, renewed(correction, released.vector, run.work, bound=bound)
             return released
 
         if run.update.nbytes <= _ON_THREAD_BYTES or layout is None:
@@ -129,15 +130,16 @@ class Performer:
 
     async def _correction(self, run: Participation, order: OrderId, message: pb.Order) -> Array | None:
         """What the worker corrects its gradients by, in the memory that it shares; None if by nothing."""
-        control, run.holding.control, run.variate = run.holding.control, None, None
+        control, run.holding.control = run.holding.control, None
         if control is None:
             return None
+        run.variate = None
         settled = decode_settled(message.control, order)
         room = self._supervisor.correction(run.run_id, len(control))
 
         def fill() -> None:
             room[:] = control
-            correct(room, self._variates.read(run.run_id, order, settled, size=len(room)))
+            correct(room, self._variates.read(run.run_id, run.terms, settled, size=len(room)))
 
         await asyncio.to_thread(fill)
         return room

@@ -1,10 +1,10 @@
 """A site's control variates on its disk: what it has learned of its own gradients in each run (`fedge.variates`).
 
-    <folder>/<hash of the run's id>.<round>-<attempt>            of the site's update for that order
-    <folder>/<hash of the run's id>.<round>-<attempt>.refused    of one that the coordinator has not taken
+    <folder>/<hash of the run's id><hash of its terms>.<round>-<attempt>    of the site's update for that order
 
-Each is float32 behind the digest of its bytes. They never leave the site. One counts from the next round on if the
-round was committed by that attempt. What is lost is zero again, as before a site's first round. Nothing is synced.
+Each is float32 behind the digest of its bytes. They never leave the site, and are of no use under other terms than
+those under which they were made. An order says of which the update is in the model. What is lost is zero again, as
+before a site's first round. Nothing is synced.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from fedge.vector import Array, bytes_of, digest_of
 
 log = logging.getLogger(__name__)
 
-_REFUSED: Final = ".refused"
 _DIGEST_BYTES: Final = 32
 _MOST: Final = 128
 _MOST_BYTES: Final = 1 << 30
@@ -41,12 +40,11 @@ class Variates:
     def __init__(self, folder: Path, *, max_runs: int) -> None:
         self._folder, self._max_runs = folder, max_runs
 
-    def read(self, run_id: str, order: OrderId, settled: Settled, *, size: int) -> Array | None:
+    def read(self, run_id: str, terms: bytes, settled: Settled, *, size: int) -> Array | None:
         """The site's, float32[size], for an order; None if it has none."""
-        found = [at for at in self._there(run_id) if at[0] < order.round and settled.counts(*at)]
-        if not found:
+        if settled.counted is None:
             return None
-        path = self._path(run_id, *max(found))
+        path = self._path(run_id, terms, settled.counted)
         try:
             with path.open("rb") as file:
                 digest = file.read(_DIGEST_BYTES)
@@ -60,13 +58,13 @@ class Variates:
         variate: Array = np.frombuffer(data, np.float32)
         return variate
 
-    def write(self, run_id: str, order: OrderId, settled: Settled, variate: Array) -> None:
+    def write(self, run_id: str, terms: bytes, order: OrderId, settled: Settled, variate: Array) -> None:
         """Keep the one that an order's work has made, and of those before it what may be needed again.
 
         Raises:
             StorageError: the folder cannot be written.
         """
-        path = self._path(run_id, order.round, order.attempt)
+        path = self._path(run_id, terms, (order.round, order.attempt))
         with _errors(path):
             private_folder(self._folder)
             data, temporary = bytes_of(variate), path.with_suffix(".new")
@@ -75,23 +73,19 @@ class Variates:
                 file.write(digest_of(data))
                 file.write(data)
             temporary.replace(path)
-            self._forget_all_but(
-                run_id, order, settled, most=max(_LEAST, min(_MOST, _MOST_BYTES // len(data)))
-            )
+            most = max(_LEAST, min(_MOST, _MOST_BYTES // max(1, len(data))))
+            needed = self._needed(run_id, terms, order, settled)[-most:]
+            for other in self._of(run_id):
+                if other not in needed:
+                    other.unlink(missing_ok=True)
             self._make_room()
 
-    def refused(self, run_id: str, order: OrderId) -> None:
-        """The site's update for an order does not count."""
-        path = self._path(run_id, order.round, order.attempt)
-        with suppress(OSError):
-            path.replace(path.with_name(path.name + _REFUSED))
-
-    def handed_in(self, run_id: str, order: OrderId) -> None:
-        """It is handed in: maybe the very update that was made for another attempt at the round."""
-        path = self._path(run_id, order.round, order.attempt)
+    def handed_in(self, run_id: str, terms: bytes, order: OrderId) -> None:
+        """An update is handed in: maybe the very one that was made for another attempt at the round."""
+        path = self._path(run_id, terms, (order.round, order.attempt))
         if path.exists():
             return
-        for other in self._folder.glob(f"{_stem(run_id)}.{order.round}-*"):
+        for other in self._folder.glob(f"{_stem(run_id, terms)}.{order.round}-*"):
             with suppress(OSError):
                 other.replace(path)
 
@@ -101,15 +95,15 @@ class Variates:
             with suppress(OSError):
                 path.unlink()
 
-    def _forget_all_but(self, run_id: str, order: OrderId, settled: Settled, *, most: int) -> None:
-        """What is needed: this one, and of what counts the latest that the coordinator cannot lose, with all later."""
-        there = sorted(self._there(run_id))
-        safe = [at for at in there if at[0] <= settled.kept and at[0] < order.round and settled.counts(*at)]
-        later = [at for at in there if settled.kept < at[0] <= order.round]
-        needed = {self._path(run_id, *at) for at in [*safe[-1:], *later][-most:]}
-        for path in self._of(run_id):
-            if path not in needed:
-                path.unlink(missing_ok=True)
+    def _needed(self, run_id: str, terms: bytes, order: OrderId, settled: Settled) -> list[Path]:
+        """This one and the one that counts, before it; and if the coordinator may lose that one's round, all earlier
+        ones."""
+        own = (order.round, order.attempt)
+        earlier = []
+        if settled.counted is not None:
+            there = [at for at in self._there(run_id, terms) if at <= settled.counted]
+            earlier = there[-1:] if settled.counted[0] <= settled.kept else there
+        return [self._path(run_id, terms, at) for at in [*earlier, own]]
 
     def _make_room(self) -> None:
         """Forget runs that ended while nobody told this site: those that were worked for longest ago."""
@@ -121,25 +115,26 @@ class Variates:
             for path in self._folder.glob(f"{stem}.*"):
                 path.unlink(missing_ok=True)
 
-    def _there(self, run_id: str) -> list[tuple[int, int]]:
-        """The rounds and attempts whose variate is here, and not refused."""
+    def _there(self, run_id: str, terms: bytes) -> list[tuple[int, int]]:
+        """The rounds and attempts whose variate is here, the latest last."""
         found = []
-        for path in self._of(run_id):
+        for path in self._folder.glob(f"{_stem(run_id, terms)}.*"):
             round, _, attempt = path.suffix[1:].partition("-")
             if round.isdecimal() and attempt.isdecimal():
                 found.append((int(round), int(attempt)))
-        return found
+        return sorted(found)
 
     def _of(self, run_id: str) -> list[Path]:
-        return list(self._folder.glob(f"{_stem(run_id)}.*"))
+        return list(self._folder.glob(f"{_stem(run_id)}*"))
 
-    def _path(self, run_id: str, round: int, attempt: int) -> Path:
-        return self._folder / f"{_stem(run_id)}.{round}-{attempt}"
+    def _path(self, run_id: str, terms: bytes, at: tuple[int, int]) -> Path:
+        return self._folder / f"{_stem(run_id, terms)}.{at[0]}-{at[1]}"
 
 
-def _stem(run_id: str) -> str:
-    """A file's name for whatever a coordinator calls a run."""
-    return hashlib.sha256(run_id.encode()).hexdigest()[:32]
+def _stem(run_id: str, terms: bytes = b"") -> str:
+    """A file's name for whatever a coordinator calls a run, and under whatever terms."""
+    run = hashlib.sha256(run_id.encode()).hexdigest()[:32]
+    return run + hashlib.sha256(terms).hexdigest()[:16] if terms else run
 
 
 @contextmanager

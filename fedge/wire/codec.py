@@ -12,7 +12,7 @@ from fedge.privacy.terms import Terms
 from fedge.refusal import Refusal, RefusalCode
 from fedge.run import Work
 from fedge.strategy import WorkKind
-from fedge.variates import MOST_ATTEMPTS, Settled
+from fedge.variates import Settled
 from fedge.vector import Carried, Layout, Tensor, digest_of
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire.limits import INLINE_BYTES, MAX_METRICS, MAX_NAME_BYTES, MAX_TEXT_BYTES
@@ -197,13 +197,16 @@ def decode_settled(message: pb.Control, order: OrderId) -> Settled:
     """What the rounds before an order have come to.
 
     Raises:
-        LimitError: there are more exceptions than any coordinator tells of.
+        RemoteProtocolError: what counts is no training of an earlier round.
     """
-    if len(message.attempts) > MOST_ATTEMPTS:
-        raise LimitError(
-            f"expected at most {MOST_ATTEMPTS} rounds of later attempts, found {len(message.attempts)}"
+    if not message.HasField("counted"):
+        return Settled(message.kept)
+    counted = decode_order_id(message.counted)
+    if counted.kind != "train" or counted.round >= order.round:
+        raise RemoteProtocolError(
+            f"expected an update of a round before {order} that counts, found {counted}"
         )
-    return Settled(min(message.kept, order.round - 1), dict(message.attempts))
+    return Settled(message.kept, (counted.round, counted.attempt))
 
 
 def encode_metrics(metrics: Mapping[str, float]) -> list[pb.Metric]:

@@ -10,7 +10,7 @@ import logging
 import secrets
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 
@@ -37,7 +37,7 @@ from fedge.pipeline import Aggregate, Update
 from fedge.privacy.secure import KEY_BYTES, SecureSource
 from fedge.refusal import Refusal
 from fedge.run_state import Federation, Finish, RunEffect
-from fedge.variates import MOST_ATTEMPTS, Settled
+from fedge.variates import Settled
 from fedge.vector import Array
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire.codec import encode_order_id
@@ -55,9 +55,6 @@ log = logging.getLogger(__name__)
 
 _ON_THREAD_BYTES = 1 << 20
 _NO_VECTOR: Array = np.zeros(0, np.float32)
-
-_SKIPPED: Final = 0
-"""In place of the attempt that has committed a round."""
 
 KeepFirst = Callable[[Learning, Row], Awaitable[None]]
 
@@ -95,8 +92,8 @@ class Execution:
         self._summing = summing
         self._keep_first = keep_first
         self._kept = kept
-        self._retried = {row.round: _attempt(row) for row in start.rows if _attempt(row) != 1}
-        self._orders = Orders(run_id, shelf, self._settled)
+        self._counted = {name: (row.round, row.attempt) for row in start.rows for name in row.clients}
+        self._orders = Orders(run_id, shelf)
         # Noise of the coordinator's own, where it is to add some: its key is this process's, and goes with it.
         self._source = (
             SecureSource(secrets.token_bytes(KEY_BYTES)) if start.learning.central is not None else None
@@ -106,10 +103,6 @@ class Execution:
         """Encode and hash the model that `round` begins with once, for all who will fetch it."""
         order, vector = self.learning.order(round), self.learning.vector
         await _off_loop(vector.nbytes, self._orders.publish, vector, order)
-
-    def _settled(self) -> Settled:
-        """By which attempts rounds were committed, for those who keep what came of them."""
-        return Settled(self._kept(), dict(sorted(self._retried.items())[-MOST_ATTEMPTS:]))
 
     def update_bytes(self, order: OrderId) -> int:
         """What an update for an order measures."""
@@ -156,6 +149,8 @@ class Execution:
         self.traffic.begin(order)
         self.traffic.down += self._orders.inline_bytes(order.kind)
         self._shelf.grant(client, order.kind)
+        if message.order.HasField("control"):
+            message = self._orders.with_settled(message, Settled(self._kept(), self._counted.get(client)))
         self._outbox(client, message)
 
     def _reject(self, client: str, order: OrderId, refusal: Refusal, delivery: Delivery | None) -> None:
@@ -201,8 +196,7 @@ class Execution:
             await self._keep_first(learning, row)
         self.learning = learning
         if order.kind != "evaluate":
-            if order.attempt != 1:
-                self._retried[order.round] = order.attempt
+            self._counted |= dict.fromkeys(aggregate.clients, (order.round, order.attempt))
             await self.publish(order.round + 1)
         self._history.put(row if row is not None else self._row(order, aggregate))
 
@@ -215,7 +209,6 @@ class Execution:
             self._summing.drop(order)
         if order.kind != "evaluate" and skipped:  # it is spent: the run goes on without it
             log.warning("round_skipped run=%s round=%d", self._run_id, order.round)
-            self._retried[order.round] = _SKIPPED
             self._history.put(self.traffic.row(order, Aggregate(_NO_VECTOR, (), 0)))
 
     def _row(self, order: OrderId, aggregate: Aggregate) -> Row:
@@ -227,11 +220,6 @@ class Execution:
             *(self._run_id, order.round, len(row.clients), row.seconds),
         )
         return row
-
-
-def _attempt(row: Row) -> int:
-    """By which a round was committed."""
-    return row.attempt if row.clients else _SKIPPED
 
 
 async def _off_loop(size: int, function: Callable[..., Any], *arguments: Any) -> Any:

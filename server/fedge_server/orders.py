@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from fedge.events import OrderId
@@ -18,9 +16,8 @@ from fedge_server.shelf import Shelf
 class Orders:
     """The current model as orders describe it."""
 
-    def __init__(self, run_id: str, shelf: Shelf, settled: Callable[[], Settled] = Settled) -> None:
+    def __init__(self, run_id: str, shelf: Shelf) -> None:
         self._run_id = run_id
-        self._settled = settled
         self._shelf = shelf
         self._model = pb.Blob()
         self._mirror: pb.Mirror | None = None
@@ -67,16 +64,23 @@ class Orders:
                     model=self._model,
                     mirror=self._mirror,
                     clip=self._clip,
-                    control=self._control_for(order),
+                    control=pb.Control(variate=self._control)
+                    if self._control is not None and order.kind == "train"
+                    else None,
                 )
             )
         return self._messages[order]
 
-    def _control_for(self, order: OrderId) -> pb.Control | None:
-        if self._control is None or order.kind != "train":
-            return None
-        settled = self._settled()
-        return pb.Control(variate=self._control, kept=settled.kept, attempts=settled.attempts)
+    @staticmethod
+    def with_settled(message: pb.ServerMessage, settled: Settled) -> pb.ServerMessage:
+        """An order that brings a control variate, for one client."""
+        own = pb.ServerMessage()
+        own.CopyFrom(message)
+        own.order.control.kept = settled.kept
+        if settled.counted is not None:
+            round, attempt = settled.counted
+            own.order.control.counted.CopyFrom(encode_order_id(OrderId("train", round, attempt)))
+        return own
 
     def inline_bytes(self, kind: WorkKind) -> int:
         """Bytes of vectors that ride in each order of a kind."""

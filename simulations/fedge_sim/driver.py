@@ -96,7 +96,8 @@ class Driver:
         self._learning = Learning.begin(strategy, first, Central.of(run))
         self.threads = suitable_threads(self._learning.layout.size)
         kind = self._learning.order(1).kind
-        self._variates = Variates(self._learning.order(1).control, run.work)
+        bound = run.secure_aggregation.bound if run.secure_aggregation.enabled else None
+        self._variates = Variates(self._learning.order(1).control, run.work, bound=bound)
         sums = SumTerms.of(run, strategy, self._learning.layout)
         self._accounts = Accounts(run, kind, sums.mechanism if sums is not None else None)
         terms = self._accounts.terms
@@ -449,7 +450,6 @@ class Driver:
         self._kept.pop(order.kind, None)
         self._drop_timers(order)
         if order.kind != "evaluate" and self._machine.committed == order.round:  # it is spent, and over
-            self._variates.skip()
             self._commit(order, Aggregate(np.zeros(0, np.float32), (), 0))
 
     def _close(self, order: OrderId) -> None:
@@ -478,7 +478,7 @@ class Driver:
     def _commit(self, order: OrderId, aggregate: Aggregate) -> None:
         """A round is committed."""
         self._stuck = 0
-        self._variates.commit(order, self._learning.order(order.round + 1).control)
+        self._variates.commit(order, aggregate.clients, self._learning.order(order.round + 1).control)
         self._record.put(order, aggregate)
 
     def _others(self) -> dict[Send, Array]:

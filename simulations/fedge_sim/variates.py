@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Collection
 from typing import Final, Protocol
 
 import numpy as np
@@ -52,8 +53,11 @@ class Variates:
     """Those of all clients, and the server's. What an update leaves is its client's own once the round is committed of
     which it is a part: another attempt at the round begins as the first one did."""
 
-    def __init__(self, control: Array | None, work: Work, *, most_bytes: int = MAX_BYTES) -> None:
-        self._control, self._work = control, work
+    def __init__(
+        self, control: Array | None, work: Work, *, bound: float | None = None, most_bytes: int = MAX_BYTES
+    ) -> None:
+        """`bound` is what elements of updates are cut to in secure sums."""
+        self._control, self._work, self._bound = control, work, bound
         self._rows = Rows(len(control) if control is not None else 0, most_bytes=most_bytes)
         self._own: dict[str, int] = {}
         self._left: dict[tuple[OrderId, str], int] = {}
@@ -84,24 +88,29 @@ class Variates:
             return
         if (order, client) not in self._left:
             self._left[order, client] = self._rows.take()
-        self._rows.write(self._left[order, client], renewed(correction, update[:], self._work))
+        self._rows.write(
+            self._left[order, client], renewed(correction, update[:], self._work, bound=self._bound)
+        )
 
-    def commit(self, order: OrderId, control: Array | None) -> None:
-        """A round is committed by this attempt: what others have left is of no use. `control` is the server's from now
-        on."""
+    def commit(self, order: OrderId, clients: Collection[str], control: Array | None) -> None:
+        """A round is committed by this attempt, with the updates of these clients: what others have left is of no use.
+        `control` is the server's from now on.
+
+        Raises:
+            RunError: there was none before.
+        """
+        if control is not None and self._control is None:
+            raise RunError(
+                "expected a strategy that orders control variates from its first round on, found a later"
+            )
         self._control = control
+        counted = frozenset(clients)
         for (made_for, client), row in self._left.items():
             unused = row
-            if made_for == order:
+            if made_for == order and client in counted:
                 unused, self._own[client] = self._own.get(client, -1), row
             if unused >= 0:
                 self._rows.give_back(unused)
-        self._left.clear()
-
-    def skip(self) -> None:
-        """A round is over, and nothing came of it."""
-        for row in self._left.values():
-            self._rows.give_back(row)
         self._left.clear()
 
     def close(self) -> None:

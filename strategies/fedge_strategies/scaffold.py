@@ -33,13 +33,14 @@ class Scaffold:
     """theta <- theta + eta_s * mean_i(theta_i - theta), after local steps that follow g_i - c_i + c;
     c <- c + (S / N) * mean_i(c_i+ - c_i), for S of all N `clients`.
 
-    As in FedAvg the mean may be weighted by examples (the paper's is uniform), and eta_s is 1 for floating-point
-    buffers. `steps` and `learning_rate` are those of `[work]`.
+    Where all clients take part in each round the means may be weighted by examples: of a part of them such means would
+    be of other weights each time, and c the mean of nothing. eta_s is 1 for floating-point buffers. `steps` and
+    `learning_rate` are those of `[work]`.
     """
 
     clients: Annotated[int, Field(ge=1)]
     server_learning_rate: Annotated[float, Field(gt=0)] = 1.0
-    weighting: Weighting = "examples"
+    weighting: Weighting = "uniform"
     steps: Annotated[int, Field(ge=1)] = 1
     learning_rate: Annotated[float, Field(gt=0)] = 0.05
 
@@ -68,6 +69,21 @@ class Scaffold:
             raise ConfigError(
                 f"strategy.clients: expected all clients of the federation, {run.cohort.size} (cohort.size) or more, "
                 f"found {self.clients}"
+            )
+        if self.weighting == "examples" and run.cohort.needed < self.clients:
+            raise ConfigError(
+                f"strategy.weighting: expected uniform where not all {self.clients} clients take part in each round "
+                "(cohort.size, cohort.quorum), found examples: control variates would not come to a common mean"
+            )
+        if run.privacy.unit == "client":
+            raise ConfigError(
+                "privacy.unit: strategy scaffold cannot have noise in the mean of updates, which would stay in the "
+                "server's control variate and in no client's: choose unit = 'example', or another strategy"
+            )
+        if run.secure_aggregation.enabled and run.secure_aggregation.rotate:
+            raise ConfigError(
+                "secure_aggregation.rotate: with strategy scaffold expected false: a client would not know what the "
+                "sum has of an update that is cut"
             )
 
     def init(self, model: Model) -> ScaffoldState:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,10 +15,10 @@ from fedge.errors import StorageError
 from fedge.events import OrderId
 from fedge.refusal import Refusal, RefusalCode
 from fedge.run import Work
-from fedge.variates import MOST_ATTEMPTS, Settled
+from fedge.variates import Settled
 from fedge.vector import Array, bytes_of
 from fedge.wire import fedge_pb2 as pb
-from fedge.wire.codec import encode_blob, encode_refusal, encode_work
+from fedge.wire.codec import encode_blob, encode_order_id, encode_work
 from fedge_client import variates
 from fedge_client.jobs import VARIATES
 from fedge_client.variates import Variates
@@ -37,85 +36,86 @@ def train(round: int, attempt: int = 1) -> OrderId:
 
 # What is kept.
 
+TERMS = b"terms"
+
+
+def read(kept: Variates, settled: Settled) -> float | None:
+    found = kept.read("run", TERMS, settled, size=3)
+    return None if found is None else float(found[0])
+
 
 Turn = tuple[int, str]
 TURNS = st.lists(
-    st.tuples(st.integers(1, 3), st.sampled_from(["counts", "refused", "away", "skipped"])), max_size=30
+    st.tuples(st.integers(1, 3), st.sampled_from(["counts", "lost on its way", "away"])), max_size=25
 )
 
 
-@given(turns=TURNS, lag=st.integers(0, 8), lost=st.integers(0, 30))
+@given(turns=TURNS, after=TURNS, lag=st.integers(0, 8))
 @settings(max_examples=150, deadline=None)
-def test_the_one_that_corrects_is_of_the_last_update_that_counts_also_if_the_coordinator_has_lost_rounds(
-    turns: list[Turn], lag: int, lost: int, tmp_path_factory: pytest.TempPathFactory
+def test_what_corrects_is_of_the_last_update_in_the_model_also_if_the_coordinator_has_lost_rounds(
+    turns: list[Turn], after: list[Turn], lag: int, tmp_path_factory: pytest.TempPathFactory
 ):
-    """Each round is committed by some attempt, for which this site's update counts, is refused, or was not asked for;
-    or it is skipped. The coordinator keeps its rounds so much later, and loses those that are not kept."""
+    """Each round is committed by some attempt. This site's update of it comes into the model, or is lost on its way, or
+    was not asked for. The coordinator keeps its rounds so much later; it dies, and others happen from there on."""
     kept = Variates(tmp_path_factory.mktemp("variates"), max_runs=2)
-    attempts: dict[int, int] = {}
-    counted: dict[int, int] = {}  # the attempts by which this site is in the model
-    for round, (attempt, what) in enumerate(turns, start=1):
-        safe = Settled(max(0, round - 1 - lag), dict(attempts))
-        expected = max(counted, default=None)
-        found = kept.read("run", train(round), safe, size=3)
-        assert (None if found is None else found.tolist()) == (
-            None if expected is None else vector(expected * 10 + counted[expected]).tolist()
-        )
-        for each in range(1, attempt + (what != "away")):
-            kept.write("run", train(round, each), safe, vector(round * 10 + each))
-        if what == "refused":
-            kept.refused("run", train(round, attempt))
-        if what == "skipped":
-            attempts[round] = 0
-        elif attempt != 1:
-            attempts[round] = attempt
-        if what == "counts":
-            counted[round] = attempt
-        if round == lost:  # the coordinator dies here, and begins with what it has kept
-            break
-    at = min(lost, len(turns))
-    back = max(0, at - 1 - lag)
-    again = Settled(back, {round: attempt for round, attempt in attempts.items() if round <= back})
-    found = kept.read("run", train(back + 1), again, size=3)
-    expected = max((round for round in counted if round <= back), default=None)
-    assert (None if found is None else found.tolist()) == (
-        None if expected is None else vector(expected * 10 + counted[expected]).tolist()
-    )
+    counted: dict[int, tuple[int, float]] = {}  # rounds, with attempt and what was made for it
+    number = 0.0
+
+    def go_on(first: int, rounds: list[Turn]) -> int:
+        nonlocal number
+        for round, (attempt, what) in enumerate(rounds, start=first):
+            latest = max(counted, default=None)
+            settled = Settled(
+                max(0, round - 1 - lag), (latest, counted[latest][0]) if latest is not None else None
+            )
+            assert read(kept, settled) == (counted[latest][1] if latest is not None else None)
+            for each in range(1, attempt + (what != "away")):
+                number += 1
+                kept.write("run", TERMS, train(round, each), settled, vector(number))
+            if what == "counts":
+                counted[round] = attempt, number
+        return max(0, first + len(rounds) - 2 - lag)
+
+    safe = go_on(1, turns)
+    for lost in [round for round in counted if round > safe]:
+        del counted[lost]
+    go_on(safe + 1, after)
 
 
-def test_what_was_refused_counts_once_the_same_update_is_handed_in_for_another_attempt(tmp_path: Path):
+def test_an_update_that_is_handed_in_for_another_attempt_is_of_that_one(tmp_path: Path):
     kept = Variates(tmp_path / "variates", max_runs=2)
-    kept.write("run", train(1), Settled(), vector(1.0))
-    kept.refused("run", train(1))
-    assert kept.read("run", train(2), Settled(), size=3) is None
-    kept.handed_in("run", train(1, 2))
-    assert kept.read("run", train(2), Settled(), size=3) is None, "by the first attempt it was not committed"
-    found = kept.read("run", train(2), Settled(0, {1: 2}), size=3)
-    assert found is not None
-    assert found.tolist() == [1.0] * 3
+    kept.write("run", TERMS, train(1), Settled(), vector(1.0))
+    kept.handed_in("run", TERMS, train(1, 2))
+    assert read(kept, Settled(0, (1, 1))) is None
+    assert read(kept, Settled(0, (1, 2))) == 1.0
 
 
-def test_the_folder_does_not_grow_with_the_rounds_whatever_the_coordinator_says(tmp_path: Path):
-    for kept in (0, 10**9, None):
-        store = Variates(tmp_path / str(kept), max_runs=2)
-        for round in range(1, 400):
-            safe = Settled(round - 1 if kept is None else min(kept, round - 1))
-            store.write("run", train(round), safe, vector(round))
-        files = list((tmp_path / str(kept)).iterdir())
-        assert len(files) <= (2 if kept is None or kept else variates._MOST)
-        found = store.read("run", train(400), Settled(), size=3)
-        assert found is not None
-        assert found.tolist() == [399.0] * 3
+def test_what_was_made_under_other_terms_is_of_no_use(tmp_path: Path):
+    kept = Variates(tmp_path / "variates", max_runs=2)
+    kept.write("run", b"other", train(1), Settled(), vector(1.0))
+    assert read(kept, Settled(0, (1, 1))) is None
+    kept.write("run", TERMS, train(2), Settled(), vector(1.0))
+    assert len(list((tmp_path / "variates").iterdir())) == 1
+
+
+@pytest.mark.parametrize("lag", [0, 3, 10**9], ids=["at once", "later", "never"])
+def test_the_folder_does_not_grow_with_the_rounds_whatever_the_coordinator_says(tmp_path: Path, lag: int):
+    store = Variates(tmp_path / "variates", max_runs=2)
+    for round in range(1, 300):
+        counted = (round - 1, 1) if round > 1 else None
+        store.write("run", TERMS, train(round), Settled(max(0, round - 1 - lag), counted), vector(round))
+    assert len(list((tmp_path / "variates").iterdir())) <= (2 if not lag else variates._MOST)
+    assert read(store, Settled(0, (299, 1))) == 299.0
 
 
 def test_runs_that_nobody_ended_make_room(tmp_path: Path):
     store = Variates(tmp_path / "variates", max_runs=2)
     for run_id in ("one", "two", "three"):
-        store.write(run_id, train(1), Settled(), vector(1.0))
-    assert store.read("one", train(2), Settled(), size=3) is None
-    assert store.read("three", train(2), Settled(), size=3) is not None
+        store.write(run_id, TERMS, train(1), Settled(), vector(1.0))
+    assert store.read("one", TERMS, Settled(0, (1, 1)), size=3) is None
+    assert store.read("three", TERMS, Settled(0, (1, 1)), size=3) is not None
     store.forget("three")
-    assert store.read("three", train(2), Settled(), size=3) is None
+    assert store.read("three", TERMS, Settled(0, (1, 1)), size=3) is None
 
 
 @pytest.mark.parametrize("damage", [b"", b"short", b"\x01" * 44, b"\x01" * 4000])
@@ -123,19 +123,19 @@ def test_one_that_is_damaged_is_none_and_that_is_said(
     tmp_path: Path, damage: bytes, caplog: pytest.LogCaptureFixture
 ):
     store = Variates(tmp_path / "variates", max_runs=2)
-    store.write("run", train(1), Settled(), vector(1.0))
+    store.write("run", TERMS, train(1), Settled(), vector(1.0))
     (path,) = (tmp_path / "variates").iterdir()
     assert path.stat().st_mode & 0o777 == 0o600
     path.write_bytes(damage)
     with caplog.at_level(logging.WARNING):
-        assert store.read("run", train(2), Settled(), size=3) is None
+        assert read(store, Settled(0, (1, 1))) is None
     assert "control_variate_begins_anew" in caplog.text
 
 
 def test_a_folder_that_cannot_be_written_is_an_error_with_its_name(tmp_path: Path):
     (tmp_path / "variates").write_text("a file")
     with pytest.raises(StorageError, match="variates: cannot make a private folder there"):
-        Variates(tmp_path / "variates", max_runs=2).write("run", train(1), Settled(), vector(1.0))
+        Variates(tmp_path / "variates", max_runs=2).write("run", TERMS, train(1), Settled(), vector(1.0))
 
 
 # What a site does.
@@ -156,14 +156,13 @@ def corrected(
     *,
     control: float = 0.0,
     size: int = SIZE,
-    kept: int = 0,
-    attempts: dict[int, int] | None = None,
-    attempt: int = 1,
+    counted: tuple[int, int] | None = None,
 ) -> pb.Order:
     message = order(round, model=float(round), size=size)
-    message.id.attempt = attempt
     blob = encode_blob(bytes_of(np.full(size, control, np.float32)), inline_bytes=1 << 30)
-    message.control.CopyFrom(pb.Control(variate=blob, kept=kept, attempts=attempts or {}))
+    message.control.CopyFrom(pb.Control(variate=blob))
+    if counted is not None:
+        message.control.counted.CopyFrom(encode_order_id(train(*counted)))
     return message
 
 
@@ -177,9 +176,9 @@ def test_an_order_is_corrected_by_the_coordinators_variate_and_the_sites_own(sit
     join(site, size=size)
     site.do(corrected(1, control=3.0, size=size))
     own = own_after(1, 3.0)
-    site.do(corrected(2, control=5.0, size=size))
+    site.do(corrected(2, control=5.0, size=size, counted=(1, 1)))
     assert [each[0] for each in site.worker.corrected] == [3.0, 5.0 - own]
-    site.do(corrected(3, control=1.0, size=size))
+    site.do(corrected(3, control=1.0, size=size, counted=(2, 1)))
     assert site.worker.corrected[2][-1] == 1.0 - own_after(2, 5.0 - own)
 
 
@@ -197,33 +196,19 @@ def test_an_agent_that_is_started_again_goes_on_with_what_it_has_learned(site: S
     join(again)
     again.do(corrected(1, control=3.0))
     assert again.worker.performed == [], "it has prepared that already"
-    again.do(corrected(2, control=5.0))
+    again.do(corrected(2, control=5.0, counted=(1, 1)))
     assert again.worker.corrected == [[5.0 - own_after(1, 3.0)] * SIZE]
 
 
-@pytest.mark.parametrize("how", ["refused", "called off", "another attempt"])
-def test_an_update_that_is_in_no_model_leaves_nothing(site: Site, how: str):
+def test_an_update_that_is_in_no_model_leaves_nothing(site: Site):
+    """Whatever became of it on its way: a coordinator says which of them it has."""
     join(site)
     site.do(corrected(1, control=3.0))
-    id = corrected(1).id
-    match how:
-        case "refused":
-            late = encode_refusal(Refusal(RefusalCode.LATE, "too late"))
-            site.jobs.received(pb.Receipt(run_id="run", id=id, refusal=late))
-        case "called off":
-            site.jobs.unwanted("run", train(1))
-    attempts = {1: 2} if how == "another attempt" else {}
-    site.do(corrected(2, control=5.0, attempts=attempts))
-    assert site.worker.corrected[1] == [5.0] * SIZE
-
-
-def test_an_update_that_came_twice_is_in_the_model(site: Site):
-    join(site)
-    site.do(corrected(1, control=3.0))
-    twice = encode_refusal(Refusal(RefusalCode.DUPLICATE, "it is here"))
-    site.jobs.received(pb.Receipt(run_id="run", id=corrected(1).id, refusal=twice))
     site.do(corrected(2, control=5.0))
-    assert site.worker.corrected[1] == [5.0 - own_after(1, 3.0)] * SIZE
+    assert site.worker.corrected[1] == [5.0] * SIZE
+    site.do(corrected(3, control=7.0, counted=(1, 1)))
+    site.do(corrected(4, control=7.0, counted=(2, 1)))
+    assert [each[0] for each in site.worker.corrected[2:]] == [7.0, 7.0], "what counts later was not kept"
 
 
 def test_work_that_fails_leaves_nothing(site: Site):
@@ -249,8 +234,8 @@ def an_evaluation() -> pb.Order:
 
 @pytest.mark.parametrize(
     "bad",
-    [wrong_size(), an_evaluation(), corrected(1, attempts=dict.fromkeys(range(MOST_ATTEMPTS + 1), 2))],
-    ids=["another size", "an evaluation", "too many attempts"],
+    [wrong_size(), an_evaluation(), corrected(1, counted=(1, 1)), corrected(1, counted=(0, 0))],
+    ids=["another size", "an evaluation", "a round to come", "no attempt"],
 )
 def test_a_control_variate_that_cannot_be_is_the_coordinators_mistake(site: Site, bad: pb.Order):
     join(site)
@@ -283,23 +268,3 @@ def test_a_run_that_is_over_leaves_no_variate_behind(site: Site):
     assert len(list((site.folder / VARIATES).iterdir())) == 1
     site.jobs.leave("run")
     assert list((site.folder / VARIATES).iterdir()) == []
-
-
-@pytest.mark.parametrize("size", [SIZE, LARGE], ids=["inline", "delivered"])
-def test_an_order_that_is_called_off_while_its_variate_is_written_leaves_nothing(
-    site: Site, size: int, monkeypatch: pytest.MonkeyPatch
-):
-    join(site, size=size)
-    write = Variates.write
-
-    def called_off(self: Variates, *arguments: Any) -> None:
-        site.jobs.cancel()
-        site.jobs.unwanted("run", train(1))  # before there is anything that could be marked
-        write(self, *arguments)
-
-    monkeypatch.setattr(Variates, "write", called_off)
-    assert site.do(corrected(1, control=3.0, size=size)) == []
-    assert site.link.delivered == []
-    monkeypatch.setattr(Variates, "write", write)
-    site.do(corrected(2, control=5.0, size=size))
-    assert site.worker.corrected[1] == [5.0] * size

@@ -49,14 +49,18 @@ def test_a_client_is_corrected_by_the_servers_variate_less_its_own_of_the_rounds
     kept.take("a", order(1, 2), update(1.0))
     own = renewed(CONTROL, update(1.0), WORK)
     assert own.tolist() == [-2.0, -3.0]
-    kept.commit(order(1, 2), 2 * CONTROL)
+    kept.commit(order(1, 2), ["a"], 2 * CONTROL)
     assert found(kept, "a", order(2)) == (2 * CONTROL - own).tolist()
     assert found(kept, "b", order(2)) == (2 * CONTROL).tolist(), "its update is in no model"
     assert kept.of("a", OrderId("evaluate", 2, 1)) is None
     kept.take("a", order(2), update(5.0))
-    kept.skip()
-    kept.commit(order(2), CONTROL)
-    assert found(kept, "a", order(3)) == (CONTROL - own).tolist(), "nothing came of a round that is skipped"
+    kept.commit(order(2), [], 2 * CONTROL)
+    kept.take("a", order(3), update(5.0))
+    kept.take("b", order(3), update(5.0))
+    kept.commit(order(3), ["b"], CONTROL)
+    assert found(kept, "a", order(4)) == (CONTROL - own).tolist(), (
+        "a round was skipped, another has left it out"
+    )
 
 
 def found(kept: Variates, client: str, order: OrderId) -> list[float]:
@@ -68,8 +72,10 @@ def found(kept: Variates, client: str, order: OrderId) -> list[float]:
 def test_without_a_control_variate_nobody_has_one():
     kept = Variates(None, WORK)
     kept.take("a", order(1), update(3.0))
-    kept.commit(order(1), None)
+    kept.commit(order(1), ["a"], None)
     assert kept.of("a", order(2)) is None
+    with pytest.raises(RunError, match="from its first round on"):
+        kept.commit(order(2), ["a"], CONTROL)
     assert kept.nbytes == 0
 
 
@@ -86,7 +92,7 @@ def test_what_does_not_fit_in_memory_is_read_back_as_it_was(turns: Sequence[tupl
         for each in (roomy, cramped):
             each.take(client, order(round, attempt), update(number))
             if then == "c":
-                each.commit(order(round, attempt), CONTROL + number)
+                each.commit(order(round, attempt), "abcdef", CONTROL + number)
         round, attempt = (round + 1, 1) if then == "c" else (round, attempt + (then == "r"))
     for client in "abcdef":
         assert found(roomy, client, order(round)) == found(cramped, client, order(round))
@@ -100,7 +106,7 @@ def test_room_is_used_again():
         for attempt in (1, 2):
             for at in range(5):
                 kept.take(f"client-{(round + at) % 10}", order(round, attempt), update(round))
-        kept.commit(order(round, 2), CONTROL)
+        kept.commit(order(round, 2), [f"client-{at}" for at in range(10)], CONTROL)
     assert max(kept._own.values()) < 20
 
 
@@ -168,7 +174,7 @@ def test_a_simulated_run_is_the_algorithm_as_it_is_printed(engine: Any):
 
 def test_variates_on_disk_change_no_bit(monkeypatch: pytest.MonkeyPatch):
     held = simulate(config(**TABLES), task=LINES, engine="loop")
-    monkeypatch.setattr(Variates.__init__, "__kwdefaults__", {"most_bytes": 0})
+    monkeypatch.setattr(Variates.__init__, "__kwdefaults__", {"bound": None, "most_bytes": 0})
     assert variates.Variates(CONTROL, WORK)._rows._most == 0
     spilled = simulate(config(**TABLES), task=LINES, engine="loop")
     assert np.array_equal(held.model.vector, spilled.model.vector)
@@ -263,6 +269,49 @@ def _pooled(count: int) -> tuple[Any, Any]:
     sets = [line(Site(f"client-{at}", index=at, count=count))[0].tensors for at in range(count)]
     inputs = np.concatenate([np.column_stack([each.numpy(), np.ones(len(each))]) for each, _ in sets])
     return inputs, np.concatenate([each.numpy()[:, 0] for _, each in sets])
+
+
+HARD: dict[str, dict[str, Any]] = {
+    "faults": {
+        "cohort": {"size": 6, "quorum": 3, "over_select": 1.3, "attempts": 20},
+        "simulation": {
+            "clients": 8,
+            "faults": {
+                "dropout": 0.1,
+                "failure": 0.1,
+                "straggler": 0.1,
+                "corruption": 0.1,
+                "crash_every": 17,
+            },
+        },
+    },
+    "secure sums that cut": {"secure_aggregation": {"enabled": True, "bound": 0.02}},
+    "clipped": {"privacy": {"unit": "none", "clip": 0.05}},
+    "private examples": {"privacy": {"unit": "example", "epsilon": 50.0, "delta": 1e-3, "clip": 1.0}},
+    "everybody": {"cohort": {"size": 8}},
+}
+
+
+@pytest.mark.parametrize("tables", HARD.values(), ids=HARD)
+def test_the_servers_variate_is_the_mean_of_the_clients_whatever_happens(
+    tables: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    commit, seen = Variates.commit, []
+
+    def looked_at(self: Variates, order: OrderId, clients: Any, control: Any) -> None:
+        commit(self, order, clients, control)
+        own = [self._rows.read(row) for row in self._own.values()]
+        seen.append((control, np.sum(own, axis=0) / 8))
+
+    monkeypatch.setattr(Variates, "commit", looked_at)
+    found = simulate(
+        config(strategy=SCAFFOLD, work=STEPS, rounds=8, **tables), task=LINES_OF_SIX, engine="loop"
+    )
+    assert found.status == "done"
+    assert len(seen) == 8
+    for control, mean in seen:
+        assert np.abs(control).max() > 0.01
+        assert np.allclose(control, mean, atol=2e-4)
 
 
 def test_a_crash_of_the_coordinator_changes_no_bit():

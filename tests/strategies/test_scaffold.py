@@ -150,7 +150,7 @@ def test_what_a_client_keeps_is_the_mean_of_its_gradients_on_the_way():
     assert np.allclose(found.own[0], np.mean(seen, axis=0), rtol=1e-5)
 
 
-def run(work: str, strategy: str = "clients = 8", size: int = 4) -> RunConfig:
+def run(work: str, strategy: str = "clients = 8", size: int = 4, more: str = "") -> RunConfig:
     text = f"""
     name = "a"
     task = "app:task"
@@ -162,6 +162,7 @@ def run(work: str, strategy: str = "clients = 8", size: int = 4) -> RunConfig:
     {work}
     [cohort]
     size = {size}
+    {more}
     """
     return parse_toml(text, RunConfig, source="run.toml")
 
@@ -196,6 +197,35 @@ WRONG = {
 def test_a_run_whose_sites_could_not_do_it_is_refused(work: str, strategy: str, words: str):
     with pytest.raises(ConfigError, match=words):
         load_strategy(run(work, strategy))
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (
+            "[privacy]\nunit = 'client'\nepsilon = 1.0\ndelta = 1e-3\nclip = 1.0",
+            "cannot have noise in the mean",
+        ),
+        (
+            "[secure_aggregation]\nenabled = true\nrotate = true",
+            "secure_aggregation.rotate: with strategy scaffold",
+        ),
+    ],
+    ids=["noise in the mean", "rotated sums"],
+)
+def test_what_would_be_in_the_servers_variate_and_in_no_clients_is_refused(more: str, words: str):
+    with pytest.raises(ConfigError, match=words):
+        load_strategy(run("steps = 2", more=more))
+
+
+def test_weights_by_examples_are_for_rounds_in_which_everybody_takes_part():
+    by_examples = "clients = 4\nweighting = 'examples'"
+    assert load_strategy(run("steps = 2", by_examples)).weighting == "examples"
+    for size, more in ((3, ""), (4, "quorum = 3")):
+        with pytest.raises(
+            ConfigError, match=r"strategy\.weighting: expected uniform where not all 4 clients"
+        ):
+            load_strategy(run("steps = 2", by_examples, size, more))
 
 
 def test_a_control_variate_that_is_no_number_ends_the_run():

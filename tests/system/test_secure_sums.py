@@ -72,7 +72,7 @@ def test_a_secure_run_makes_the_mean_that_there_is_in_clear(
     more = f'{SECURE}suite = "{suite}"\n[strategy]\nname = "{strategy}"\n'
     text = run_toml("secure", rounds=4, size=4, quorum=4, more=more)
     if strategy == "scaffold":
-        text = text.replace("[work]\n", "[work]\nsteps = 3\n") + "clients = 4\n"
+        text = text.replace("[work]\n", "[work]\nsteps = 3\n") + 'clients = 4\nweighting = "examples"\n'
     detail = federation.run(text)
     clear = in_clear(text)
     assert np.allclose(federation.model(detail.summary.run_id), clear.model.vector, atol=1e-4)

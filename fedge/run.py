@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from fedge.config import Config, build, parse_toml, read_toml, shown
 from fedge.privacy.config import Privacy
@@ -23,6 +23,16 @@ def _batch_size(value: object) -> object:
 
 
 BatchSize = Annotated[int | Literal["full"], BeforeValidator(_batch_size)]
+
+
+def _names(value: object) -> object:
+    """A list of names, as TOML has it, is a tuple."""
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"expected a list of names, found {shown(value)}")
+    return tuple(value)
+
+
+Names = Annotated[tuple[Annotated[str, Field(min_length=1, max_length=100)], ...], BeforeValidator(_names)]
 
 
 class StrategyConfig(BaseModel):
@@ -42,6 +52,7 @@ class Work(Config):
 
     `proximal` is mu of the term mu/2 * ||theta - theta_0||^2 that holds local training to the model theta_0 with which
     it began (Li et al. 2020, "Federated Optimization in Heterogeneous Networks", eq. 2): FedAvg with it is FedProx.
+    `personal` names the tensors, as a shell does files, that each client keeps to itself (`fedge.personal`).
     """
 
     epochs: Count | None = None
@@ -56,6 +67,7 @@ class Work(Config):
     l1: Strength = 0.0
     l2: Strength = 0.0
     proximal: Strength = 0.0
+    personal: Annotated[Names, Field(max_length=64)] = ()
 
     @model_validator(mode="after")
     def _one_length(self) -> Work:
@@ -126,19 +138,7 @@ class SecureAggregation(Config):
     rotate: bool = False
     consistency: bool = True
     exchange_s: Annotated[float, Field(gt=0, le=3600)] = 60.0
-    metrics: tuple[Annotated[str, Field(min_length=1, max_length=100)], ...] = (
-        "train_loss",
-        "loss",
-        "accuracy",
-    )
-
-    @field_validator("metrics", mode="before")
-    @classmethod
-    def _names(cls, value: object) -> object:
-        """A list of names, as TOML has it, is a tuple."""
-        if not isinstance(value, list | tuple):
-            raise ValueError(f"expected a list of names, found {shown(value)}")
-        return tuple(value)
+    metrics: Names = ("train_loss", "loss", "accuracy")
 
 
 class Compression(Config):

@@ -132,7 +132,24 @@ def load_strategy(run: RunConfig, *, allowed: Collection[str] | None = None) -> 
         raise ConfigError(f"strategy {config.name!r} cannot be made of its fields: {error}") from None
     if callable(getattr(kind, "check", None)):
         strategy.check(run)
+    if work.personal:
+        _check_personal(config.name, strategy)
     return cast("AnyStrategy", strategy)
+
+
+def _check_personal(name: str, strategy: AnyStrategy) -> None:
+    """
+    Raises:
+        ConfigError: clients would not learn their personal layers, or not once for each round that counts.
+    """
+    if work_kind(strategy) != "train":
+        raise ConfigError(
+            f"work.personal: expected a strategy whose clients train, found {name}, which has them compute a gradient"
+        )
+    if strategy.max_staleness is not None:
+        raise ConfigError(
+            f"work.personal: expected a strategy of rounds, found {name}, which takes each update as it arrives"
+        )
 
 
 def work_kind(strategy: AnyStrategy) -> WorkKind:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.machinery
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import Any, Protocol, cast
 
 from fedge.errors import ConfigError, RefusedError, TaskError
+from fedge.personal import Split
 from fedge.privacy.config import Unit
 from fedge.refusal import Refusal, RefusalCode
 from fedge.vector import Model
@@ -68,17 +69,24 @@ class OwnTask:
     metrics: Mapping[str, Any] = field(default_factory=dict)
 
 
-def first_model(task: Task | OwnTask, *, seed: int, unit: Unit = "none") -> Model:
-    """What a run begins with.
+def first_model(
+    task: Task | OwnTask, *, seed: int, unit: Unit = "none", personal: Sequence[str] = ()
+) -> Model:
+    """What a run begins with; without the tensors that match one of `personal`, which each client keeps to itself.
 
     Raises:
-        TaskError, LayoutError: the task's code fails, or its model cannot be a vector.
+        TaskError, LayoutError: the task's code fails, or its model cannot be a vector, or has no such tensors.
         RefusedError: MODEL_NOT_PRIVATE: it cannot be trained with that unit of privacy; with the remedy.
         ConfigError: the framework is not installed.
     """
     if isinstance(task, Task):
-        return load_framework().initial_model(task, seed=seed, unit=unit)
+        model = load_framework().initial_model(task, seed=seed, unit=unit)
+        if not personal:
+            return model
+        split = Split.of(model.layout, personal)
+        return Model(split.shared_of(model.vector), split.shared)
     check_unit(task, unit)
+    check_shared(task, personal)
     return task.initial(seed)
 
 
@@ -91,6 +99,17 @@ def check_unit(task: Task | OwnTask, unit: Unit) -> None:
     if isinstance(task, OwnTask) and unit == "example":
         why = 'the task trains by itself, so that its examples cannot be protected; use [privacy] unit = "client"'
         raise RefusedError(Refusal(RefusalCode.MODEL_NOT_PRIVATE, why))
+
+
+def check_shared(task: Task | OwnTask, personal: Sequence[str]) -> None:
+    """Refuse personal layers of a task that trains by itself, which only it could keep apart.
+
+    Raises:
+        RefusedError: WORK_NOT_ALLOWED.
+    """
+    if isinstance(task, OwnTask) and personal:
+        why = "the task trains by itself, so that no layers of its model can be kept apart: leave out work.personal"
+        raise RefusedError(Refusal(RefusalCode.WORK_NOT_ALLOWED, why))
 
 
 class Framework(Protocol):

@@ -27,6 +27,8 @@ def unsuited(work: Work) -> str:
         return "control variates need the same number of local steps at each site: set work.steps"
     if work.optimizer != "sgd":
         return f"control variates are for local steps of plain SGD: expected work.optimizer sgd, found {work.optimizer}"
+    if work.personal:
+        return "control variates are of models that are shared as a whole: leave out work.personal"
     return ""
 
 

@@ -54,7 +54,7 @@ class Holding:
         """
         self.control = None
         await self._reach_model(order, source)
-        if order.HasField("control"):
+        if order.control.HasField("variate"):
             blob = order.control.variate
             self.control = await self._fetch("control", blob, source, self._layout.trainable_size)
             self._parts.clear()

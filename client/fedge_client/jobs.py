@@ -153,6 +153,7 @@ class Jobs:
             terms=request.digest,
             holding=Holding(request.run_id, layout, model),
             update=update,
+            personal=loaded.personal,
             prepared=prepared,
             sent=True,
             kept=isinstance(prepared, Prepared),
@@ -207,10 +208,7 @@ class Jobs:
                 raise RemoteProtocolError(
                     "expected an order whose update is summed as was offered, found another"
                 )
-            if message.HasField("control") and (order.kind != "train" or unsuited(run.work)):
-                raise RemoteProtocolError(
-                    f"expected no control variate with a {order}: {unsuited(run.work) or 'it trains nothing'}"
-                )
+            _check_control(run, order, message)
             prepared = run.answer(order, model)
             if prepared is None:
                 prepared = await self._prepare(run, message, link)
@@ -218,7 +216,7 @@ class Jobs:
             elif prepared is not run.prepared and run.secure is None:
                 self._remember(self._outbox.announce, prepared)
             run.prepared = prepared
-            if message.HasField("control"):
+            if message.HasField("control") and order.kind == "train":
                 self._variates.handed_in(run.run_id, run.terms, order)
             await self._hand_in(run, prepared, link)
             self._reach("update.sent")
@@ -352,7 +350,7 @@ class Jobs:
         try:
             self._variates.write(run.run_id, run.terms, order, settled, variate)
         except StorageError as error:
-            log.error("control_variate_not_kept run=%s order=%s reason=%s", run.run_id, order, error)
+            log.error("own_state_not_kept run=%s order=%s reason=%s", run.run_id, order, error)
 
     async def _hand_in(self, run: Participation, prepared: Prepared, link: Link) -> None:
         update, data = prepared.update, prepared.data
@@ -374,6 +372,24 @@ class Jobs:
         finally:
             if keeping is not None:
                 await keeping  # the vector lies in the worker's memory, which the next order will change
+
+
+def _check_control(run: Participation, order: OrderId, message: pb.Order) -> None:
+    """
+    Raises:
+        RemoteProtocolError: an order brings a control variate that it cannot, or does not say which of this site's
+            updates count, by which its own layers are known.
+    """
+    if message.control.HasField("variate") and (order.kind != "train" or unsuited(run.work)):
+        raise RemoteProtocolError(
+            f"expected no control variate with a {order}: {unsuited(run.work) or 'it trains nothing'}"
+        )
+    said = message.HasField("control") and not message.control.HasField("variate")
+    if said != bool(run.personal):
+        expected, found = ("an order that says", "none") if run.personal else ("no order that says", "one")
+        raise RemoteProtocolError(
+            f"expected {expected} which update of this site's counts for its personal layers, found {found}"
+        )
 
 
 def _refusal_of(error: FedgeError, code: RefusalCode) -> Refusal:

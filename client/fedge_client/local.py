@@ -34,7 +34,14 @@ class Local(Protocol):
     """Does the orders of one run."""
 
     @property
-    def layout(self) -> Layout: ...
+    def layout(self) -> Layout:
+        """Of what is shared."""
+        ...
+
+    @property
+    def first_layers(self) -> Array | None:
+        """What the personal layers begin with, float32[personal.size]; None if there are none (`fedge.personal`)."""
+        ...
 
     @property
     def examples(self) -> tuple[int, int]:
@@ -51,7 +58,9 @@ class Local(Protocol):
         private: Private | None,
         progress: Progress,
         correction: Array | None = None,
+        layers: Array | None = None,
     ) -> Outcome:
         """Train from a model, or evaluate it; the update goes to `out`. Both are float32[layout.size]. `correction` is
-        added to each gradient of training: float32[layout.trainable_size]."""
+        added to each gradient of training: float32[layout.trainable_size]. `layers` are the personal ones, if there are
+        any: training leaves there what they have learned."""
         ...

@@ -53,8 +53,10 @@ class Participation:
     """Whether a part of `prepared` may have arrived."""
     kept: bool = False
     """Whether its vector is on disk."""
+    personal: int = 0
+    """Elements of its personal layers."""
     variate: tuple[OrderId, Array] | None = None
-    """The control variate that the latest training has made, until it is on disk."""
+    """The control variate, or the personal layers, that the latest training has made, until they are on disk."""
     unmasked: dict[WorkKind, Unmasked] = field(default_factory=dict)
     """Of secure sums: what the gate released last. Gone once it was masked with noise, which pays for one attempt."""
     reserved: tuple[int, Mechanism] | None = None

@@ -9,6 +9,8 @@ import asyncio
 import time
 from collections.abc import Callable
 
+import numpy as np
+
 from fedge import progress
 from fedge.errors import FedgeError, RefusedError, RemoteProtocolError
 from fedge.events import OrderId
@@ -97,12 +99,12 @@ class Performer:
     async def _do(self, run: Participation, order: OrderId, message: pb.Order) -> gate.Released:
         """Have the worker do it, and pass the result through the gate: the last code before the wire."""
         clip = self._clip(run, message)
-        correction = await self._correction(run, order, message)
+        own, room = await self._own(run, order, message)
         perform = pipe.Perform(
             run_id=run.run_id,
             id=encode_order_id(order),
             privacy=run.protection.demand(),
-            corrected=correction is not None,
+            own=own,
         )
         finished = await self._supervisor.perform(perform, progress=self._teller(run, message))
         self._reach("job.trained")
@@ -119,30 +121,43 @@ class Performer:
                 layers=gate.layers_of(clip),
                 terms=run.protection.terms,
             )
-            if correction is not None:  # by what the coordinator adds up, as the coordinator does
+            if own == pipe.OWN_CORRECTION:  # by what the coordinator adds up, as the coordinator does
                 bound = run.secure.bound if run.secure is not None else None
-                run.variate = order, renewed(correction, released.vector, run.work, bound=bound)
+                run.variate = order, renewed(room, released.vector, run.work, bound=bound)
+            elif len(room) and order.kind == "train":
+                run.variate = order, room.copy()
             return released
 
         if run.update.nbytes <= _ON_THREAD_BYTES or layout is None:
             return pass_gate()
         return await asyncio.to_thread(pass_gate)
 
-    async def _correction(self, run: Participation, order: OrderId, message: pb.Order) -> Array | None:
-        """What the worker corrects its gradients by, in the memory that it shares; None if by nothing."""
+    async def _own(
+        self, run: Participation, order: OrderId, message: pb.Order
+    ) -> tuple[pipe.Own.ValueType, Array]:
+        """What this site keeps for the run and the worker needs, in the memory that it shares: what corrects gradients,
+        or personal layers; or nothing, which is empty."""
         control, run.holding.control = run.holding.control, None
-        if control is None:
-            return None
-        run.variate = None
+        size = len(control) if control is not None else run.personal
+        if not size:
+            return pipe.OWN_NOTHING, np.empty(0, np.float32)
+        if order.kind == "train":
+            run.variate = None
         settled = decode_settled(message.control, order)
-        room = self._supervisor.correction(run.run_id, len(control))
+        room = self._supervisor.own(run.run_id, size)
 
-        def fill() -> None:
-            room[:] = control
-            correct(room, self._variates.read(run.run_id, run.terms, settled, size=len(room)))
+        def fill() -> pipe.Own.ValueType:
+            kept = self._variates.read(run.run_id, run.terms, settled, size=size)
+            if control is not None:
+                room[:] = control
+                correct(room, kept)
+                return pipe.OWN_CORRECTION
+            if kept is None:
+                return pipe.OWN_FIRST_LAYERS
+            room[:] = kept
+            return pipe.OWN_LAYERS
 
-        await asyncio.to_thread(fill)
-        return room
+        return await asyncio.to_thread(fill), room
 
     def _clip(self, run: Participation, message: pb.Order) -> float | None:
         """What an order's update is clipped to.

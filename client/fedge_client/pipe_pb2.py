@@ -25,37 +25,39 @@ _sym_db = _symbol_database.Default()
 from fedge.wire import fedge_pb2 as fedge_dot_wire_dot_fedge__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x66\x65\x64ge_client/pipe.proto\x12\x0f\x66\x65\x64ge.client.v1\x1a\x16\x66\x65\x64ge/wire/fedge.proto\"\xbe\x01\n\x08ToWorker\x12%\n\x04load\x18\x01 \x01(\x0b\x32\x15.fedge.client.v1.LoadH\x00\x12+\n\x07perform\x18\x02 \x01(\x0b\x32\x18.fedge.client.v1.PerformH\x00\x12)\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x17.fedge.client.v1.CancelH\x00\x12+\n\x07release\x18\x04 \x01(\x0b\x32\x18.fedge.client.v1.ReleaseH\x00\x42\x06\n\x04kind\"\x91\x01\n\x04Load\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12 \n\x06layout\x18\x04 \x01(\x0b\x32\x10.fedge.v1.Layout\x12\x1c\n\x04work\x18\x05 \x01(\x0b\x32\x0e.fedge.v1.Work\x12\x0c\n\x04slot\x18\x06 \x01(\r\x12\x0f\n\x07private\x18\x07 \x01(\x08\"\x8c\x01\n\x07Perform\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x1d\n\x02id\x18\x02 \x01(\x0b\x32\x11.fedge.v1.OrderId\x12\x33\n\x07privacy\x18\x03 \x01(\x0b\x32\x1d.fedge.client.v1.ExampleLevelH\x00\x88\x01\x01\x12\x11\n\tcorrected\x18\x04 \x01(\x08\x42\n\n\x08_privacy\"\x94\x01\n\x0c\x45xampleLevel\x12\x0c\n\x04\x63lip\x18\x01 \x01(\x01\x12\x18\n\x10noise_multiplier\x18\x02 \x01(\x01\x12(\n\x1b\x65valuation_noise_multiplier\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\nloss_bound\x18\x04 \x01(\x01\x42\x1e\n\x1c_evaluation_noise_multiplier\"\x08\n\x06\x43\x61ncel\"\x19\n\x07Release\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"\xf1\x01\n\nFromWorker\x12\'\n\x05ready\x18\x01 \x01(\x0b\x32\x16.fedge.client.v1.ReadyH\x00\x12)\n\x06loaded\x18\x02 \x01(\x0b\x32\x17.fedge.client.v1.LoadedH\x00\x12-\n\x08progress\x18\x03 \x01(\x0b\x32\x19.fedge.client.v1.ProgressH\x00\x12-\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x19.fedge.client.v1.FinishedH\x00\x12)\n\x06\x66\x61iled\x18\x05 \x01(\x0b\x32\x17.fedge.client.v1.FailedH\x00\x42\x06\n\x04kind\"\x07\n\x05Ready\"G\n\x06Loaded\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x16\n\x0etrain_examples\x18\x02 \x01(\x04\x12\x15\n\rtest_examples\x18\x03 \x01(\x04\"\'\n\x08Progress\x12\x0c\n\x04\x64one\x18\x01 \x01(\x04\x12\r\n\x05total\x18\x02 \x01(\x04\"\x82\x01\n\x08\x46inished\x12\x14\n\x0cnum_examples\x18\x01 \x01(\x04\x12!\n\x07metrics\x18\x02 \x03(\x0b\x32\x10.fedge.v1.Metric\x12\x30\n\x08releases\x18\x03 \x01(\x0b\x32\x19.fedge.client.v1.ReleasesH\x00\x88\x01\x01\x42\x0b\n\t_releases\"J\n\x08Releases\x12\x18\n\x10noise_multiplier\x18\x01 \x01(\x01\x12\x15\n\rsampling_rate\x18\x02 \x01(\x01\x12\r\n\x05\x63ount\x18\x03 \x01(\x04\"<\n\x06\x46\x61iled\x12\"\n\x07refusal\x18\x01 \x01(\x0b\x32\x11.fedge.v1.Refusal\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x66\x65\x64ge_client/pipe.proto\x12\x0f\x66\x65\x64ge.client.v1\x1a\x16\x66\x65\x64ge/wire/fedge.proto\"\xbe\x01\n\x08ToWorker\x12%\n\x04load\x18\x01 \x01(\x0b\x32\x15.fedge.client.v1.LoadH\x00\x12+\n\x07perform\x18\x02 \x01(\x0b\x32\x18.fedge.client.v1.PerformH\x00\x12)\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x17.fedge.client.v1.CancelH\x00\x12+\n\x07release\x18\x04 \x01(\x0b\x32\x18.fedge.client.v1.ReleaseH\x00\x42\x06\n\x04kind\"\x91\x01\n\x04Load\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12 \n\x06layout\x18\x04 \x01(\x0b\x32\x10.fedge.v1.Layout\x12\x1c\n\x04work\x18\x05 \x01(\x0b\x32\x0e.fedge.v1.Work\x12\x0c\n\x04slot\x18\x06 \x01(\r\x12\x0f\n\x07private\x18\x07 \x01(\x08\"\x9c\x01\n\x07Perform\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x1d\n\x02id\x18\x02 \x01(\x0b\x32\x11.fedge.v1.OrderId\x12\x33\n\x07privacy\x18\x03 \x01(\x0b\x32\x1d.fedge.client.v1.ExampleLevelH\x00\x88\x01\x01\x12!\n\x03own\x18\x04 \x01(\x0e\x32\x14.fedge.client.v1.OwnB\n\n\x08_privacy\"\x94\x01\n\x0c\x45xampleLevel\x12\x0c\n\x04\x63lip\x18\x01 \x01(\x01\x12\x18\n\x10noise_multiplier\x18\x02 \x01(\x01\x12(\n\x1b\x65valuation_noise_multiplier\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\nloss_bound\x18\x04 \x01(\x01\x42\x1e\n\x1c_evaluation_noise_multiplier\"\x08\n\x06\x43\x61ncel\"\x19\n\x07Release\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"\xf1\x01\n\nFromWorker\x12\'\n\x05ready\x18\x01 \x01(\x0b\x32\x16.fedge.client.v1.ReadyH\x00\x12)\n\x06loaded\x18\x02 \x01(\x0b\x32\x17.fedge.client.v1.LoadedH\x00\x12-\n\x08progress\x18\x03 \x01(\x0b\x32\x19.fedge.client.v1.ProgressH\x00\x12-\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x19.fedge.client.v1.FinishedH\x00\x12)\n\x06\x66\x61iled\x18\x05 \x01(\x0b\x32\x17.fedge.client.v1.FailedH\x00\x42\x06\n\x04kind\"\x07\n\x05Ready\"Y\n\x06Loaded\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x16\n\x0etrain_examples\x18\x02 \x01(\x04\x12\x15\n\rtest_examples\x18\x03 \x01(\x04\x12\x10\n\x08personal\x18\x04 \x01(\x04\"\'\n\x08Progress\x12\x0c\n\x04\x64one\x18\x01 \x01(\x04\x12\r\n\x05total\x18\x02 \x01(\x04\"\x82\x01\n\x08\x46inished\x12\x14\n\x0cnum_examples\x18\x01 \x01(\x04\x12!\n\x07metrics\x18\x02 \x03(\x0b\x32\x10.fedge.v1.Metric\x12\x30\n\x08releases\x18\x03 \x01(\x0b\x32\x19.fedge.client.v1.ReleasesH\x00\x88\x01\x01\x42\x0b\n\t_releases\"J\n\x08Releases\x12\x18\n\x10noise_multiplier\x18\x01 \x01(\x01\x12\x15\n\rsampling_rate\x18\x02 \x01(\x01\x12\r\n\x05\x63ount\x18\x03 \x01(\x04\"<\n\x06\x46\x61iled\x12\"\n\x07refusal\x18\x01 \x01(\x0b\x32\x11.fedge.v1.Refusal\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t*P\n\x03Own\x12\x0f\n\x0bOWN_NOTHING\x10\x00\x12\x12\n\x0eOWN_CORRECTION\x10\x01\x12\x0e\n\nOWN_LAYERS\x10\x02\x12\x14\n\x10OWN_FIRST_LAYERS\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fedge_client.pipe_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_OWN']._serialized_start=1412
+  _globals['_OWN']._serialized_end=1492
   _globals['_TOWORKER']._serialized_start=69
   _globals['_TOWORKER']._serialized_end=259
   _globals['_LOAD']._serialized_start=262
   _globals['_LOAD']._serialized_end=407
   _globals['_PERFORM']._serialized_start=410
-  _globals['_PERFORM']._serialized_end=550
-  _globals['_EXAMPLELEVEL']._serialized_start=553
-  _globals['_EXAMPLELEVEL']._serialized_end=701
-  _globals['_CANCEL']._serialized_start=703
-  _globals['_CANCEL']._serialized_end=711
-  _globals['_RELEASE']._serialized_start=713
-  _globals['_RELEASE']._serialized_end=738
-  _globals['_FROMWORKER']._serialized_start=741
-  _globals['_FROMWORKER']._serialized_end=982
-  _globals['_READY']._serialized_start=984
-  _globals['_READY']._serialized_end=991
-  _globals['_LOADED']._serialized_start=993
-  _globals['_LOADED']._serialized_end=1064
-  _globals['_PROGRESS']._serialized_start=1066
-  _globals['_PROGRESS']._serialized_end=1105
-  _globals['_FINISHED']._serialized_start=1108
-  _globals['_FINISHED']._serialized_end=1238
-  _globals['_RELEASES']._serialized_start=1240
-  _globals['_RELEASES']._serialized_end=1314
-  _globals['_FAILED']._serialized_start=1316
-  _globals['_FAILED']._serialized_end=1376
+  _globals['_PERFORM']._serialized_end=566
+  _globals['_EXAMPLELEVEL']._serialized_start=569
+  _globals['_EXAMPLELEVEL']._serialized_end=717
+  _globals['_CANCEL']._serialized_start=719
+  _globals['_CANCEL']._serialized_end=727
+  _globals['_RELEASE']._serialized_start=729
+  _globals['_RELEASE']._serialized_end=754
+  _globals['_FROMWORKER']._serialized_start=757
+  _globals['_FROMWORKER']._serialized_end=998
+  _globals['_READY']._serialized_start=1000
+  _globals['_READY']._serialized_end=1007
+  _globals['_LOADED']._serialized_start=1009
+  _globals['_LOADED']._serialized_end=1098
+  _globals['_PROGRESS']._serialized_start=1100
+  _globals['_PROGRESS']._serialized_end=1139
+  _globals['_FINISHED']._serialized_start=1142
+  _globals['_FINISHED']._serialized_end=1272
+  _globals['_RELEASES']._serialized_start=1274
+  _globals['_RELEASES']._serialized_end=1348
+  _globals['_FAILED']._serialized_start=1350
+  _globals['_FAILED']._serialized_end=1410
 # @@protoc_insertion_point(module_scope)

@@ -8,6 +8,7 @@ from fedge.wire import fedge_pb2 as _fedge_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -18,6 +19,32 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _Own:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _OwnEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Own.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    OWN_NOTHING: _Own.ValueType  # 0
+    OWN_CORRECTION: _Own.ValueType  # 1
+    """of gradients"""
+    OWN_LAYERS: _Own.ValueType  # 2
+    """the site's personal layers: what they have learned, once the work is done"""
+    OWN_FIRST_LAYERS: _Own.ValueType  # 3
+    """room for them: they begin as in the run's initial model"""
+
+class Own(_Own, metaclass=_OwnEnumTypeWrapper):
+    """What the third of a slot's segments holds."""
+
+OWN_NOTHING: Own.ValueType  # 0
+OWN_CORRECTION: Own.ValueType  # 1
+"""of gradients"""
+OWN_LAYERS: Own.ValueType  # 2
+"""the site's personal layers: what they have learned, once the work is done"""
+OWN_FIRST_LAYERS: Own.ValueType  # 3
+"""room for them: they begin as in the run's initial model"""
+Global___Own: _TypeAlias = Own  # noqa: Y015
 
 @_typing.final
 class ToWorker(_message.Message):
@@ -105,10 +132,9 @@ class Perform(_message.Message):
     RUN_ID_FIELD_NUMBER: _builtins.int
     ID_FIELD_NUMBER: _builtins.int
     PRIVACY_FIELD_NUMBER: _builtins.int
-    CORRECTED_FIELD_NUMBER: _builtins.int
+    OWN_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
-    corrected: _builtins.bool
-    """by the vector in the slot's third segment"""
+    own: Global___Own.ValueType
     @_builtins.property
     def id(self) -> _fedge_pb2.OrderId: ...
     @_builtins.property
@@ -121,11 +147,11 @@ class Perform(_message.Message):
         run_id: _builtins.str = ...,
         id: _fedge_pb2.OrderId | None = ...,
         privacy: Global___ExampleLevel | None = ...,
-        corrected: _builtins.bool = ...,
+        own: Global___Own.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_privacy", b"_privacy", "id", b"id", "privacy", b"privacy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_privacy", b"_privacy", "corrected", b"corrected", "id", b"id", "privacy", b"privacy", "run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_privacy", b"_privacy", "id", b"id", "own", b"own", "privacy", b"privacy", "run_id", b"run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__privacy: _TypeAlias = _typing.Literal["privacy"]  # noqa: Y015
     _WhichOneofArgType__privacy: _TypeAlias = _typing.Literal["_privacy", b"_privacy"]  # noqa: Y015
@@ -257,19 +283,23 @@ class Loaded(_message.Message):
     RUN_ID_FIELD_NUMBER: _builtins.int
     TRAIN_EXAMPLES_FIELD_NUMBER: _builtins.int
     TEST_EXAMPLES_FIELD_NUMBER: _builtins.int
+    PERSONAL_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     train_examples: _builtins.int
     test_examples: _builtins.int
+    personal: _builtins.int
+    """elements of the model's personal layers"""
     def __init__(
         self,
         *,
         run_id: _builtins.str = ...,
         train_examples: _builtins.int = ...,
         test_examples: _builtins.int = ...,
+        personal: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["run_id", b"run_id", "test_examples", b"test_examples", "train_examples", b"train_examples"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["personal", b"personal", "run_id", b"run_id", "test_examples", b"test_examples", "train_examples", b"train_examples"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -171,7 +171,7 @@ def _layout(run: RunConfig, folder: Path) -> Layout:
     if not (run.privacy.unit == "client" and run.secure_aggregation.enabled):
         return _NO_MODEL
     task = load_any_task(run.task, path=folder)
-    return first_model(task, seed=run.seed, unit=run.privacy.unit).layout
+    return first_model(task, seed=run.seed, unit=run.privacy.unit, personal=run.work.personal).layout
 
 
 def _request(run: RunConfig, layout: Layout) -> Request:

@@ -64,8 +64,8 @@ class Supervisor:
         model, update, _ = self._segments[slot]
         return model.vector(size, grow=True), update.vector(size, grow=True)
 
-    def correction(self, run_id: str, size: int) -> Array:
-        """Room for what corrects a run's gradients, float32[size], in its slot.
+    def own(self, run_id: str, size: int) -> Array:
+        """Room in a run's slot for what corrects its gradients, or for its personal layers, float32[size].
 
         Raises:
             RefusedError: CANCELLED; the run was released meanwhile.

@@ -1,10 +1,11 @@
-"""A site's control variates on its disk: what it has learned of its own gradients in each run (`fedge.variates`).
+"""What a site keeps of its own in each run, on its disk: its control variates (`fedge.variates`), or its personal
+layers (`fedge.personal`).
 
     <folder>/<hash of the run's id><hash of its terms>.<round>-<attempt>    of the site's update for that order
 
 Each is float32 behind the digest of its bytes. They never leave the site, and are of no use under other terms than
-those under which they were made. An order says of which the update is in the model. What is lost is zero again, as
-before a site's first round. Nothing is synced.
+those under which they were made. An order says of which the update is in the model. What is lost is as before a site's
+first round. Nothing is synced.
 """
 
 from __future__ import annotations
@@ -50,10 +51,10 @@ class Variates:
                 digest = file.read(_DIGEST_BYTES)
                 data = file.read(4 * size + 1)
         except OSError as error:
-            log.warning("control_variate_begins_anew run=%s reason=%s", run_id, error)
+            log.warning("own_state_begins_anew run=%s reason=%s", run_id, error)
             return None
         if len(data) != 4 * size or digest_of(data) != digest:
-            log.warning("control_variate_begins_anew run=%s reason=%s is damaged", run_id, path)
+            log.warning("own_state_begins_anew run=%s reason=%s is damaged", run_id, path)
             return None
         variate: Array = np.frombuffer(data, np.float32)
         return variate
@@ -142,4 +143,4 @@ def _errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StorageError(f"{path}: a control variate cannot be kept: {error.strerror}") from None
+        raise StorageError(f"{path}: what this site has learned cannot be kept: {error.strerror}") from None

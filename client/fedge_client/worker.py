@@ -26,7 +26,8 @@ from fedge.privacy.secure import KEY_BYTES, SecureSource
 from fedge.refusal import Refusal, RefusalCode
 from fedge.run import Work
 from fedge.seeds import work_seed
-from fedge.task import OwnTask, Site, Task, check_unit, load_any_task
+from fedge.task import OwnTask, Site, Task, check_shared, check_unit, load_any_task
+from fedge.vector import Array
 from fedge.wire.codec import decode_layout, decode_order_id, decode_work, encode_metrics, encode_refusal
 from fedge_client import pipe_pb2 as pb
 from fedge_client.framing import HEADER, check_length, frame
@@ -128,7 +129,14 @@ class Worker:
         local = self._own(task, work, load) if isinstance(task, OwnTask) else self._torch(task, work, load)
         self._runs[load.run_id] = _Run(local, load.seed, load.slot)
         train, test = local.examples
-        return pb.FromWorker(loaded=pb.Loaded(run_id=load.run_id, train_examples=train, test_examples=test))
+        first = local.first_layers
+        loaded = pb.Loaded(
+            run_id=load.run_id,
+            train_examples=train,
+            test_examples=test,
+            personal=len(first) if first is not None else 0,
+        )
+        return pb.FromWorker(loaded=loaded)
 
     def _torch(self, task: Task, work: Work, load: pb.Load) -> Local:
         from fedge_client.torch.local import TorchLocal  # torch takes seconds to import: only for real work
@@ -141,6 +149,7 @@ class Worker:
     def _own(self, task: OwnTask, work: Work, load: pb.Load) -> Local:
         """One that trains by itself: nobody can see to it that each example is protected."""
         check_unit(task, "example" if load.private else "none")
+        check_shared(task, work.personal)
         local: Local = task.local(self._site, work)
         _check_layout(local, load)
         return local
@@ -149,7 +158,8 @@ class Worker:
         run = self._runs[perform.run_id]
         order = decode_order_id(perform.id)
         size = run.local.layout.size
-        shared_model, shared_update, shared_correction = self._slots[run.slot]
+        shared_model, shared_update, _ = self._slots[run.slot]
+        correction, layers = self._own_vectors(run, perform.own)
         done = run.local.do(
             order,
             seed=work_seed(run.seed, site=self._site.name, kind=order.kind, round=order.round),
@@ -157,9 +167,8 @@ class Worker:
             out=shared_update.vector(size),
             private=self._private(perform),
             progress=self._progress,
-            correction=shared_correction.vector(run.local.layout.trainable_size)
-            if perform.corrected
-            else None,
+            correction=correction,
+            layers=layers,
         )
         return pb.FromWorker(
             finished=pb.Finished(
@@ -168,6 +177,18 @@ class Worker:
                 releases=encode_releases(done.mechanism),
             )
         )
+
+    def _own_vectors(self, run: _Run, own: pb.Own.ValueType) -> tuple[Array | None, Array | None]:
+        """What corrects the gradients, and the personal layers, whichever is in the third segment."""
+        segment, first = self._slots[run.slot][2], run.local.first_layers
+        if own == pb.OWN_CORRECTION:
+            return segment.vector(run.local.layout.trainable_size), None
+        if own == pb.OWN_NOTHING or first is None:
+            return None, None
+        layers = segment.vector(len(first))
+        if own == pb.OWN_FIRST_LAYERS:
+            layers[:] = first
+        return None, layers
 
     @staticmethod
     def _private(perform: pb.Perform) -> Private | None:

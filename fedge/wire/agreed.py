@@ -23,7 +23,7 @@ def offer_digest(offer: pb.Offer) -> bytes:
 def order_digest(order: pb.Order) -> bytes:
     """The digest of what an order asks to be done: on which model, with which clip and which control variate."""
     clip = struct.pack("<d", order.clip) if order.HasField("clip") else b""
-    control = [order.control.variate.digest] if order.HasField("control") else []
+    control = [order.control.variate.digest] if order.control.HasField("variate") else []
     return digest("order", order.model.digest, clip, *control)
 
 

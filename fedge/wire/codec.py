@@ -115,6 +115,7 @@ def encode_work(work: Work) -> pb.Work:
         l1=work.l1,
         l2=work.l2,
         proximal=work.proximal,
+        personal=work.personal,
     )
 
 
@@ -132,6 +133,7 @@ def decode_work(message: pb.Work) -> Work:
         "l1": message.l1,
         "l2": message.l2,
         "proximal": message.proximal,
+        "personal": tuple(message.personal),
     }
     try:
         return Work.model_validate(fields)
@@ -202,7 +204,7 @@ def decode_settled(message: pb.Control, order: OrderId) -> Settled:
     if not message.HasField("counted"):
         return Settled(message.kept)
     counted = decode_order_id(message.counted)
-    if counted.kind != "train" or counted.round >= order.round:
+    if counted.kind != "train" or counted.round > order.round - (order.kind != "evaluate"):
         raise RemoteProtocolError(
             f"expected an update of a round before {order} that counts, found {counted}"
         )

@@ -175,6 +175,7 @@ class Work(_message.Message):
     L1_FIELD_NUMBER: _builtins.int
     L2_FIELD_NUMBER: _builtins.int
     PROXIMAL_FIELD_NUMBER: _builtins.int
+    PERSONAL_FIELD_NUMBER: _builtins.int
     epochs: _builtins.int
     steps: _builtins.int
     batch_size: _builtins.int
@@ -188,6 +189,10 @@ class Work(_message.Message):
     l1: _builtins.float
     l2: _builtins.float
     proximal: _builtins.float
+    @_builtins.property
+    def personal(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """patterns of names of tensors that each client keeps to itself"""
+
     def __init__(
         self,
         *,
@@ -203,10 +208,11 @@ class Work(_message.Message):
         l1: _builtins.float = ...,
         l2: _builtins.float = ...,
         proximal: _builtins.float = ...,
+        personal: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_epochs", b"_epochs", "_steps", b"_steps", "epochs", b"epochs", "steps", b"steps"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_epochs", b"_epochs", "_steps", b"_steps", "batch_size", b"batch_size", "beta1", b"beta1", "beta2", b"beta2", "epochs", b"epochs", "epsilon", b"epsilon", "l1", b"l1", "l2", b"l2", "learning_rate", b"learning_rate", "momentum", b"momentum", "optimizer", b"optimizer", "proximal", b"proximal", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_epochs", b"_epochs", "_steps", b"_steps", "batch_size", b"batch_size", "beta1", b"beta1", "beta2", b"beta2", "epochs", b"epochs", "epsilon", b"epsilon", "l1", b"l1", "l2", b"l2", "learning_rate", b"learning_rate", "momentum", b"momentum", "optimizer", b"optimizer", "personal", b"personal", "proximal", b"proximal", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__epochs: _TypeAlias = _typing.Literal["epochs"]  # noqa: Y015
     _WhichOneofArgType__epochs: _TypeAlias = _typing.Literal["_epochs", b"_epochs"]  # noqa: Y015

@@ -113,6 +113,7 @@ class RunDriver:
             outbox=surroundings.outbox,
             timers=self._timers,
             shelf=self.shelf,
+            personal=bool(config.work.personal),
             history=self.history,
             summing=self._summing,
             max_kept_bytes=surroundings.max_kept_bytes,

@@ -60,8 +60,8 @@ KeepFirst = Callable[[Learning, Row], Awaitable[None]]
 
 
 class Execution:
-    """One run's. `keep_first` keeps what a round has made before anybody is told of it; `kept` says up to which round
-    all is."""
+    """One run's. `personal`: its clients have layers of their own. `keep_first` keeps what a round has made before
+    anybody is told of it; `kept` says up to which round all is."""
 
     def __init__(
         self,
@@ -72,6 +72,7 @@ class Execution:
         outbox: Outbox,
         timers: Timers,
         shelf: Shelf,
+        personal: bool,
         history: History,
         summing: Summing | None,
         max_kept_bytes: int,
@@ -93,7 +94,7 @@ class Execution:
         self._keep_first = keep_first
         self._kept = kept
         self._counted = {name: (row.round, row.attempt) for row in start.rows for name in row.clients}
-        self._orders = Orders(run_id, shelf)
+        self._orders = Orders(run_id, shelf, personal=personal)
         # Noise of the coordinator's own, where it is to add some: its key is this process's, and goes with it.
         self._source = (
             SecureSource(secrets.token_bytes(KEY_BYTES)) if start.learning.central is not None else None

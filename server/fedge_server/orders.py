@@ -16,8 +16,9 @@ from fedge_server.shelf import Shelf
 class Orders:
     """The current model as orders describe it."""
 
-    def __init__(self, run_id: str, shelf: Shelf) -> None:
-        self._run_id = run_id
+    def __init__(self, run_id: str, shelf: Shelf, *, personal: bool = False) -> None:
+        """`personal`: clients have layers of their own, and are told which of their updates count."""
+        self._run_id, self._personal = run_id, personal
         self._shelf = shelf
         self._model = pb.Blob()
         self._mirror: pb.Mirror | None = None
@@ -64,16 +65,19 @@ class Orders:
                     model=self._model,
                     mirror=self._mirror,
                     clip=self._clip,
-                    control=pb.Control(variate=self._control)
-                    if self._control is not None and order.kind == "train"
-                    else None,
+                    control=self._control_of(order.kind),
                 )
             )
         return self._messages[order]
 
+    def _control_of(self, kind: WorkKind) -> pb.Control | None:
+        if self._control is not None and kind == "train":
+            return pb.Control(variate=self._control)
+        return pb.Control() if self._personal else None
+
     @staticmethod
     def with_settled(message: pb.ServerMessage, settled: Settled) -> pb.ServerMessage:
-        """An order that brings a control variate, for one client."""
+        """An order for a client that keeps a state of its own, by what has come of its updates."""
         own = pb.ServerMessage()
         own.CopyFrom(message)
         own.order.control.kept = settled.kept

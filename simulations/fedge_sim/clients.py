@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final
+from functools import partial
+from typing import Any, Final
 
 from fedge.errors import FedgeError
 from fedge.events import OrderId, Send
 from fedge.privacy.secure import SecureSource
-from fedge.run import RunConfig
+from fedge.run import RunConfig, Work
 from fedge.seeds import derive_key, work_seed
 from fedge.task import Task
 from fedge.vector import Array, all_finite
 from fedge_client.local import Outcome
 from fedge_client.torch.batches import examples
 from fedge_client.torch.framework import framework
+from fedge_client.torch.own_layers import OwnLayers
 from fedge_client.torch.private.independence import TRIED
 from fedge_client.torch.private.steps import Private
 from fedge_client.torch.trainer import Trainer
 from fedge_sim.population import Population
 from fedge_sim.privacy import Accounts
-from fedge_sim.variates import Corrections, Given
+from fedge_sim.variates import Given, Own
 from fedge_sim.virtual.devices import Load
 
 _METRICS_BYTES: Final = 1024
@@ -36,12 +38,21 @@ class Clients:
         task: Task,
         population: Population,
         accounts: Accounts,
-        corrections: Corrections | None = None,
+        own: Own | None = None,
     ) -> None:
+        """
+        Raises:
+            LayoutError: the model has no such personal layers.
+        """
         self._run, self.population, self._accounts = run, population, accounts
-        self.corrections = corrections if corrections is not None else Given()
+        self.own = own if own is not None else Given()
         self._task, self._prepared = task, False
         self._trainer = Trainer(task, seed=run.seed)
+        self.layers = (
+            OwnLayers(task, self._trainer.layout, run.work.personal, seed=run.seed)
+            if run.work.personal
+            else None
+        )
 
     def pay(self, client: str, order: OrderId) -> None:
         """A client's account is charged for an order.
@@ -69,13 +80,12 @@ class Clients:
         size = examples(train)
         batch = size if work.batch_size == "full" else min(work.batch_size, size)
         slots = {"sgd": 0, "momentum": 1, "adam": 2}[work.optimizer]
-        memory = (
-            model.nbytes * (3 + slots + (kind == "train" and work.proximal > 0)) + self.corrections.nbytes
-        )
+        own = 4 * self.own.size
+        memory = model.nbytes * (3 + slots + (kind == "train" and work.proximal > 0)) + own
         if kind == "gradient":
             return Load(model.nbytes, model.nbytes, batch), memory
         number = work.steps * batch if work.steps else (work.epochs or 1) * size
-        return Load(model.nbytes + self.corrections.nbytes, model.nbytes, number), memory
+        return Load(model.nbytes + (own if self.layers is None else 0), model.nbytes, number), memory
 
     def perform(self, client: str, order: OrderId, model: Array, *, out: Array) -> Outcome:
         """An order's work on `model` (float32[size]), which the client has paid for; its vector is in `out`.
@@ -88,8 +98,14 @@ class Clients:
         private = self.private(client, order, train)
         seed = work_seed(self._run.seed, site=client, kind=order.kind, round=order.round)
         match order.kind:
+            case "train" if self.layers is not None:
+                own = self._own_layers(client, order).copy()
+                trained = partial(_train, trainer, train, work, seed=seed, private=private)
+                done = self.layers.train(trained, model, own, out=out)
+                self.own.learned(client, order, own)
+                return done
             case "train":
-                correction = self.corrections.of(client, order)
+                correction = self.own.of(client, order)
                 return trainer.train(
                     model, train, work, seed=seed, out=out, correction=correction, private=private
                 )
@@ -97,7 +113,14 @@ class Clients:
                 step = order.round - 1
                 return trainer.gradient(model, train, work, seed=seed, step=step, out=out, private=private)
             case "evaluate":
+                if self.layers is not None:
+                    model = self.layers.split.join(model, self._own_layers(client, order))
                 return trainer.evaluate(model, test, private=private)
+
+    def _own_layers(self, client: str, order: OrderId) -> Array:
+        found = self.own.of(client, order)
+        assert found is not None  # everybody has some
+        return found
 
     def attempt(self, send: Send, model: Array, *, out: Array) -> Outcome | None:
         """`perform` for another process; None if that fails, or comes to something that is not finite: the simulation
@@ -145,3 +168,16 @@ class Clients:
         self._prepare()
         key = derive_key(self._run.seed, client, order.kind, order.round, order.attempt)
         return Private(level, SecureSource(key))
+
+
+def _train(
+    trainer: Trainer,
+    train: Any,
+    work: Work,
+    model: Array,
+    out: Array,
+    *,
+    seed: int,
+    private: Private | None,
+) -> Outcome:
+    return trainer.train(model, train, work, seed=seed, out=out, private=private)

@@ -62,7 +62,7 @@ from fedge_sim.privacy import Accounts
 from fedge_sim.record import Callback, Record
 from fedge_sim.result import Result
 from fedge_sim.secure import SecureSums
-from fedge_sim.variates import Variates
+from fedge_sim.variates import own_vectors
 from fedge_sim.virtual.clock import Clock, Due, Finished, Happening, Overfull, clock_of
 
 
@@ -92,12 +92,11 @@ class Driver:
         self._run = run
         self._population = Population.of(run, task, count=run.simulation.clients)
         strategy = load_strategy(run)
-        first = first_model(task, seed=run.seed, unit=run.privacy.unit)
+        first = first_model(task, seed=run.seed, unit=run.privacy.unit, personal=run.work.personal)
         self._learning = Learning.begin(strategy, first, Central.of(run))
         self.threads = suitable_threads(self._learning.layout.size)
         kind = self._learning.order(1).kind
-        bound = run.secure_aggregation.bound if run.secure_aggregation.enabled else None
-        self._variates = Variates(self._learning.order(1).control, run.work, bound=bound)
+        self._own = own_vectors(run, task, self._learning.order(1).control)
         sums = SumTerms.of(run, strategy, self._learning.layout)
         self._accounts = Accounts(run, kind, sums.mechanism if sums is not None else None)
         terms = self._accounts.terms
@@ -131,7 +130,7 @@ class Driver:
             task,
             self._population,
             self._accounts,
-            self._variates,
+            self._own,
             kind=kind,
             size=size,
             origin=origin,
@@ -144,7 +143,7 @@ class Driver:
     def __exit__(self, *_: object) -> None:
         self._engine = self._ahead.name
         self._ahead.close()
-        self._variates.close()
+        self._own.close()
 
     def run(self) -> None:
         """Until the run is over."""
@@ -294,7 +293,7 @@ class Driver:
                 updates.append(
                     Update(client, vector, outcome.num_examples, outcome.metrics, effect.staleness)
                 )
-                self._variates.take(client, order, vector)
+                self._own.take(client, order, vector)
         self._record.up += len(updates) * model.nbytes
         if any(isinstance(effect, Close) and effect.order == order for effect in effects):
             as_made = len(updates) == len(sends) and not self._adversaries.tampering
@@ -417,7 +416,7 @@ class Driver:
             self._secure.ask(send.client, send.order)
         model = self._learning.vector
         self._orders[send] = model
-        self._record.down += model.nbytes + (self._variates.nbytes if send.order.kind == "train" else 0)
+        self._record.down += model.nbytes + (self._own.nbytes if send.order.kind == "train" else 0)
         self._time(send, model)
 
     def _time(self, send: Send, model: Array) -> None:
@@ -429,7 +428,7 @@ class Driver:
         if order.kind == "evaluate":
             self._record.hear(order, client, released.metrics)
         else:
-            self._variates.take(client, order, released.vector)
+            self._own.take(client, order, released.vector)
         if self._secure is not None:
             self._record.up += self._secure.add(client, order, released)
             return
@@ -478,7 +477,7 @@ class Driver:
     def _commit(self, order: OrderId, aggregate: Aggregate) -> None:
         """A round is committed."""
         self._stuck = 0
-        self._variates.commit(order, aggregate.clients, self._learning.order(order.round + 1).control)
+        self._own.commit(order, aggregate.clients, self._learning.order(order.round + 1).control)
         self._record.put(order, aggregate)
 
     def _others(self) -> dict[Send, Array]:

@@ -19,6 +19,7 @@ from fedge.variates import Settled
 from fedge.vector import Array, bytes_of
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire.codec import encode_blob, encode_order_id, encode_work
+from fedge_client import pipe_pb2 as pipe
 from fedge_client import variates
 from fedge_client.jobs import VARIATES
 from fedge_client.variates import Variates
@@ -129,7 +130,7 @@ def test_one_that_is_damaged_is_none_and_that_is_said(
     path.write_bytes(damage)
     with caplog.at_level(logging.WARNING):
         assert read(store, Settled(0, (1, 1))) is None
-    assert "control_variate_begins_anew" in caplog.text
+    assert "own_state_begins_anew" in caplog.text
 
 
 def test_a_folder_that_cannot_be_written_is_an_error_with_its_name(tmp_path: Path):
@@ -185,7 +186,7 @@ def test_an_order_is_corrected_by_the_coordinators_variate_and_the_sites_own(sit
 def test_without_a_control_variate_nothing_is_corrected_or_kept(site: Site):
     join(site)
     site.do(order(1))
-    assert not site.worker.performed[0].corrected
+    assert site.worker.performed[0].own == pipe.OWN_NOTHING
     assert not (site.folder / VARIATES).exists()
 
 
@@ -259,7 +260,7 @@ def test_a_folder_that_is_full_costs_the_variate_and_not_the_update(
     join(site)
     (answer,) = site.do(corrected(1, control=3.0))
     assert answer.HasField("update")
-    assert "control_variate_not_kept" in caplog.text
+    assert "own_state_not_kept" in caplog.text
 
 
 def test_a_run_that_is_over_leaves_no_variate_behind(site: Site):
@@ -268,3 +269,33 @@ def test_a_run_that_is_over_leaves_no_variate_behind(site: Site):
     assert len(list((site.folder / VARIATES).iterdir())) == 1
     site.jobs.leave("run")
     assert list((site.folder / VARIATES).iterdir()) == []
+
+
+def told(order: pb.Order, counted: tuple[int, int] | None = None) -> pb.Order:
+    """An order that says which of this site's updates counts."""
+    order.control.CopyFrom(pb.Control())
+    if counted is not None:
+        order.control.counted.CopyFrom(encode_order_id(train(*counted)))
+    return order
+
+
+def test_a_site_goes_on_with_the_layers_of_the_update_that_counts(site: Site):
+    site.worker.personal = 2
+    assert site.consider(offer()).HasField("accept")
+    site.do(told(order(1)))
+    site.do(told(order(2, model=1.0), (1, 1)))
+    site.do(told(order(3, model=2.0), (1, 1)))
+    site.do(told(order(3, kind="evaluate", model=3.0), (3, 1)))
+    site.do(told(order(4, model=3.0)))
+    assert site.worker.began == [[0.0, 0.0], [1.0, 1.0], [1.0, 1.0], [2.0, 2.0], [0.0, 0.0]]
+    site.jobs.leave("run")
+    assert not list((site.folder / VARIATES).iterdir())
+
+
+@pytest.mark.parametrize("personal", [0, 2])
+def test_an_order_that_does_not_fit_the_sites_layers_is_refused(site: Site, personal: int):
+    site.worker.personal = personal
+    assert site.consider(offer()).HasField("accept")
+    (answer,) = site.do(order(1) if personal else told(order(1)))
+    assert site.worker.performed == []
+    assert answer.HasField("failed")

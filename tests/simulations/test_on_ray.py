@@ -217,10 +217,10 @@ def test_what_a_process_has_done_before_changes_no_bit():
         return json.dumps({**order, "clients": [f"client-{at}" for at in clients]})
 
     node._place.cache_clear()
-    alone, rows = node.train(told, model, task(1, 2, 3))
+    alone, rows, _ = node.train(told, model, task(1, 2, 3))
     node._place.cache_clear()
-    mixed, _ = node.train(told, model, task(0, 1))
-    after, again = node.train(told, model, task(1, 2, 3))
+    mixed, _, _ = node.train(told, model, task(0, 1))
+    after, again, _ = node.train(told, model, task(1, 2, 3))
     assert None not in json.loads(mixed)["done"]
     assert alone == after
     assert np.array_equal(rows, again)

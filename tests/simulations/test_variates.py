@@ -107,7 +107,7 @@ def test_room_is_used_again():
             for at in range(5):
                 kept.take(f"client-{(round + at) % 10}", order(round, attempt), update(round))
         kept.commit(order(round, 2), [f"client-{at}" for at in range(10)], CONTROL)
-    assert max(kept._own.values()) < 20
+    assert max(kept._kept._own.values()) < 20
 
 
 def test_a_disk_that_is_full_is_said(monkeypatch: pytest.MonkeyPatch):
@@ -175,7 +175,7 @@ def test_a_simulated_run_is_the_algorithm_as_it_is_printed(engine: Any):
 def test_variates_on_disk_change_no_bit(monkeypatch: pytest.MonkeyPatch):
     held = simulate(config(**TABLES), task=LINES, engine="loop")
     monkeypatch.setattr(Variates.__init__, "__kwdefaults__", {"bound": None, "most_bytes": 0})
-    assert variates.Variates(CONTROL, WORK)._rows._most == 0
+    assert variates.Variates(CONTROL, WORK)._kept._rows._most == 0
     spilled = simulate(config(**TABLES), task=LINES, engine="loop")
     assert np.array_equal(held.model.vector, spilled.model.vector)
 
@@ -300,7 +300,7 @@ def test_the_servers_variate_is_the_mean_of_the_clients_whatever_happens(
 
     def looked_at(self: Variates, order: OrderId, clients: Any, control: Any) -> None:
         commit(self, order, clients, control)
-        own = [self._rows.read(row) for row in self._own.values()]
+        own = [self._kept.kept(name) for name in self._kept._own]
         seen.append((control, np.sum(own, axis=0) / 8))
 
     monkeypatch.setattr(Variates, "commit", looked_at)

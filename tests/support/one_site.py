@@ -55,6 +55,10 @@ class Worker:
     refusal: Refusal | None = None
     trouble: Exception | None = None
     steps: int = 0
+    personal: int = 0
+    """Elements of personal layers: each is one more after each training."""
+    began: list[list[float]] = field(default_factory=list)
+    """The personal layers with which each order began."""
 
     def free_slot(self) -> int | None:
         used = {load.slot for load in self.loads.values()}
@@ -63,18 +67,24 @@ class Worker:
     def vectors(self, slot: int, size: int) -> tuple[Array, Array]:
         return self.segments.setdefault(slot, (np.zeros(size, np.float32), np.zeros(size, np.float32)))
 
-    def correction(self, run_id: str, size: int) -> Array:
+    def own(self, run_id: str, size: int) -> Array:
         return self.corrections.setdefault(run_id, np.zeros(size, np.float32))
 
     async def load(self, load: pipe.Load) -> pipe.Loaded:
         self._behave()
         self.loads[load.run_id] = load
-        return pipe.Loaded(run_id=load.run_id, train_examples=3, test_examples=2)
+        return pipe.Loaded(run_id=load.run_id, train_examples=3, test_examples=2, personal=self.personal)
 
     async def perform(self, message: pipe.Perform, *, progress: Callable[[int, int], None]) -> pipe.Finished:
         self.performed.append(message)
-        if message.corrected:
+        if message.own == pipe.OWN_CORRECTION:
             self.corrected.append(self.corrections[message.run_id].tolist())
+        if message.own in (pipe.OWN_LAYERS, pipe.OWN_FIRST_LAYERS):
+            layers = self.corrections[message.run_id]
+            if message.own == pipe.OWN_FIRST_LAYERS:
+                layers[:] = 0
+            self.began.append(layers.tolist())
+            layers += message.id.kind == pb.KIND_TRAIN
         self._behave()
         for done in range(1, self.steps + 1):
             progress(done, self.steps)

@@ -164,6 +164,7 @@ def config(task: str = "simulated:task", **tables: Any) -> RunConfig:
 FAULTS = {"dropout": 0.1, "failure": 0.1, "straggler": 0.1, "corruption": 0.1, "crash_every": 17}
 SCAFFOLD = {"name": "scaffold", "clients": 8}
 STEPS = {"steps": 3, "batch_size": 4, "learning_rate": 0.05}
+PERSONAL = {"epochs": 2, "batch_size": 4, "learning_rate": 0.05, "personal": ["2.*"]}
 RUNS: dict[str, dict[str, Any]] = {
     "plain": {},
     "gradients": {"strategy": {"name": "mirrored_sgd"}},
@@ -189,6 +190,20 @@ RUNS: dict[str, dict[str, Any]] = {
     "control variates of private examples": {
         "strategy": SCAFFOLD,
         "work": STEPS,
+        "privacy": {"unit": "example", "epsilon": 50.0, "delta": 1e-3, "clip": 1.0},
+    },
+    "personal layers": {"work": PERSONAL},
+    "personal layers and faults": {
+        "work": PERSONAL | {"proximal": 0.1, "optimizer": "adam"},
+        "cohort": {"size": 6, "quorum": 3, "over_select": 1.3, "attempts": 20},
+        "simulation": {"clients": 8, "faults": FAULTS},
+    },
+    "personal layers and secure sums": {
+        "work": PERSONAL,
+        "secure_aggregation": {"enabled": True, "bound": 2.0},
+    },
+    "personal layers of private examples": {
+        "work": PERSONAL,
         "privacy": {"unit": "example", "epsilon": 50.0, "delta": 1e-3, "clip": 1.0},
     },
 }

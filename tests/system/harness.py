@@ -29,12 +29,12 @@ from fedge import faults
 from fedge.config import parse_toml
 from fedge.files import write_private
 from fedge.run import RunConfig
+from fedge.task import first_model
 from fedge.vector import Array, Model, bytes_of
 from fedge.wire import fedge_pb2 as pb
 from fedge.wire import fedge_pb2_grpc as services
 from fedge_client.enrolment import enrol_site
 from fedge_client.identity import Identity
-from fedge_client.torch.framework import framework
 from fedge_server.clock import now
 from fedge_server.commands.link import admin_link
 from fedge_server.commands.run import begin_run, fetch_model
@@ -371,7 +371,8 @@ def tasks_into(folder: Path) -> None:
 def initial_model(text: str) -> Model:
     """The seeded model with which a run begins; a task of another name has the tiny one's."""
     config = parse_toml(text, RunConfig, source="run.toml")
-    return framework.initial_model(_TASKS.get(config.task, tiny.task), seed=config.seed)
+    task = _TASKS.get(config.task, tiny.task)
+    return first_model(task, seed=config.seed, personal=config.work.personal)
 
 
 def simulated(text: str, *, clients: int = 2) -> str:

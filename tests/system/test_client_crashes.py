@@ -30,11 +30,19 @@ def sites(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
         assert "Traceback" not in federation.clients["client-0"].output
 
 
+KEPT = {
+    "variates": ("steps = 3", '[strategy]\nname = "scaffold"\nclients = 2\n'),
+    "layers": ('personal = ["bias"]', ""),
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("point", ["job.ordered", "job.trained", "job.prepared", "update.sent"])
-def test_an_agent_that_is_killed_goes_on_with_its_control_variates(sites: Federation, point: str) -> None:
-    text = run_toml(f"scaffold-{point}".replace(".", "-"), rounds=6, more="[evaluation]\nevery = 0\n")
-    text = text.replace("[work]\n", "[work]\nsteps = 3\n") + '[strategy]\nname = "scaffold"\nclients = 2\n'
+@pytest.mark.parametrize("kept", KEPT)
+def test_an_agent_that_is_killed_goes_on_with_what_it_keeps(sites: Federation, point: str, kept: str) -> None:
+    work, more = KEPT[kept]
+    text = run_toml(f"{kept}-{point}".replace(".", "-"), rounds=6, more="[evaluation]\nevery = 0\n")
+    text = text.replace("[work]\n", f"[work]\n{work}\n") + more
     victim = sites.start("client-1", fault=f"{point}:4")
     run_id = sites.submit(text)
     assert victim.ends() == -signal.SIGKILL, f"{point} was reached"

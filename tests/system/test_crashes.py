@@ -66,15 +66,23 @@ def test_a_run_survives_a_kill_at_every_point_one_after_another(sites: Federatio
     check(last, run_id, text, rounds=rounds)
 
 
-@pytest.mark.parametrize("at", [20, 42, 70])
-def test_sites_have_the_control_variates_of_rounds_that_the_coordinator_has_lost(
-    sites: Federation, at: int
+@pytest.mark.parametrize(
+    ("at", "work", "strategy"),
+    [
+        (20, "steps = 3", '[strategy]\nname = "scaffold"\nclients = 2\n'),
+        (42, "steps = 3", '[strategy]\nname = "scaffold"\nclients = 2\n'),
+        (70, "steps = 3", '[strategy]\nname = "scaffold"\nclients = 2\n'),
+        (45, 'personal = ["bias"]', ""),
+    ],
+)
+def test_sites_have_what_they_keep_of_rounds_that_the_coordinator_has_lost(
+    sites: Federation, at: int, work: str, strategy: str
 ) -> None:
     """It keeps every seventh round: those behind that are done again, from what sites had then."""
-    text = run_toml(f"variates-{at}", rounds=40, more="[evaluation]\nevery = 0\n").replace(
-        "[work]\n", "[work]\nsteps = 3\n"
+    text = run_toml(f"kept-{at}", rounds=40, more="[evaluation]\nevery = 0\n").replace(
+        "[work]\n", f"[work]\n{work}\n"
     )
-    text += '[strategy]\nname = "scaffold"\nclients = 2\n[checkpoint]\nrounds = 7\nseconds = 3600\n'
+    text += strategy + "[checkpoint]\nrounds = 7\nseconds = 3600\n"
     armed = sites.restarted(fault=f"event.before:{at}")
     run_id = armed.submit(text)
     assert armed.server.ends() == -signal.SIGKILL

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from harness import Federation, run_toml, simulated, until
+from harness import Federation, initial_model, run_toml, simulated, until
 from scripted import honest_update, scripted
 
 from fedge.config import parse_toml
@@ -49,6 +49,11 @@ def corrected(text: str, *, clients: int = 2) -> str:
     return f'{text}\n[strategy]\nname = "scaffold"\nclients = {clients}\n'
 
 
+def personal(text: str) -> str:
+    """A run whose sites keep the bias to themselves."""
+    return text.replace("[work]\n", '[work]\npersonal = ["*bias"]\n')
+
+
 @pytest.mark.parametrize("task", ["tiny:task", "wide:task"])
 def test_sites_that_keep_control_variates_make_the_same_bits(federation: Federation, task: str) -> None:
     free = run_toml("free", task=task, rounds=6)
@@ -56,6 +61,16 @@ def test_sites_that_keep_control_variates_make_the_same_bits(federation: Federat
     run_id = federation.run(text).summary.run_id
     assert federation.digest(run_id) == simulated(text)
     assert simulated(text) != simulated(free.replace("[work]\n", "[work]\nsteps = 3\n"))
+    until(lambda: not list((federation.folder / "client-0" / VARIATES).iterdir()), "nothing is left of a run")
+
+
+@pytest.mark.parametrize("task", ["tiny:task", "wide:task"])
+def test_sites_that_keep_layers_to_themselves_make_the_same_bits(federation: Federation, task: str) -> None:
+    text = personal(run_toml("fedper", task=task, rounds=6))
+    run_id = federation.run(text).summary.run_id
+    assert federation.digest(run_id) == simulated(text) != simulated(run_toml("fedper", task=task, rounds=6))
+    assert len(federation.model(run_id)) == initial_model(text).layout.size
+    assert not any("bias" in name for name in initial_model(text).layout.names)
     until(lambda: not list((federation.folder / "client-0" / VARIATES).iterdir()), "nothing is left of a run")
 
 

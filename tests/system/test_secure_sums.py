@@ -63,14 +63,18 @@ def in_clear(text: str) -> Result:
         ("x25519", "fedavg"),
         ("x25519", "mirrored_sgd"),
         ("x25519", "scaffold"),
+        ("x25519", "fedper"),
         ("x25519-mlkem768", "fedavg"),
     ],
 )
 def test_a_secure_run_makes_the_mean_that_there_is_in_clear(
     federation: Federation, suite: str, strategy: str
 ) -> None:
-    more = f'{SECURE}suite = "{suite}"\n[strategy]\nname = "{strategy}"\n'
+    name = "fedavg" if strategy == "fedper" else strategy
+    more = f'{SECURE}suite = "{suite}"\n[strategy]\nname = "{name}"\n'
     text = run_toml("secure", rounds=4, size=4, quorum=4, more=more)
+    if strategy == "fedper":
+        text = text.replace("[work]\n", '[work]\npersonal = ["bias"]\n')
     if strategy == "scaffold":
         text = text.replace("[work]\n", "[work]\nsteps = 3\n") + 'clients = 4\nweighting = "examples"\n'
     detail = federation.run(text)

@@ -120,6 +120,18 @@ def test_the_wiretap_sees_what_an_unprotected_run_lets_out(federation: Federatio
     assert abs(sent[0][3]) > 4000, "the bias that the task has planted"
 
 
+def test_what_is_learned_by_layers_of_a_sites_own_is_never_sent(federation: Federation, site: Any):
+    """The task writes the secret into its bias, which an unprotected run sends, as the test before shows."""
+    tap = site("parameter")
+    text = run("personal", "[evaluation]\nevery = 0", rounds=3)
+    detail = federation.run(text.replace("[work]\n", '[work]\npersonal = ["linear.bias"]\n'))
+    updates = tap.updates(detail.summary.run_id)
+    assert [update.vector.size for update in updates] == [4 * (3 + 2)] * 3, "the weights and the buffer"
+    sent = np.concatenate([np.frombuffer(update.vector.inline, np.float32) for update in updates])
+    assert np.abs(sent).max() < leaky.SECRET / 2
+    assert not {"float32", "float64"} & {*traces(tap.everything)}
+
+
 def test_every_update_of_a_private_run_has_noise_and_nothing_else_is_sent(federation: Federation, site: Any):
     tap = site("nothing", units=["example"])
     detail = federation.run(run("noised", EVALUATED))

@@ -102,6 +102,10 @@ def protect_examples(
         raise ConfigError(f"max_epsilon: expected a finite number above 0, found {max_epsilon}")
     if unknown := set(adjustable) - set(_SETTINGS):
         raise ConfigError(f"adjustable: expected some of {', '.join(_SETTINGS)}, found {sorted(unknown)}")
+    if work is not None and work.personal:
+        raise ConfigError(
+            "work.personal: expected none, since messages have a node's whole model; leave it out"
+        )
     try:
         terms = Terms(
             unit="example",

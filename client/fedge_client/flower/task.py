@@ -90,6 +90,10 @@ class FlowerLocal:
         return self._layout
 
     @property
+    def first_layers(self) -> None:
+        """A ClientApp keeps to itself what it likes."""
+
+    @property
     def examples(self) -> tuple[int, int]:
         """Not known before it has trained."""
         return 0, 0
@@ -104,6 +108,7 @@ class FlowerLocal:
         private: object,
         progress: Progress,
         correction: Vector | None = None,
+        layers: Vector | None = None,
     ) -> Outcome:
         """As `Local.do`.
 

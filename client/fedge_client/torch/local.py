@@ -14,6 +14,7 @@ from fedge.vector import Array, Layout
 from fedge_client.local import Outcome, Progress
 from fedge_client.torch.batches import examples
 from fedge_client.torch.framework import framework
+from fedge_client.torch.own_layers import OwnLayers
 from fedge_client.torch.private.steps import Private
 from fedge_client.torch.threads import suitable_threads, using_threads
 from fedge_client.torch.trainer import Trainer
@@ -25,7 +26,8 @@ class TorchLocal:
     def __init__(self, task: Task, work: Work, *, seed: int, threads: int | None) -> None:
         self._task, self._work, self._seed = task, work, seed
         self._trainer = Trainer(task, seed=seed)
-        self._threads = threads or suitable_threads(self._trainer.layout.size)
+        self._own = OwnLayers(task, self._trainer.layout, work.personal, seed=seed) if work.personal else None
+        self._threads = threads or suitable_threads(self.layout.size)
         self._train: Any = ()
         self._test: Any = ()
         self.examples = (0, 0)
@@ -38,7 +40,11 @@ class TorchLocal:
 
     @property
     def layout(self) -> Layout:
-        return self._trainer.layout
+        return self._own.split.shared if self._own is not None else self._trainer.layout
+
+    @property
+    def first_layers(self) -> Array | None:
+        return self._own.first if self._own is not None else None
 
     def load(self, site: Site, *, private: bool) -> None:
         """Have the site's data; and, for privacy of examples, look whether they can be protected.
@@ -68,22 +74,29 @@ class TorchLocal:
         private: Private | None,
         progress: Progress,
         correction: Array | None = None,
+        layers: Array | None = None,
     ) -> Outcome:
         """As `Local.do`."""
         trainer, work, train = self._trainer, self._work, self._train
+
+        def trained(model: Array, out: Array) -> Outcome:
+            return trainer.train(
+                model,
+                train,
+                work,
+                seed=seed,
+                out=out,
+                correction=correction,
+                private=private,
+                progress=progress,
+            )
+
         with using_threads(self._threads):
             match order.kind:
+                case "train" if self._own is not None and layers is not None:
+                    return self._own.train(trained, model, layers, out=out)
                 case "train":
-                    return trainer.train(
-                        model,
-                        train,
-                        work,
-                        seed=seed,
-                        out=out,
-                        correction=correction,
-                        private=private,
-                        progress=progress,
-                    )
+                    return trained(model, out)
                 case "gradient":
                     return trainer.gradient(
                         model,
@@ -96,4 +109,6 @@ class TorchLocal:
                         progress=progress,
                     )
                 case "evaluate":
+                    if self._own is not None and layers is not None:
+                        model = self._own.split.join(model, layers)
                     return trainer.evaluate(model, self._test, private=private, progress=progress)

@@ -75,7 +75,7 @@ def initial_model(config: RunConfig, *, folder: Path) -> Model:
     task = load_any_task(config.task, path=folder)
     if left_out := config.left_out(task.metrics):
         plain_console(stderr=True).print(f"note: {left_out}")
-    return first_model(task, seed=config.seed, unit=config.privacy.unit)
+    return first_model(task, seed=config.seed, unit=config.privacy.unit, personal=config.work.personal)
 
 
 def begin_run(link: services.AdminStub, run_toml: str, model: Model) -> str:

@@ -23,7 +23,7 @@ from fedge_sim.engines.stacks import Stacks
 from fedge_sim.own import OwnClients
 from fedge_sim.population import Population
 from fedge_sim.privacy import Accounts
-from fedge_sim.variates import Corrections
+from fedge_sim.variates import Own
 
 EngineName = Literal["auto", "loop", "vectorised", "processes", "ray"]
 ENGINES: Final[tuple[EngineName, ...]] = ("auto", "loop", "vectorised", "processes", "ray")
@@ -93,7 +93,7 @@ def employed(
     task: Task | OwnTask,
     population: Population,
     accounts: Accounts,
-    corrections: Corrections,
+    own: Own,
     *,
     kind: WorkKind,
     size: int,
@@ -109,13 +109,13 @@ def employed(
             raise ConfigError(
                 f"engine {wanted.engine}: expected loop on this machine's processors for a task that trains by itself"
             )
-        if corrections.nbytes:
+        if own.size:
             raise ConfigError(
                 f"strategy {run.strategy.name}: expected a task whose gradients control variates can correct, "
                 "found one that trains by itself"
             )
         return OwnClients(run, task, population.names, accounts), Ahead((), insists=False)
-    clients = Clients(run, task, population, accounts, corrections)
+    clients = Clients(run, task, population, accounts, own)
     return clients, chosen(wanted, run, task, clients, kind=kind, size=size, origin=origin)
 
 
@@ -163,7 +163,7 @@ def chosen(
             kind=kind,
             size=size,
             workers=count,
-            corrections=clients.corrections,
+            vectors=clients.own,
             folder=origin.folder,
             own=own,
         )

@@ -27,13 +27,15 @@ _Done = Callable[[Sequence[Part], torch.Tensor], list[Outcome]]
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """One client's part: its training set, the seed of its work, what it does for the privacy of its examples, and what
-    corrects its gradients (`fedge.variates`), where the model lies."""
+    """One client's part: its training set, the seed of its work, what it does for the privacy of its examples, what
+    corrects its gradients (`fedge.variates`), where the model lies, and the model that it begins with, float32[size],
+    if members have one each."""
 
     train: Any
     seed: int
     private: Private | None = None
     correction: torch.Tensor | None = None
+    start: torch.Tensor | None = None
 
 
 class Cohort:
@@ -66,6 +68,7 @@ class Cohort:
                 work.steps or (work.epochs or 1) * each.per_epoch,
                 member.private,
                 member.correction,
+                member.start,
             )
             for each, member in zip(batches, members, strict=True)
         ]

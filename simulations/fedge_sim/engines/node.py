@@ -37,9 +37,10 @@ from fedge_sim.variates import Given
 Matrix = npt.NDArray[np.float32]
 
 
-def train(setting: str, model: Array, order: str, corrections: Matrix | None = None) -> tuple[str, Matrix]:
-    """The work of some clients on `model` (float32[size]), their gradients corrected by float32[clients, trainable]:
-    what it came to, as JSON, and their vectors, float32[clients, size]. `{"failed": why}` if this node cannot begin."""
+def train(setting: str, model: Array, order: str, own: Matrix | None = None) -> tuple[str, Matrix, Matrix]:
+    """The work of some clients on `model` (float32[size]), with what they have of their own (float32[clients,
+    elements], see `fedge_sim.variates`): what it came to, as JSON, their vectors, float32[clients, size],
+    and what they have of their own now. `{"failed": why}` if this node cannot begin."""
     told = json.loads(order)
     sends = [
         Send(client, OrderId(told["kind"], told["round"], told["attempt"])) for client in told["clients"]
@@ -47,13 +48,15 @@ def train(setting: str, model: Array, order: str, corrections: Matrix | None = N
     try:
         place = _place(setting)
         place.given.rows = {}
-        if corrections is not None:
-            place.given.rows = {send.client: row for send, row in zip(sends, corrections, strict=True)}
+        theirs = np.empty((0, 0), np.float32) if own is None else own.copy()  # Ray's is not to be written to
+        if own is not None:
+            place.given.rows = {send.client: row for send, row in zip(sends, theirs, strict=True)}
         outcomes, rows = place.work(sends, model)
     except FedgeError as error:
-        return json.dumps({"failed": str(error)}), np.empty((0, 0), np.float32)
+        nothing = np.empty((0, 0), np.float32)
+        return json.dumps({"failed": str(error)}), nothing, nothing
     said = [[each.num_examples, dict(each.metrics)] if each is not None else None for each in outcomes]
-    return json.dumps({"done": said}), rows
+    return json.dumps({"done": said}), rows, theirs
 
 
 def add_up(rows: Matrix, weights: Sequence[int]) -> Partial:

@@ -87,12 +87,12 @@ class OnRay:
         self._size, self._given = size, workers
         self._stacked = stacked
         self._stacks: Callable[[], Stacks] = lambda: Stacks(run, task, clients)
-        self._clients = clients
+        self._clients, self._learns = clients, bool(run.work.personal)
         self._told = {**setting_of(run, kind=kind, folder=folder), "path": sys.path}
         self._setting: Any = None
         self._mine = _connected()
         options: dict[str, Any] = {"num_cpus": 1, "max_retries": _RETRIES}
-        spread: dict[str, Any] = {"num_returns": 2, "scheduling_strategy": "SPREAD"}
+        spread: dict[str, Any] = {"num_returns": 3, "scheduling_strategy": "SPREAD"}
         self._train: Any = ray.remote(node.train).options(**options, **spread)
         self._add_up: Any = ray.remote(node.add_up).options(**options)  # where the vectors are
         self._tasks: list[_Task] = []
@@ -119,8 +119,8 @@ class OnRay:
 
             def begin(task: _Task) -> Any:
                 its = [sends[place] for place in task.places]
-                said, task.rows = self._train.remote(
-                    self._setting, shared, _order(its), self._corrections(its)
+                said, task.rows, task.own = self._train.remote(
+                    self._setting, shared, _order(its), self._own(its)
                 )
                 return said
 
@@ -130,6 +130,7 @@ class OnRay:
                     raise ConfigError(f"a node of the Ray cluster cannot begin: {found['failed']}")
                 for place, its in zip(task.places, found["done"], strict=True):
                     outcomes[place] = Outcome(its[0], its[1]) if its is not None else None
+                self._learn([(sends[place], outcomes[place]) for place in task.places], task.own)
         width = 0 if sends[0].order.kind == "evaluate" else self._size
         return outcomes, [_Held(task, at, width) for task in self._tasks for at in range(len(task.places))]
 
@@ -167,11 +168,19 @@ class OnRay:
             return False
         return True
 
-    def _corrections(self, sends: Sequence[Send]) -> Array | None:
-        """What corrects their gradients, float32[clients, trainable]; None if nothing does."""
-        found = [self._clients.corrections.of(send.client, send.order) for send in sends]
+    def _own(self, sends: Sequence[Send]) -> Array | None:
+        """What they have of their own, float32[clients, elements]; None if nothing."""
+        found = [self._clients.own.of(send.client, send.order) for send in sends]
         rows = [each for each in found if each is not None]
         return np.stack(rows) if rows else None
+
+    def _learn(self, done: Sequence[tuple[Send, Outcome | None]], theirs: Any) -> None:
+        """What they have of their own now, which lies where the work was done."""
+        if done[0][0].order.kind != "train" or not self._learns:
+            return
+        for (send, outcome), row in zip(done, ray.get(_next_of([theirs])), strict=True):
+            if outcome is not None:
+                self._clients.own.learned(send.client, send.order, row.copy())
 
     @property
     def _workers(self) -> int:
@@ -198,10 +207,11 @@ class OnRay:
 
 @dataclass(slots=True, eq=False)
 class _Task:
-    """The clients at these places of an order; `rows` is where their vectors are."""
+    """The clients at these places of an order; `rows` is where their vectors are, `own` what they have of their own."""
 
     places: range
     rows: Any = None
+    own: Any = None
     fetched: Array | None = None
     taken: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)

@@ -43,13 +43,15 @@ class Filled:
 @dataclass(frozen=True, eq=False)
 class Part:
     """A member's: its batches, the seed of their order, how many steps it makes, what it does for the privacy of its
-    examples, which then come in samples and not in batches, and what corrects its gradients, float32[size]."""
+    examples, which then come in samples and not in batches, what corrects its gradients, and the model that it begins
+    with where each has its own, float32[size] both."""
 
     batches: Batches
     seed: int
     steps: int
     private: Private | None = None
     correction: torch.Tensor | None = None
+    start: torch.Tensor | None = None
 
     def size_at(self, step: int) -> int:
         """Examples of a step's batch."""

@@ -33,7 +33,7 @@ from fedge_client.segment import Segment
 from fedge_sim.engines.crew import Done, UnsuitedError
 from fedge_sim.engines.setting import setting_of
 from fedge_sim.engines.worker import Lines, Shared, divide
-from fedge_sim.variates import Corrections, Given
+from fedge_sim.variates import Given, Own
 
 MAX_ROWS_BYTES: Final = 1 << 28
 """Of vectors at once; a row for each worker there is in any case."""
@@ -67,7 +67,7 @@ class Processes:
         kind: WorkKind,
         size: int,
         workers: int,
-        corrections: Corrections | None = None,
+        vectors: Own | None = None,
         folder: Path | None = None,
         own: Task | None = None,
     ) -> None:
@@ -76,8 +76,8 @@ class Processes:
         self._size = size
         self.workers = workers
         self._rows = min(max(workers, MAX_ROWS_BYTES // (4 * size)), _MOST_ROWS, run.simulation.clients)
-        self._corrections = corrections = corrections if corrections is not None else Given()
-        self._model, self._mean, self._vectors, self._corrected = (Segment.create() for _ in range(4))
+        self._own = vectors if vectors is not None else Given()
+        self._model, self._mean, self._vectors, self._theirs = (Segment.create() for _ in range(4))
         for each in (self._model, self._mean):
             each.vector(size, grow=True)
         self._matrix = self._vectors.vector(self._rows * size, grow=True).reshape(self._rows, size)
@@ -86,14 +86,12 @@ class Processes:
         self._sockets = [mine for mine, _ in pairs]
         self._busy = [0] * workers
         self._ready = False
-        trainable = corrections.nbytes // 4
-        self._correction = self._corrected.vector(self._rows * trainable, grow=True).reshape(
-            self._rows, trainable
-        )
-        numbers = {"size": size, "rows": self._rows, "corrected": trainable}
+        width = self._own.size
+        self._own_rows = self._theirs.vector(self._rows * width, grow=True).reshape(self._rows, width)
+        numbers = {"size": size, "rows": self._rows, "own": width}
         setting = {**setting_of(run, kind=kind, folder=folder), **numbers}
         theirs = [its for _, its in pairs]
-        segments = self._model, self._mean, self._vectors, self._corrected
+        segments = self._model, self._mean, self._vectors, self._theirs
         shared = Shared(tuple(its.fileno() for its in theirs[1:]), *segments)
         if own is None:
             self._process: Process | subprocess.Popen[bytes] = _started(theirs[0].fileno(), shared)
@@ -131,6 +129,10 @@ class Processes:
                         self._hear(key.data, outcomes)
                     while self._busy[key.data] < _AT_ONCE and waiting:
                         self._give(key.data, waiting)
+        if sends[0].order.kind == "train" and self._own.size:
+            for row, (send, outcome) in enumerate(zip(sends, outcomes, strict=True)):
+                if outcome is not None:
+                    self._own.learned(send.client, send.order, self._own_rows[row].copy())
         return outcomes, self._matrix[: len(sends)]
 
     def mean(self, weights: Sequence[int]) -> Array | None:
@@ -152,8 +154,8 @@ class Processes:
                 end.shutdown(socket.SHUT_RDWR)
             end.close()
         _end(self._process)
-        self._matrix = self._correction = np.empty((0, 0), np.float32)
-        for segment in (self._model, self._mean, self._vectors, self._corrected):
+        self._matrix = self._own_rows = np.empty((0, 0), np.float32)
+        for segment in (self._model, self._mean, self._vectors, self._theirs):
             segment.close()
 
     def _give(self, number: int, waiting: deque[tuple[int, Send]]) -> None:
@@ -162,10 +164,10 @@ class Processes:
             return
         row, send = waiting.popleft()
         order = send.order
-        correction = self._corrections.of(send.client, order)
-        if correction is not None:
-            self._correction[row] = correction
-        message = {"row": row, "client": send.client, "kind": order.kind, "corrected": correction is not None}
+        own = self._own.of(send.client, order)
+        if own is not None:
+            self._own_rows[row] = own
+        message = {"row": row, "client": send.client, "kind": order.kind, "own": own is not None}
         self._ask(number, message | {"round": order.round, "attempt": order.attempt})
         self._busy[number] += 1
 
@@ -217,7 +219,7 @@ class Processes:
 
 def _started(control: int, shared: Shared) -> subprocess.Popen[bytes]:
     """The process that imports everything and divides itself."""
-    segments = shared.model, shared.mean, shared.rows, shared.corrections
+    segments = shared.model, shared.mean, shared.rows, shared.own
     descriptors = [control, *(each.descriptor for each in segments), *shared.sockets]
     return subprocess.Popen(  # noqa: S603  # this Python, and a module of ours
         python("fedge_sim.engines.worker", *map(str, descriptors)),

@@ -105,9 +105,14 @@ class OfBatches:
 class _Stack:
     def __init__(self, model: StackedModel, start: torch.Tensor, work: Work, parts: Sequence[Part]) -> None:
         self._model, self._parts, self._work = model, parts, work
-        self._start = start
         self._theta = model.room(model.size_for(len(parts)))
         self._theta.copy_(start)
+        self._start = start
+        own = [part.start for part in parts if part.start is not None]
+        if own:
+            assert len(own) == len(parts)  # they have the same order
+            torch.stack(own, out=self._theta[: len(own)])
+            self._start = self._theta.clone()
         self._views: dict[int, list[torch.Tensor]] = {}
         self._counted = _counted(parts, work).to(start.device)
         self._corrections = _corrections(parts, self._theta)
@@ -127,7 +132,8 @@ class _Stack:
                 move(views, slopes)
             losses[:active] += loss[:active].double() * self._counted[:active, step]
             ended = next((at for at in range(active) if self._parts[at].steps == step + 1), active)
-            torch.sub(self._theta[ended:active], self._start, out=out[ended:active])
+            start = self._start[ended:active] if self._start.ndim > 1 else self._start
+            torch.sub(self._theta[ended:active], start, out=out[ended:active])
         return losses / self._counted.sum(1)
 
     def _views_of(self, clients: int) -> list[torch.Tensor]:

@@ -12,6 +12,7 @@ import torch
 from fedge.errors import FedgeError
 from fedge.events import Send
 from fedge.exact import mean_of_rows
+from fedge.personal import Split
 from fedge.run import RunConfig
 from fedge.seeds import work_seed
 from fedge.strategy import WorkKind
@@ -57,7 +58,10 @@ class Stacks:
         self._cohort = Cohort(self._model, most_known=clients.population.most_kept)
         # What evaluations tell of private examples has noise, which is the loop's.
         self._is_private = run.privacy.unit == "example"
-        self._judge = Judge(task, seed=run.seed, device=device or HOST) if not self._is_private else None
+        self._layers = clients.layers
+        # They judge one model together: who has layers of its own has another.
+        shared = not self._is_private and self._layers is None
+        self._judge = Judge(task, seed=run.seed, device=device or HOST) if shared else None
         self._room = torch.empty((0, 0), device=device)
         self._fetched: weakref.ref[Fetched] | None = None
 
@@ -72,18 +76,48 @@ class Stacks:
         try:
             if sends[0].order.kind == "evaluate":
                 return self._judged(sends, model), np.empty((len(sends), 0), np.float32)
+            if self._layers is not None:
+                return self._trained_apart(self._layers.split, sends, model)
             return self._trained(sends, torch.from_numpy(model).to(self._device or HOST))
         except torch.OutOfMemoryError as error:
             raise UnsuitedError(
                 f"{self._device} has too little memory for {len(sends)} clients at once"
             ) from error
 
-    def _trained(self, sends: Sequence[Send], model: torch.Tensor) -> Done:
+    def _trained_apart(self, split: Split, sends: Sequence[Send], model: Array) -> Done:
+        """With personal layers: each begins with its own, and is told what they have learned."""
+        host = [self._begun(split, send, model) for send in sends]
+        starts = torch.from_numpy(np.stack(host)).to(self._device or HOST)
+        self._make_room((len(sends), split.shared.size))
+        moved = starts.new_empty(starts.shape)
+        try:
+            members = [self._member(send, start) for send, start in zip(sends, starts, strict=True)]
+            outcomes = self._cohort.train(starts[0], members, self._run.work, moved)
+        except FedgeError:  # the loop will find out whose, when it comes to them
+            return [None] * len(sends), self._rows()
+        for here, there in split.shared_spans:
+            self._room[:, there] = moved[:, here]
+        finite = moved.isfinite().all(1).tolist()
+        learned = starts.add_(moved).cpu().numpy()
+        for send, good, whole in zip(sends, finite, learned, strict=True):
+            if good:
+                self._clients.own.learned(send.client, send.order, split.personal_of(whole))
+        return [each if good else None for each, good in zip(outcomes, finite, strict=True)], self._rows()
+
+    def _begun(self, split: Split, send: Send, model: Array) -> Array:
+        own = self._clients.own.of(send.client, send.order)
+        assert own is not None  # everybody has some
+        return split.join(model, own)
+
+    def _make_room(self, shape: tuple[int, int]) -> None:
         last = self._fetched() if self._fetched is not None else None
         if last is not None:  # somebody still has them
             last.keep()
-        if self._room.shape != (len(sends), len(model)):
-            self._room = self._room.new_empty((len(sends), len(model)))
+        if self._room.shape != shape:
+            self._room = self._room.new_empty(shape)
+
+    def _trained(self, sends: Sequence[Send], model: torch.Tensor) -> Done:
+        self._make_room((len(sends), len(model)))
         work, order = self._run.work, sends[0].order
         try:
             members = [self._member(send) for send in sends]
@@ -96,11 +130,13 @@ class Stacks:
         finite = self._finite()
         return [each if good else None for each, good in zip(outcomes, finite, strict=True)], self._rows()
 
-    def _member(self, send: Send) -> Member:
+    def _member(self, send: Send, start: torch.Tensor | None = None) -> Member:
         train, order = self._clients.population.data(send.client)[0], send.order
         seed = work_seed(self._run.seed, site=send.client, kind=order.kind, round=order.round)
         private = self._clients.private(send.client, order, train) if self._is_private else None
-        found = self._clients.corrections.of(send.client, order)
+        if start is not None:
+            return Member(train, seed, private, start=start)
+        found = self._clients.own.of(send.client, order)
         correction = torch.from_numpy(found).to(self._device or HOST) if found is not None else None
         return Member(train, seed, private, correction)
 

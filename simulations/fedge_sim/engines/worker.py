@@ -43,33 +43,33 @@ Message = Mapping[str, Any]
 @dataclass(frozen=True, slots=True)
 class Shared:
     """What the simulation shares with its workers: a socket for each, the model, a row for each client's vector, their
-    mean, and a row for what corrects each client's gradients."""
+    mean, and a row for what each client has of its own."""
 
     sockets: tuple[int, ...]
     model: Segment
     mean: Segment
     rows: Segment
-    corrections: Segment
+    own: Segment
 
-    def open(self, rows: int, size: int, corrected: int) -> Vectors:
+    def open(self, rows: int, size: int, own: int) -> Vectors:
         """What is in it."""
         return Vectors(
             self.model.vector(size),
             self.mean.vector(size),
             self.rows.vector(rows * size).reshape(rows, size),
-            self.corrections.vector(rows * corrected).reshape(rows, corrected),
+            self.own.vector(rows * own).reshape(rows, own),
         )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Vectors:
-    """`model` and `mean` are float32[size], `rows` float32[clients, size], `corrections` float32[clients, trainable] or
-    [clients, 0]."""
+    """`model` and `mean` are float32[size], `rows` float32[clients, size], `own` float32[clients, elements], of which
+    there may be none."""
 
     model: Array
     mean: Array
     rows: Array
-    corrections: Array
+    own: Array
 
 
 class Lines:
@@ -145,7 +145,7 @@ def _be(
             if other != descriptor:
                 os.close(other)
         lines = Lines(socket.socket(fileno=descriptor))
-        vectors = shared.open(setting["rows"], setting["size"], setting["corrected"])
+        vectors = shared.open(setting["rows"], setting["size"], setting["own"])
         _say_whether_it_can(lines)
         for message in _until_closed(lines):
             if "weights" in message:
@@ -153,7 +153,7 @@ def _be(
                 lines.send({"done": True})
             else:
                 client, row = message["client"], message["row"]
-                given.rows = {client: vectors.corrections[row]} if message["corrected"] else {}
+                given.rows = {client: vectors.own[row]} if message["own"] else {}
                 lines.send(_reply(clients, message, vectors))
         code = 0
     except (BrokenPipeError, ConnectionResetError):
@@ -206,16 +206,15 @@ def _clients(run: RunConfig, task: Task, setting: Message, given: Given) -> Clie
 
 
 def main() -> None:
-    """As `engines.processes` starts it, with descriptors: control, model, mean, rows, corrections, and the workers'
-    sockets."""
+    """As `engines.processes` starts it, with descriptors: control, model, mean, rows, own, and the workers' sockets."""
     os.dup2(2, 1)  # what the task's code prints is not the output of whoever asked for the simulation
-    control_fd, model, mean, rows, corrections, *sockets = map(int, sys.argv[1:])
+    control_fd, model, mean, rows, own, *sockets = map(int, sys.argv[1:])
     control = Lines(socket.socket(fileno=control_fd))
     setting = control.receive()
     if setting is None:
         return
 
-    segments = (Segment(each) for each in (model, mean, rows, corrections))
+    segments = (Segment(each) for each in (model, mean, rows, own))
     shared = Shared(tuple(sockets), *segments)
     divide(control, shared, setting, lambda: loaded(setting))
 
